@@ -1,1 +1,37 @@
-//! .
+//! The wire types of every HTTP API of the platform, their typed clients, and the plumbing that all services share.
+//!
+//! No other crate defines a type that goes over the wire between components. The types keep Flynn's JSON, so that
+//! Flynn's clients work unchanged; what is new is added beside it. Unknown fields are ignored when one component
+//! reads another's answer (clusters of mixed versions), and refused where a person's input arrives
+//! (`server::StrictJson`).
+//!
+//! - [`controller`], [`discovery`], [`host`], [`image`], [`route`]: the types, one module per API.
+//! - [`error`]: the one error body.
+//! - `tls` (feature `tls`): the cluster CA and the identities that it signs.
+//! - `client` (feature `client`): transport over TCP, mutual TLS and Unix sockets, and a client per API.
+//! - `server` (feature `server`): listeners, extractors, event streams, logging and shutdown.
+
+pub mod controller;
+pub mod digest;
+pub mod discovery;
+pub mod error;
+pub mod host;
+pub mod image;
+pub mod redact;
+pub mod route;
+
+#[cfg(feature = "client")]
+pub mod client;
+#[cfg(feature = "server")]
+pub mod server;
+#[cfg(feature = "tls")]
+pub mod tls;
+
+pub use digest::Digest;
+pub use error::{Error, ErrorCode, Result};
+
+/// An environment: names to values, ordered so that its JSON is canonical.
+pub type Env = std::collections::BTreeMap<String, String>;
+
+/// Free-form labels of an object.
+pub type Meta = std::collections::BTreeMap<String, String>;

@@ -1,0 +1,211 @@
+//! The discoverd API (port 1111): services, their instances, leaders and metadata.
+//!
+//! | call | what |
+//! | --- | --- |
+//! | `PUT /services/{s}` | makes a service ([`ServiceConfig`]); 409 `object_exists` when it is there |
+//! | `GET /services` | names |
+//! | `DELETE /services/{s}` | removes it |
+//! | `GET /services/{s}` with `Accept: text/event-stream` | [`Event`]s: the present state, `current`, then changes |
+//! | `PUT`/`GET /services/{s}/meta` | [`ServiceMeta`]; a write must carry the index that it replaces, 0 to create |
+//! | `PUT /services/{s}/instances/{id}` | registers an [`Instance`]; repeated, it is the heartbeat |
+//! | `DELETE /services/{s}/instances/{id}` | deregisters |
+//! | `GET /services/{s}/instances` | `[`[`Instance`]`]`, or a stream |
+//! | `PUT`/`GET /services/{s}/leader` | the leading [`Instance`], or a stream; `PUT` only for `manual` services |
+//! | `GET /raft/leader`, `GET /raft/peers`, `PUT`/`DELETE /raft/peers/{addr}` | membership |
+//! | `GET /ping`, `GET /.well-known/status` | is it there |
+
+use serde::{Deserialize, Serialize};
+
+use crate::Meta;
+
+/// The port of discoverd.
+pub const PORT: u16 = 1111;
+
+/// Seconds after its last heartbeat until an instance is gone.
+pub const TTL_SECS: u64 = 10;
+
+/// Seconds between heartbeats.
+pub const HEARTBEAT_SECS: u64 = 3;
+
+/// How a service finds its leader.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum LeaderType {
+    /// The instance that registered first.
+    #[default]
+    Oldest,
+    /// Whoever is set.
+    Manual,
+}
+
+/// A service's settings.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ServiceConfig {
+    /// How it finds its leader.
+    #[serde(default)]
+    pub leader_type: LeaderType,
+}
+
+/// One member of a service.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Instance {
+    /// Derived from protocol and address ([`Instance::id_of`]).
+    pub id: String,
+    /// `address:port`.
+    pub addr: String,
+    /// `tcp`, `udp`, `http`, `https`.
+    pub proto: String,
+    /// Labels: `FLYNN_APP_ID`, `FLYNN_APP_NAME`, `FLYNN_RELEASE_ID`, `FLYNN_PROCESS_TYPE`, `FLYNN_JOB_ID`, `FLYNN_HOST_ID`.
+    #[serde(default, skip_serializing_if = "Meta::is_empty")]
+    pub meta: Meta,
+    /// The Raft index of its first registration: its age, and the fencing token of a leader.
+    #[serde(default)]
+    pub index: u64,
+}
+
+impl Instance {
+    /// An instance at `addr` with the id that goes with it.
+    pub fn new(proto: &str, addr: impl Into<String>, meta: Meta) -> Self {
+        let addr = addr.into();
+        Self { id: Self::id_of(proto, &addr), addr, proto: proto.into(), meta, index: 0 }
+    }
+
+    /// The id of an instance: 32 hex digits that depend on nothing but protocol and address.
+    pub fn id_of(proto: &str, addr: &str) -> String {
+        let digest = crate::Digest::of(format!("{proto}-{addr}").as_bytes()).to_string();
+        digest[..32].to_owned()
+    }
+}
+
+/// Metadata of a service, changed by compare-and-swap.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct ServiceMeta {
+    /// Any JSON.
+    pub data: serde_json::Value,
+    /// In a write, the index that is replaced (0 to create); in an answer, the present one.
+    #[serde(default)]
+    pub index: u64,
+    /// In a write, the instance that leads from now on (only for `manual` services), set in the same step.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub leader_id: Option<String>,
+}
+
+/// Kinds of [`Event`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum EventKind {
+    /// An instance is there.
+    Up,
+    /// An instance's labels changed.
+    Update,
+    /// An instance is gone.
+    Down,
+    /// The leader changed; `instance` is absent when there is none.
+    Leader,
+    /// All that was there when the stream began has been sent.
+    Current,
+    /// The metadata changed.
+    ServiceMeta,
+}
+
+/// A change of a service.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Event {
+    /// The service.
+    pub service: String,
+    /// What happened.
+    pub kind: EventKind,
+    /// The instance that it happened to.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub instance: Option<Instance>,
+    /// The metadata, for `service_meta`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub service_meta: Option<ServiceMeta>,
+    /// The Raft index of the change.
+    #[serde(default)]
+    pub index: u64,
+}
+
+/// A member of the Raft cluster.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Peer {
+    /// Its Raft id.
+    pub id: u64,
+    /// `address:1111`.
+    pub addr: String,
+    /// Whether it votes.
+    pub voter: bool,
+    /// Whether it leads.
+    pub leader: bool,
+}
+
+/// The service whose instances are the hosts, and whose metadata holds the [`NetworkLeases`].
+pub const HOST_SERVICE: &str = "flynn-host";
+
+/// The service whose metadata holds the cluster CA ([`ClusterCa`]).
+pub const CA_SERVICE: &str = "flynn-ca";
+
+/// Metadata of [`HOST_SERVICE`]: which host holds which subnet.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NetworkLeases {
+    /// The cluster's network.
+    pub network: String,
+    /// By host id.
+    pub leases: std::collections::BTreeMap<String, SubnetLease>,
+}
+
+/// One host's subnet.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SubnetLease {
+    /// `100.100.1.0/24`; its first address is the gateway.
+    pub subnet: String,
+    /// Where the host is reached.
+    pub address: std::net::Ipv4Addr,
+}
+
+/// Metadata of [`CA_SERVICE`]. Only `host:` certificates and discoverd itself may read it.
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ClusterCa {
+    /// PEM.
+    pub cert: String,
+    /// PEM.
+    pub key: String,
+}
+
+impl std::fmt::Debug for ClusterCa {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("ClusterCa").field("cert", &self.cert).finish_non_exhaustive()
+    }
+}
+
+/// Asks for a token that lets one host join (`POST /cluster/tokens`, `host:` certificates only).
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct JoinToken {
+    /// `<secret>.<digest of the CA certificate's DER>`. Good for one use within the hour.
+    pub token: String,
+}
+
+/// Joins a host (`POST /cluster/join`; the one call of the cluster port that needs no client certificate).
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct JoinRequest {
+    /// The token's secret half.
+    pub secret: String,
+    /// The new host's id.
+    pub host_id: String,
+    /// The new host's address.
+    pub address: std::net::Ipv4Addr,
+    /// A certificate signing request, PEM.
+    pub csr: String,
+}
+
+/// The answer to a [`JoinRequest`], and to a renewal.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SignedIdentity {
+    /// The cluster CA's certificate(s), PEM.
+    pub ca: String,
+    /// The signed certificate, PEM.
+    pub cert: String,
+    /// Raft peers to start from: `address:1111`.
+    #[serde(default)]
+    pub peers: Vec<String>,
+}

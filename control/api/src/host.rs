@@ -1,0 +1,529 @@
+//! The host API (port 1113 and `/run/flynn/host.sock`): jobs of one host.
+//!
+//! | call | what |
+//! | --- | --- |
+//! | `GET /host/status` | [`HostStatus`] |
+//! | `GET /host/jobs` | `{id: `[`ActiveJob`]`}`; with `Accept: text/event-stream` a stream of [`JobEvent`] |
+//! | `GET /host/jobs/{id}` | [`ActiveJob`] |
+//! | `PUT /host/jobs/{id}` | starts a [`Job`]; answers when its supervisor has taken it |
+//! | `DELETE /host/jobs/{id}` | stops it; answers when it is stopping |
+//! | `PUT /host/jobs/{id}/signal/{n}` | sends signal `n` to its process |
+//! | `PUT /host/jobs/{id}/discoverd-deregister` | takes its instances out of discoverd, ahead of a stop |
+//! | `GET /host/jobs/{id}/log?lines=n&follow=true` | a stream of [`LogLine`] |
+//! | `POST /attach` | upgrade `flynn-attach/0` after an [`AttachRequest`]; frames of [`attach`] |
+//! | `GET /host/network` | [`NetworkStatus`] |
+//! | `PUT /host/layers/{digest}`, `GET` | puts a squashfs layer into the store; fetches it |
+//! | `GET /host/volumes`, `DELETE /host/volumes/{id}` | [`Volume`]s |
+
+use std::collections::BTreeMap;
+use std::net::Ipv4Addr;
+
+use jiff::Timestamp;
+use serde::{Deserialize, Serialize};
+
+use crate::image::Artifact;
+use crate::{Env, Meta};
+
+/// The port of the host API.
+pub const PORT: u16 = 1113;
+
+/// The root-only Unix socket of the host API.
+pub const SOCKET: &str = "/run/flynn/host.sock";
+
+/// A job as its maker describes it. It never changes; what happens to it is [`ActiveJob`].
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Job {
+    /// `<host id>-<uuid>`.
+    pub id: String,
+    /// Labels: `flynn-controller.app`, `flynn-controller.app_name`, `flynn-controller.release`, `flynn-controller.type`,
+    /// `flynn-system-app`.
+    #[serde(default, skip_serializing_if = "Meta::is_empty")]
+    pub metadata: Meta,
+    /// The images whose layers make the root file system, lowest first. The last one's default entrypoint applies
+    /// where `config` is silent.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub artifacts: Vec<Artifact>,
+    /// How to run it.
+    #[serde(default)]
+    pub config: ContainerConfig,
+    /// Limits.
+    #[serde(default, skip_serializing_if = "Resources::is_empty")]
+    pub resources: Resources,
+    /// Which share of the host it belongs to.
+    #[serde(default)]
+    pub partition: Partition,
+    /// Restarted by its supervisor, and after a boot by the daemon.
+    #[serde(default)]
+    pub resurrect: bool,
+    /// Seconds between SIGTERM and SIGKILL; 30 when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub stop_timeout: Option<u32>,
+    /// The generation of the formation or deployment that asked for the job; hosts refuse older ones.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub generation: Option<u64>,
+}
+
+/// Names of [`Job::metadata`].
+pub mod label {
+    /// The app's id.
+    pub const APP_ID: &str = "flynn-controller.app";
+    /// The app's name.
+    pub const APP_NAME: &str = "flynn-controller.app_name";
+    /// The release's id.
+    pub const RELEASE_ID: &str = "flynn-controller.release";
+    /// The process type.
+    pub const PROCESS_TYPE: &str = "flynn-controller.type";
+    /// `true` on jobs of the platform itself: they get a certificate.
+    pub const SYSTEM_APP: &str = "flynn-system-app";
+}
+
+/// The share of a host that a job belongs to, with the relative weight of its CPU.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Partition {
+    /// The platform.
+    System,
+    /// Builds and the like.
+    Background,
+    /// Apps.
+    #[default]
+    User,
+}
+
+/// How to run a container.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct ContainerConfig {
+    /// Program and arguments; the image's when empty.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub args: Vec<String>,
+    /// Environment over the image's.
+    #[serde(default, skip_serializing_if = "Env::is_empty")]
+    pub env: Env,
+    /// With a terminal.
+    #[serde(default)]
+    pub tty: bool,
+    /// The terminal's first size.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tty_size: Option<TtySize>,
+    /// Keep standard input open for an attached client.
+    #[serde(default)]
+    pub stdin: bool,
+    /// Ports and the services behind them.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub ports: Vec<Port>,
+    /// Volumes to mount.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub volumes: Vec<VolumeBinding>,
+    /// Directories or files of the host to mount. Only for jobs of the platform.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub mounts: Vec<Mount>,
+    /// Working directory; the image's when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub working_dir: Option<String>,
+    /// User id; the image's when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub uid: Option<u32>,
+    /// Group id; the image's when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub gid: Option<u32>,
+    /// In the host's network namespace.
+    #[serde(default)]
+    pub host_network: bool,
+    /// In the host's pid namespace.
+    #[serde(default)]
+    pub host_pid_namespace: bool,
+    /// Keep no log.
+    #[serde(default)]
+    pub disable_log: bool,
+    /// Capabilities, instead of the default set.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub linux_capabilities: Option<Vec<String>>,
+}
+
+/// Columns and rows of a terminal.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TtySize {
+    /// Columns.
+    pub columns: u16,
+    /// Rows.
+    pub lines: u16,
+}
+
+/// A port that a process listens on.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Port {
+    /// The number; given by the host when 0 (5000 + index in a container).
+    #[serde(default)]
+    pub port: u16,
+    /// `tcp` or `udp`.
+    #[serde(default = "tcp")]
+    pub proto: String,
+    /// The service that it is registered as.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub service: Option<Service>,
+}
+
+fn tcp() -> String {
+    "tcp".into()
+}
+
+/// A service that a port is registered as in discoverd.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Service {
+    /// Lower-case letters, digits and dashes.
+    pub name: String,
+    /// Make the service when it is not there.
+    #[serde(default)]
+    pub create: bool,
+    /// When the instance counts as healthy; a TCP connect when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub check: Option<HealthCheck>,
+    /// The process registers itself (appliances, whose instances carry metadata that only they know).
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub self_registered: bool,
+}
+
+/// A health check. Times are in nanoseconds, as Flynn writes them.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HealthCheck {
+    /// `tcp`, `http` or `https`.
+    #[serde(rename = "type", default = "tcp")]
+    pub kind: String,
+    /// Between checks; 2 s when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub interval: Option<u64>,
+    /// Consecutive results that change the state; 2 when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub threshold: Option<u32>,
+    /// Kill the job when it becomes unhealthy.
+    #[serde(default)]
+    pub kill_down: bool,
+    /// How long it may take to become healthy at first; 10 s when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub start_timeout: Option<u64>,
+    /// Path, for HTTP.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub path: Option<String>,
+    /// Host header, for HTTP.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub host: Option<String>,
+    /// Text that the body must contain, for HTTP.
+    #[serde(rename = "match", default, skip_serializing_if = "Option::is_none")]
+    pub contains: Option<String>,
+    /// Status wanted, for HTTP; 200 when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub status: Option<u16>,
+}
+
+/// A volume in a container.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VolumeBinding {
+    /// Where it is mounted.
+    #[serde(rename = "target")]
+    pub path: String,
+    /// Which volume; made by the host when it is not there.
+    #[serde(rename = "volume")]
+    pub volume_id: String,
+    /// Remove it when the job is gone.
+    #[serde(default)]
+    pub delete_on_stop: bool,
+}
+
+/// A path of the host in a container.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Mount {
+    /// In the container.
+    pub location: String,
+    /// On the host.
+    pub target: String,
+    /// Whether it can be written.
+    #[serde(default)]
+    pub writeable: bool,
+}
+
+/// Limits by name: `memory` (bytes), `cpu` (thousandths of a core), `max_pids`, `max_fd`, `temp_disk` (bytes).
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct Resources(pub BTreeMap<String, Resource>);
+
+/// What a job asks for and may at most have.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Resource {
+    /// Reserved.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub request: Option<u64>,
+    /// At most.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub limit: Option<u64>,
+}
+
+impl Resources {
+    /// Names that mean something.
+    pub const NAMES: [&'static str; 5] = ["memory", "cpu", "max_pids", "max_fd", "temp_disk"];
+
+    /// Whether nothing is set.
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    /// The limit of this name, or Flynn's default for it.
+    pub fn limit(&self, name: &str) -> u64 {
+        self.0.get(name).and_then(|resource| resource.limit).unwrap_or(match name {
+            "memory" => 1 << 30,
+            "cpu" => 1000,
+            "max_pids" => 4096,
+            "max_fd" => 10_000,
+            _ => 100 << 20,
+        })
+    }
+}
+
+/// Where a job stands.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum JobState {
+    /// Being made.
+    #[default]
+    Starting,
+    /// Its process runs.
+    Running,
+    /// It ended with status 0, or was asked to stop.
+    Done,
+    /// It ended otherwise.
+    Crashed,
+    /// It could not be started.
+    Failed,
+}
+
+impl JobState {
+    /// Whether it is over.
+    pub fn is_terminal(self) -> bool {
+        matches!(self, Self::Done | Self::Crashed | Self::Failed)
+    }
+}
+
+/// A job and what has happened to it.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct ActiveJob {
+    /// The job. In answers of the API the secrets of its environment are redacted.
+    pub job: Job,
+    /// Where it stands.
+    pub status: JobState,
+    /// The host.
+    pub host_id: String,
+    /// Its own address, unless it is in the host's network.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub internal_ip: Option<Ipv4Addr>,
+    /// Ports, as given to the process.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub ports: Vec<u16>,
+    /// The pid of its first process, on the host.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pid: Option<u32>,
+    /// The supervisor's pid, on the host.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub supervisor_pid: Option<u32>,
+    /// When it was taken.
+    pub created_at: Timestamp,
+    /// When its process was started last.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub started_at: Option<Timestamp>,
+    /// When it was over.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ended_at: Option<Timestamp>,
+    /// Exit status; 128 + n after signal n.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub exit_status: Option<i32>,
+    /// Why it failed, where that is known: what, why, what to do.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub error: Option<String>,
+    /// How often the supervisor has restarted it.
+    #[serde(default)]
+    pub restarts: u32,
+    /// Killed by its memory limit.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub oom_killed: bool,
+    /// Whether each registered service of it is healthy now.
+    #[serde(default)]
+    pub healthy: bool,
+}
+
+/// Something that happened to a job.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct JobEvent {
+    /// What happened.
+    pub event: JobEventKind,
+    /// To which.
+    pub job_id: String,
+    /// The job after it.
+    pub job: ActiveJob,
+}
+
+/// Kinds of [`JobEvent`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum JobEventKind {
+    /// Sent once for each job at the start of a stream.
+    Current,
+    /// Taken.
+    Create,
+    /// Its process runs.
+    Start,
+    /// Health changed, or the supervisor restarted it.
+    Update,
+    /// It is over.
+    Stop,
+    /// It could not be started.
+    Error,
+    /// Forgotten: its directory is gone.
+    Cleanup,
+}
+
+/// The stream that a line came from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum LogStream {
+    /// Standard output.
+    Stdout,
+    /// Standard error.
+    Stderr,
+    /// The supervisor's own words about the job.
+    Init,
+}
+
+/// One line of a job's output.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct LogLine {
+    /// When it was read.
+    pub timestamp: Timestamp,
+    /// From where.
+    pub stream: LogStream,
+    /// Without its line end. Bytes that are not UTF-8 are replaced.
+    pub msg: String,
+    /// The job.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub job_id: String,
+    /// The process type.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub process_type: String,
+}
+
+/// What a host is and how it does.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct HostStatus {
+    /// Its id: letters, digits and underscores; no dash.
+    pub id: String,
+    /// The daemon's pid.
+    pub pid: u32,
+    /// Version of `flynn-host`.
+    pub version: String,
+    /// Where its API is reached: `address:1113`.
+    pub url: String,
+    /// Tags for placement.
+    #[serde(default)]
+    pub tags: Meta,
+    /// Its subnet, once it has one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub subnet: Option<String>,
+    /// The gateway address of its containers.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub gateway: Option<Ipv4Addr>,
+    /// Cores, in thousandths.
+    pub cpu: u64,
+    /// Memory in bytes.
+    pub memory: u64,
+    /// Free bytes in the state directory.
+    pub disk_free: u64,
+    /// What this host cannot do, and why.
+    #[serde(default)]
+    pub notices: Vec<String>,
+    /// The kernel's boot id.
+    pub boot_id: String,
+}
+
+/// Asks to be attached to a job.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct AttachRequest {
+    /// The job.
+    pub job_id: String,
+    /// Streams wanted: `stdin`, `stdout`, `stderr`.
+    #[serde(default)]
+    pub flags: Vec<String>,
+    /// The terminal's size now.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tty_size: Option<TtySize>,
+    /// Lines of the past to send first (0 = none).
+    #[serde(default)]
+    pub lines: u32,
+}
+
+/// The frames of an attached connection: one byte of kind, four of length (big-endian), the payload.
+pub mod attach {
+    /// Standard output of the job.
+    pub const STDOUT: u8 = 1;
+    /// Standard error of the job.
+    pub const STDERR: u8 = 2;
+    /// Standard input; empty means end of file.
+    pub const STDIN: u8 = 3;
+    /// To the job: a [`TtySize`](super::TtySize) as JSON.
+    pub const RESIZE: u8 = 4;
+    /// To the job: a signal number, four bytes big-endian.
+    pub const SIGNAL: u8 = 5;
+    /// From the job, last: its exit status, four bytes big-endian.
+    pub const EXIT: u8 = 6;
+    /// From the job, last: why there is no exit status, as text.
+    pub const ERROR: u8 = 7;
+    /// The longest payload.
+    pub const MAX: usize = 1 << 20;
+}
+
+/// The network of a host.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct NetworkStatus {
+    /// The host's subnet.
+    pub subnet: String,
+    /// The gateway address.
+    pub gateway: Option<Ipv4Addr>,
+    /// Containers with their counters.
+    pub endpoints: Vec<EndpointStatus>,
+    /// Packets dropped, by reason.
+    pub drops: BTreeMap<String, u64>,
+}
+
+/// One container's address and counters.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct EndpointStatus {
+    /// Its address.
+    pub address: Ipv4Addr,
+    /// Its job.
+    pub job_id: String,
+    /// From the container.
+    pub tx_packets: u64,
+    /// From the container.
+    pub tx_bytes: u64,
+    /// To the container.
+    pub rx_packets: u64,
+    /// To the container.
+    pub rx_bytes: u64,
+}
+
+/// A volume of a host.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Volume {
+    /// Its id.
+    pub id: String,
+    /// When it was made.
+    pub created_at: Timestamp,
+    /// Jobs that have it mounted.
+    #[serde(default)]
+    pub jobs: Vec<String>,
+}
+
+/// Tells the daemon about its network: sent by bootstrap once the host holds a subnet lease.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NetworkConfig {
+    /// The cluster's network, `100.100.0.0/16`.
+    pub network: String,
+    /// This host's part of it, `100.100.1.0/24`.
+    pub subnet: String,
+}
