@@ -1,2 +1,57 @@
-//! .
-fn main() {}
+//! Every chore of the project, one file per command: `cargo xtask --help`.
+//!
+//! Flows in: this checkout, and the machine it stands on. Flows out: `target/` (static binaries in
+//! `target/static`, images in `target/images`, running labs in `target/lab`) and, from `setup` alone and after
+//! asking, installed packages and tools.
+//!
+//! Invariants: every command checks first that what it needs is installed; every command can be killed at any
+//! moment and run again; nothing outside `target/` is written but by `setup`.
+
+mod build;
+mod exec;
+mod image;
+mod setup;
+mod ui;
+mod workspace;
+
+use clap::{Parser, Subcommand};
+use std::process::ExitCode;
+
+/// Every chore of the project.
+#[derive(Parser)]
+#[command(
+    name = "cargo xtask",
+    bin_name = "cargo xtask",
+    version,
+    arg_required_else_help = true
+)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+/// One variant per command, each implemented in the module of its name.
+#[derive(Subcommand)]
+enum Command {
+    /// Install what is missing on this machine: Debian packages, the eBPF toolchain, cargo tools
+    Setup(setup::Args),
+    /// Build the static binaries: flynn-host, flynn-system, flynn, flynn-lab
+    Build(build::Profile),
+    /// Make the images: squashfs layers and manifests, and the example's docker-archive
+    Image(image::Args),
+}
+
+fn main() -> ExitCode {
+    let outcome = match Cli::parse().command {
+        Command::Setup(args) => setup::run(&args),
+        Command::Build(profile) => build::run(profile),
+        Command::Image(args) => image::run(&args),
+    };
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            ui::error(&error);
+            ExitCode::FAILURE
+        }
+    }
+}

@@ -1,0 +1,83 @@
+//! Running other programs, with errors that say which one failed and what to do.
+
+use anyhow::{Context, Result, bail};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+
+/// Runs a program with its output on our stderr, so that stdout stays for results.
+pub(crate) fn run(command: &mut Command) -> Result<()> {
+    let status = command
+        .stdin(Stdio::null())
+        .stdout(std::io::stderr())
+        .status()
+        .with_context(|| not_started(command))?;
+    if !status.success() {
+        bail!("`{}` failed: {status}", shown(command));
+    }
+    Ok(())
+}
+
+/// Runs a program quietly; what it wrote is shown only when it fails. Returns what it wrote to stdout.
+pub(crate) fn quiet(command: &mut Command) -> Result<Vec<u8>> {
+    let Output {
+        status,
+        stdout,
+        stderr,
+    } = command
+        .stdin(Stdio::null())
+        .output()
+        .with_context(|| not_started(command))?;
+    if !status.success() {
+        bail!(
+            "`{}` failed: {status}\n{}{}",
+            shown(command),
+            String::from_utf8_lossy(&stdout),
+            String::from_utf8_lossy(&stderr)
+        );
+    }
+    Ok(stdout)
+}
+
+/// The path of a program on `PATH` or among cargo's own.
+pub(crate) fn find(program: &str) -> Option<PathBuf> {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    std::env::split_paths(&path)
+        .chain([cargo_home().join("bin"), "/usr/sbin".into(), "/sbin".into()])
+        .map(|dir| dir.join(program))
+        .find(|candidate| candidate.is_file())
+}
+
+/// Where cargo keeps its tools.
+fn cargo_home() -> PathBuf {
+    std::env::var_os("CARGO_HOME").map_or_else(|| home().join(".cargo"), PathBuf::from)
+}
+
+/// The home of who calls.
+pub(crate) fn home() -> PathBuf {
+    std::env::var_os("HOME").map_or_else(|| PathBuf::from("/root"), PathBuf::from)
+}
+
+/// The cargo that started us, else the one on `PATH`.
+pub(crate) fn cargo() -> Command {
+    let program = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+    let mut command = Command::new(program);
+    command.current_dir(crate::workspace::root());
+    command
+}
+
+/// A command as a person would type it.
+fn shown(command: &Command) -> String {
+    let name = Path::new(command.get_program())
+        .file_name()
+        .unwrap_or_default()
+        .to_string_lossy();
+    std::iter::once(name)
+        .chain(command.get_args().map(|arg| arg.to_string_lossy()))
+        .collect::<Vec<_>>()
+        .join(" ")
+}
+
+fn not_started(command: &Command) -> String {
+    let program = command.get_program().to_string_lossy().into_owned();
+    format!("cannot start `{program}`; `cargo xtask setup` installs what is missing")
+}
