@@ -6,7 +6,7 @@
 //! (`server::StrictJson`).
 //!
 //! - [`controller`], [`discovery`], [`host`], [`image`], [`route`], [`sirenia`]: the types, one module per API.
-//! - [`error`]: the one error body.
+//! - [`error`]: the one error body; [`spec`]: the jobs of a formation.
 //! - `tls` (feature `tls`): the cluster CA and the identities that it signs.
 //! - `client` (feature `client`): transport over TCP, mutual TLS and Unix sockets, and a client per API.
 //! - `server` (feature `server`): listeners, extractors, event streams, logging and shutdown.
@@ -20,6 +20,7 @@ pub mod image;
 pub mod redact;
 pub mod route;
 pub mod sirenia;
+pub mod spec;
 
 #[cfg(feature = "client")]
 pub mod client;
