@@ -67,7 +67,13 @@ impl Instance {
     /// An instance at `addr` with the id that goes with it.
     pub fn new(proto: &str, addr: impl Into<String>, meta: Meta) -> Self {
         let addr = addr.into();
-        Self { id: Self::id_of(proto, &addr), addr, proto: proto.into(), meta, index: 0 }
+        Self {
+            id: Self::id_of(proto, &addr),
+            addr,
+            proto: proto.into(),
+            meta,
+            index: 0,
+        }
     }
 
     /// The id of an instance: 32 hex digits that depend on nothing but protocol and address.
@@ -174,7 +180,9 @@ pub struct ClusterCa {
 
 impl std::fmt::Debug for ClusterCa {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("ClusterCa").field("cert", &self.cert).finish_non_exhaustive()
+        f.debug_struct("ClusterCa")
+            .field("cert", &self.cert)
+            .finish_non_exhaustive()
     }
 }
 

@@ -99,7 +99,12 @@ impl Error {
     /// A failure of this kind; `retry` is set for those kinds that may pass.
     pub fn new(code: ErrorCode, message: impl Into<String>) -> Self {
         let retry = matches!(code, ErrorCode::Unavailable | ErrorCode::Timeout);
-        Self { code, message: message.into(), retry, detail: None }
+        Self {
+            code,
+            message: message.into(),
+            retry,
+            detail: None,
+        }
     }
 
     /// The input breaks a rule.
@@ -139,7 +144,11 @@ impl Error {
         serde_json::from_slice(body).unwrap_or_else(|_| {
             let text = String::from_utf8_lossy(&body[..body.len().min(500)]);
             let text = text.trim();
-            let message = if text.is_empty() { status.to_string() } else { format!("{status}: {text}") };
+            let message = if text.is_empty() {
+                status.to_string()
+            } else {
+                format!("{status}: {text}")
+            };
             Self::new(ErrorCode::of_status(status), message)
         })
     }
@@ -163,6 +172,9 @@ mod tests {
         assert_eq!(error.code, ErrorCode::Unavailable);
         assert!(error.retry && error.message.contains("bad gateway"));
         let newer = br#"{"code":"from_the_future","message":"m"}"#;
-        assert_eq!(Error::from_response(StatusCode::CONFLICT, newer).code, ErrorCode::Internal);
+        assert_eq!(
+            Error::from_response(StatusCode::CONFLICT, newer).code,
+            ErrorCode::Internal
+        );
     }
 }

@@ -268,13 +268,16 @@ impl Resources {
 
     /// The limit of this name, or Flynn's default for it.
     pub fn limit(&self, name: &str) -> u64 {
-        self.0.get(name).and_then(|resource| resource.limit).unwrap_or(match name {
-            "memory" => 1 << 30,
-            "cpu" => 1000,
-            "max_pids" => 4096,
-            "max_fd" => 10_000,
-            _ => 100 << 20,
-        })
+        self.0
+            .get(name)
+            .and_then(|resource| resource.limit)
+            .unwrap_or(match name {
+                "memory" => 1 << 30,
+                "cpu" => 1000,
+                "max_pids" => 4096,
+                "max_fd" => 10_000,
+                _ => 100 << 20,
+            })
     }
 }
 

@@ -36,7 +36,12 @@ pub struct Entrypoint {
     #[serde(default, skip_serializing_if = "Env::is_empty")]
     pub env: Env,
     /// Working directory; `/` when absent.
-    #[serde(rename = "cwd", alias = "working_dir", default, skip_serializing_if = "Option::is_none")]
+    #[serde(
+        rename = "cwd",
+        alias = "working_dir",
+        default,
+        skip_serializing_if = "Option::is_none"
+    )]
     pub working_dir: Option<String>,
     /// Program and arguments.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
@@ -98,19 +103,31 @@ pub struct Hashes {
 impl Layer {
     /// A squashfs layer of this digest and length.
     pub fn squashfs(id: Digest, length: u64) -> Self {
-        Self { id, kind: LAYER_SQUASHFS.into(), length, hashes: Hashes { sha512_256: id }, meta: Meta::new() }
+        Self {
+            id,
+            kind: LAYER_SQUASHFS.into(),
+            length,
+            hashes: Hashes { sha512_256: id },
+            meta: Meta::new(),
+        }
     }
 }
 
 impl ImageManifest {
     /// A manifest for Linux on amd64 with one default entrypoint.
     pub fn new(entrypoint: Entrypoint, layers: Vec<Layer>) -> Self {
-        let platform = Platform { architecture: "amd64".into(), os: "linux".into() };
+        let platform = Platform {
+            architecture: "amd64".into(),
+            os: "linux".into(),
+        };
         Self {
             kind: MANIFEST_V1.into(),
             meta: Meta::new(),
             entrypoints: [(DEFAULT_ENTRYPOINT.to_owned(), entrypoint)].into(),
-            rootfs: vec![Rootfs { platform: Some(platform), layers }],
+            rootfs: vec![Rootfs {
+                platform: Some(platform),
+                layers,
+            }],
         }
     }
 
@@ -187,11 +204,17 @@ pub struct Artifact {
 
 impl Artifact {
     /// An artifact for an image.
-    pub fn image(manifest: ImageManifest, uri: impl Into<String>, layer_url_template: Option<String>) -> Self {
+    pub fn image(
+        manifest: ImageManifest,
+        uri: impl Into<String>,
+        layer_url_template: Option<String>,
+    ) -> Self {
         let json = manifest.canonical_json();
         Self {
             uri: uri.into(),
-            hashes: Some(Hashes { sha512_256: Digest::of(&json) }),
+            hashes: Some(Hashes {
+                sha512_256: Digest::of(&json),
+            }),
             size: Some(json.len() as u64),
             manifest: Some(manifest),
             layer_url_template,
@@ -207,7 +230,10 @@ mod tests {
     #[test]
     fn id_is_that_of_the_canonical_json_and_survives_the_wire() {
         let layer = Layer::squashfs(Digest::of(b"layer"), 5);
-        let entrypoint = Entrypoint { args: vec!["/bin/app".into()], ..Entrypoint::default() };
+        let entrypoint = Entrypoint {
+            args: vec!["/bin/app".into()],
+            ..Entrypoint::default()
+        };
         let manifest = ImageManifest::new(entrypoint, vec![layer]);
         let read: ImageManifest = serde_json::from_slice(&manifest.canonical_json()).unwrap();
         assert_eq!(read.id(), manifest.id());

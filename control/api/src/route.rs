@@ -75,6 +75,9 @@ pub struct Certificate {
 
 impl std::fmt::Debug for Certificate {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Certificate").field("id", &self.id).field("cert", &self.cert).finish_non_exhaustive()
+        f.debug_struct("Certificate")
+            .field("id", &self.id)
+            .field("cert", &self.cert)
+            .finish_non_exhaustive()
     }
 }

@@ -1,0 +1,128 @@
+//! Client of discoverd ([`crate::discovery`]).
+
+use super::{EventStream, Http, encode};
+use crate::discovery::{
+    Event, Instance, JoinRequest, JoinToken, Peer, ServiceConfig, ServiceMeta, SignedIdentity,
+};
+use crate::{Error, ErrorCode, Result};
+
+/// Talks to discoverd.
+#[derive(Clone, Debug)]
+pub struct DiscoveryClient {
+    http: Http,
+}
+
+impl DiscoveryClient {
+    /// Over this transport.
+    pub fn new(http: Http) -> Self {
+        Self { http }
+    }
+
+    /// Whether it answers.
+    pub async fn ping(&self) -> Result<()> {
+        self.http.get("/ping").await
+    }
+
+    /// Makes a service; fails with `object_exists` when it is there.
+    pub async fn create_service(&self, service: &str, config: &ServiceConfig) -> Result<()> {
+        self.http.put(&path(service, ""), config).await
+    }
+
+    /// Makes a service unless it is there.
+    pub async fn ensure_service(&self, service: &str, config: &ServiceConfig) -> Result<()> {
+        match self.create_service(service, config).await {
+            Err(error) if error.code == ErrorCode::ObjectExists => Ok(()),
+            result => result,
+        }
+    }
+
+    /// Names of all services.
+    pub async fn services(&self) -> Result<Vec<String>> {
+        self.http.get("/services").await
+    }
+
+    /// Removes a service.
+    pub async fn remove_service(&self, service: &str) -> Result<()> {
+        self.http.delete(&path(service, "")).await
+    }
+
+    /// A service's present state, `current`, then its changes. Ends with the connection.
+    pub async fn watch(&self, service: &str) -> Result<EventStream<Event>> {
+        self.http.events(&path(service, "")).await
+    }
+
+    /// A service's metadata.
+    pub async fn meta(&self, service: &str) -> Result<ServiceMeta> {
+        self.http.get(&path(service, "/meta")).await
+    }
+
+    /// A service's metadata; `None` when the service or its metadata is not there.
+    pub async fn find_meta(&self, service: &str) -> Result<Option<ServiceMeta>> {
+        match self.meta(service).await {
+            Err(error) if error.code == ErrorCode::NotFound => Ok(None),
+            result => result.map(Some),
+        }
+    }
+
+    /// Replaces a service's metadata; `meta.index` is the index that it replaces. Gives what is there now.
+    pub async fn set_meta(&self, service: &str, meta: &ServiceMeta) -> Result<ServiceMeta> {
+        self.http.put(&path(service, "/meta"), meta).await
+    }
+
+    /// Registers an instance, or renews it (heartbeat).
+    pub async fn register(&self, service: &str, instance: &Instance) -> Result<()> {
+        self.http
+            .put(
+                &path(service, &format!("/instances/{}", encode(&instance.id))),
+                instance,
+            )
+            .await
+    }
+
+    /// Deregisters an instance.
+    pub async fn deregister(&self, service: &str, id: &str) -> Result<()> {
+        self.http
+            .delete(&path(service, &format!("/instances/{}", encode(id))))
+            .await
+    }
+
+    /// A service's instances; none when there is no such service.
+    pub async fn instances(&self, service: &str) -> Result<Vec<Instance>> {
+        match self.http.get(&path(service, "/instances")).await {
+            Err(Error {
+                code: ErrorCode::NotFound,
+                ..
+            }) => Ok(Vec::new()),
+            result => result,
+        }
+    }
+
+    /// A service's leader.
+    pub async fn leader(&self, service: &str) -> Result<Instance> {
+        self.http.get(&path(service, "/leader")).await
+    }
+
+    /// Sets the leader of a `manual` service.
+    pub async fn set_leader(&self, service: &str, instance: &Instance) -> Result<()> {
+        self.http.put(&path(service, "/leader"), instance).await
+    }
+
+    /// Raft members.
+    pub async fn peers(&self) -> Result<Vec<Peer>> {
+        self.http.get("/raft/peers").await
+    }
+
+    /// A token that lets one host join.
+    pub async fn join_token(&self) -> Result<JoinToken> {
+        self.http.post("/cluster/tokens", &()).await
+    }
+
+    /// Joins with a token.
+    pub async fn join(&self, request: &JoinRequest) -> Result<SignedIdentity> {
+        self.http.post("/cluster/join", request).await
+    }
+}
+
+fn path(service: &str, rest: &str) -> String {
+    format!("/services/{}{rest}", encode(service))
+}

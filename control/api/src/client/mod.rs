@@ -1,0 +1,13 @@
+//! Clients: one transport over TCP, TLS and Unix sockets, and a typed client per API.
+
+pub mod attach;
+pub mod blobs;
+mod connect;
+pub mod controller;
+pub mod discovery;
+mod events;
+pub mod host;
+mod transport;
+
+pub use events::EventStream;
+pub use transport::{Body, Http, Upgraded, encode, full};

@@ -1,0 +1,35 @@
+//! Server-Sent Events.
+
+use std::convert::Infallible;
+use std::time::Duration;
+
+use axum::response::sse::{Event, KeepAlive, Sse};
+use axum::response::{IntoResponse as _, Response};
+use futures::{Stream, StreamExt as _};
+use http::HeaderMap;
+use http::header::ACCEPT;
+use serde::Serialize;
+
+/// Whether the client asks for a stream of events.
+pub fn wants_events(headers: &HeaderMap) -> bool {
+    headers
+        .get(ACCEPT)
+        .and_then(|value| value.to_str().ok())
+        .is_some_and(|value| value.contains("text/event-stream"))
+}
+
+/// Answers with a stream of events: an id, where resumption is possible, and the data. Ends with the stream.
+/// A comment every 15 s keeps the connection alive and finds out that the client has gone.
+pub fn events<T: Serialize>(stream: impl Stream<Item = (Option<String>, T)> + Send + 'static) -> Response {
+    let stream = stream.map(|(id, data)| {
+        let event = id.map_or_else(Event::default, |id| Event::default().id(id));
+        let event = event.json_data(&data).unwrap_or_else(|error| {
+            tracing::error!(%error, "an event cannot be written");
+            Event::default().comment("an event could not be written")
+        });
+        Ok::<_, Infallible>(event)
+    });
+    Sse::new(stream)
+        .keep_alive(KeepAlive::new().interval(Duration::from_secs(15)))
+        .into_response()
+}

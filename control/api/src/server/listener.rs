@@ -1,0 +1,224 @@
+//! Accepts connections over TCP, TLS and Unix sockets and serves a router on them.
+
+use std::future::Future;
+use std::io;
+use std::net::SocketAddr;
+use std::os::unix::fs::PermissionsExt as _;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::Router;
+use hyper::body::Incoming;
+use hyper::rt::{Read, Write};
+use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use hyper_util::server::conn::auto::Builder;
+use hyper_util::server::graceful::GracefulShutdown;
+use tokio::net::{TcpListener, TcpStream, UnixListener};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio_rustls::TlsAcceptor;
+use tokio_util::sync::CancellationToken;
+use tower::ServiceExt as _;
+
+use crate::tls::PeerIdentity;
+
+/// Connections at a time.
+const MAX_CONNECTIONS: usize = 4096;
+/// How long a client may take to send a request's head, or to shake hands.
+const HEAD_TIMEOUT: Duration = Duration::from_secs(30);
+/// How long requests under way may take once the service stops. Event streams never end by themselves.
+const DRAIN_TIMEOUT: Duration = Duration::from_secs(3);
+
+/// Who is at the other end. Every request carries it as an extension.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Peer {
+    /// Its address, over TCP.
+    pub addr: Option<SocketAddr>,
+    /// Who it is, over mutual TLS with a certificate.
+    pub identity: Option<PeerIdentity>,
+    /// Over a Unix socket: whoever may open it.
+    pub unix: bool,
+}
+
+/// Where connections come from.
+pub struct Listener(Kind);
+
+enum Kind {
+    Tcp(TcpListener),
+    Tls(TcpListener, TlsAcceptor),
+    Unix(UnixListener),
+}
+
+impl Listener {
+    /// Plain TCP.
+    pub async fn tcp(addr: SocketAddr) -> io::Result<Self> {
+        Ok(Self(Kind::Tcp(TcpListener::bind(addr).await?)))
+    }
+
+    /// Plain TCP on a socket that is listening already.
+    pub fn from_tcp(listener: TcpListener) -> Self {
+        Self(Kind::Tcp(listener))
+    }
+
+    /// TLS.
+    pub async fn tls(addr: SocketAddr, config: Arc<rustls::ServerConfig>) -> io::Result<Self> {
+        Ok(Self(Kind::Tls(
+            TcpListener::bind(addr).await?,
+            TlsAcceptor::from(config),
+        )))
+    }
+
+    /// A Unix socket that only its owner may open; one that is there from an earlier process is replaced.
+    pub fn unix(path: &Path) -> io::Result<Self> {
+        match std::fs::remove_file(path) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+            _ => {}
+        }
+        let listener = UnixListener::bind(path)?;
+        std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600))?;
+        Ok(Self(Kind::Unix(listener)))
+    }
+
+    /// The address that it listens on, over TCP.
+    pub fn local_addr(&self) -> Option<SocketAddr> {
+        match &self.0 {
+            Kind::Tcp(listener) | Kind::Tls(listener, _) => listener.local_addr().ok(),
+            Kind::Unix(_) => None,
+        }
+    }
+}
+
+/// Serves until `shutdown`, then lets requests under way finish for a few seconds.
+pub async fn serve(listener: Listener, router: Router, shutdown: impl Future<Output = ()>) -> io::Result<()> {
+    let (graceful, slots, stop) = (
+        GracefulShutdown::new(),
+        Arc::new(Semaphore::new(MAX_CONNECTIONS)),
+        CancellationToken::new(),
+    );
+    let mut shutdown = std::pin::pin!(shutdown);
+    loop {
+        let slot = tokio::select! {
+            slot = Arc::clone(&slots).acquire_owned() => slot.map_err(io::Error::other)?,
+            () = &mut shutdown => break,
+        };
+        tokio::select! {
+            accepted = accept(&listener.0) => match accepted {
+                Ok(connection) => start(connection, router.clone(), &graceful, stop.clone(), slot),
+                Err(error) => {
+                    // Out of descriptors, most likely: others will close some.
+                    tracing::warn!(%error, "cannot accept a connection");
+                    tokio::time::sleep(Duration::from_millis(100)).await;
+                }
+            },
+            () = &mut shutdown => break,
+        }
+    }
+    drop(listener);
+    if tokio::time::timeout(DRAIN_TIMEOUT, graceful.shutdown())
+        .await
+        .is_err()
+    {
+        stop.cancel();
+    }
+    Ok(())
+}
+
+enum Accepted {
+    Tcp(TcpStream, SocketAddr),
+    Tls(TcpStream, SocketAddr, TlsAcceptor),
+    Unix(tokio::net::UnixStream),
+}
+
+async fn accept(listener: &Kind) -> io::Result<Accepted> {
+    Ok(match listener {
+        Kind::Tcp(listener) => {
+            let (stream, addr) = listener.accept().await?;
+            Accepted::Tcp(stream, addr)
+        }
+        Kind::Tls(listener, acceptor) => {
+            let (stream, addr) = listener.accept().await?;
+            Accepted::Tls(stream, addr, acceptor.clone())
+        }
+        Kind::Unix(listener) => Accepted::Unix(listener.accept().await?.0),
+    })
+}
+
+fn start(
+    connection: Accepted,
+    router: Router,
+    graceful: &GracefulShutdown,
+    stop: CancellationToken,
+    slot: OwnedSemaphorePermit,
+) {
+    let watcher = graceful.watcher();
+    tokio::spawn(async move {
+        let _slot = slot;
+        let serve = async {
+            match connection {
+                Accepted::Tcp(stream, addr) => {
+                    stream.set_nodelay(true)?;
+                    let peer = Peer {
+                        addr: Some(addr),
+                        ..Peer::default()
+                    };
+                    serve_connection(TokioIo::new(stream), peer, router, watcher).await;
+                }
+                Accepted::Tls(stream, addr, acceptor) => {
+                    stream.set_nodelay(true)?;
+                    let stream = tokio::time::timeout(HEAD_TIMEOUT, acceptor.accept(stream)).await??;
+                    let certificate = stream
+                        .get_ref()
+                        .1
+                        .peer_certificates()
+                        .and_then(|chain| chain.first());
+                    let identity = certificate.and_then(PeerIdentity::of_certificate);
+                    let peer = Peer {
+                        addr: Some(addr),
+                        identity,
+                        unix: false,
+                    };
+                    serve_connection(TokioIo::new(stream), peer, router, watcher).await;
+                }
+                Accepted::Unix(stream) => {
+                    let peer = Peer {
+                        unix: true,
+                        ..Peer::default()
+                    };
+                    serve_connection(TokioIo::new(stream), peer, router, watcher).await;
+                }
+            }
+            io::Result::Ok(())
+        };
+        tokio::select! {
+            result = serve => if let Err(error) = result {
+                tracing::debug!(%error, "a connection failed");
+            },
+            () = stop.cancelled() => {}
+        }
+    });
+}
+
+async fn serve_connection(
+    io: impl Read + Write + Unpin + Send + 'static,
+    peer: Peer,
+    router: Router,
+    watcher: hyper_util::server::graceful::Watcher,
+) {
+    let service = hyper::service::service_fn(move |mut request: http::Request<Incoming>| {
+        request.extensions_mut().insert(peer.clone());
+        router.clone().oneshot(request)
+    });
+    let mut builder = Builder::new(TokioExecutor::new());
+    builder
+        .http1()
+        .timer(TokioTimer::new())
+        .header_read_timeout(HEAD_TIMEOUT);
+    builder
+        .http2()
+        .timer(TokioTimer::new())
+        .keep_alive_interval(HEAD_TIMEOUT);
+    let connection = builder.serve_connection_with_upgrades(io, service);
+    if let Err(error) = watcher.watch(connection).await {
+        tracing::debug!(error, "a connection ended early");
+    }
+}

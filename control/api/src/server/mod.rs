@@ -1,0 +1,14 @@
+//! What every service shares: listeners, extractors, event streams, logging and shutdown.
+
+mod events;
+mod json;
+mod keys;
+mod listener;
+mod process;
+
+pub use events::{events, wants_events};
+pub use json::{Json, MAX_BODY, StrictJson};
+pub use keys::Keys;
+pub use listener::{Listener, Peer, serve};
+pub use process::{init_logging, shutdown};
+pub use tokio_util::sync::CancellationToken;

@@ -1,0 +1,37 @@
+//! The process around a service: its log and its end.
+
+use tokio::signal::unix::{SignalKind, signal};
+use tokio_util::sync::CancellationToken;
+
+/// Logs to standard error: `RUST_LOG`'s filter, `info` without it. Repeated calls change nothing.
+pub fn init_logging(component: &'static str) {
+    let filter = tracing_subscriber::EnvFilter::try_from_default_env()
+        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info"));
+    let logger = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_ansi(false);
+    // An error says that a logger is installed already.
+    if logger.try_init().is_ok() {
+        tracing::info!(component, version = env!("CARGO_PKG_VERSION"), "starting");
+    }
+}
+
+/// A token that is cancelled on SIGTERM or SIGINT. Call it inside a runtime.
+pub fn shutdown() -> CancellationToken {
+    let token = CancellationToken::new();
+    let (terminate, interrupt) = (signal(SignalKind::terminate()), signal(SignalKind::interrupt()));
+    let (Ok(mut terminate), Ok(mut interrupt)) = (terminate, interrupt) else {
+        tracing::error!("signals cannot be handled: a stop will not be clean");
+        return token;
+    };
+    let cancelled = token.clone();
+    tokio::spawn(async move {
+        tokio::select! {
+            _ = terminate.recv() => {}
+            _ = interrupt.recv() => {}
+        }
+        cancelled.cancel();
+    });
+    token
+}

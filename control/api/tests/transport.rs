@@ -1,0 +1,164 @@
+//! Clients and servers of this crate against each other, over each transport.
+#![cfg(all(feature = "client", feature = "server"))]
+
+use axum::routing::{get, post, put};
+use axum::{Extension, Router};
+use flynn_api::client::{Http, attach, host::HostClient};
+use flynn_api::host::{AttachRequest, Job, attach as kinds};
+use flynn_api::server::{CancellationToken, Json, Listener, Peer, StrictJson, events, serve};
+use flynn_api::tls::{Ca, ClientAuth, PeerIdentity, install_provider};
+use flynn_api::{Error, ErrorCode};
+use futures::StreamExt as _;
+use hyper_util::rt::TokioIo;
+use tokio::io::AsyncWriteExt as _;
+
+async fn echo(mut request: axum::extract::Request) -> axum::response::Response {
+    let upgrade = hyper::upgrade::on(&mut request);
+    tokio::spawn(async move {
+        let mut stream = TokioIo::new(upgrade.await.unwrap());
+        while let Some(frame) = attach::read_frame(&mut stream).await.unwrap() {
+            attach::write_frame(&mut stream, kinds::STDOUT, &frame.payload)
+                .await
+                .unwrap();
+        }
+        stream.shutdown().await.unwrap();
+    });
+    let headers = [("connection", "Upgrade"), ("upgrade", "flynn-attach/0")];
+    axum::response::IntoResponse::into_response((http::StatusCode::SWITCHING_PROTOCOLS, headers))
+}
+
+fn router() -> Router {
+    Router::new()
+        .route(
+            "/who",
+            get(|Extension(peer): Extension<Peer>| async move {
+                let who = peer
+                    .identity
+                    .map_or("nobody".into(), |identity| identity.to_string());
+                Json(if peer.unix { "unix".into() } else { who })
+            }),
+        )
+        .route("/host/jobs/{id}", put(|StrictJson(_): StrictJson<Job>| async {}))
+        .route(
+            "/missing",
+            get(|| async { Err::<(), _>(Error::not_found("thing", "x")) }),
+        )
+        .route(
+            "/numbers",
+            get(|| async { events(futures::stream::iter((0..1000).map(|n| (Some(n.to_string()), n)))) }),
+        )
+        .route("/attach", post(echo))
+}
+
+async fn exercise(http: Http, who: &str) {
+    assert_eq!(http.get::<String>("/who").await.unwrap(), who);
+    let error = http.get::<()>("/missing").await.unwrap_err();
+    assert_eq!(
+        (error.code, error.message.as_str()),
+        (ErrorCode::NotFound, "there is no thing x")
+    );
+    let host = HostClient::new(http.clone());
+    host.add_job(&Job {
+        id: "h-1".into(),
+        ..Job::default()
+    })
+    .await
+    .unwrap();
+    let error = http
+        .put::<()>("/host/jobs/x", &serde_json::json!({"id": "x", "congif": {}}))
+        .await
+        .unwrap_err();
+    assert!(error.message.contains("congif"), "{error}");
+    let numbers: Vec<_> = http
+        .events::<u32>("/numbers")
+        .await
+        .unwrap()
+        .map(Result::unwrap)
+        .collect()
+        .await;
+    assert_eq!(numbers.len(), 1000);
+    assert_eq!(numbers[999], (Some("999".into()), 999));
+    let mut stream = host.attach(&AttachRequest::default()).await.unwrap();
+    attach::write_frame(&mut stream, kinds::STDIN, &vec![7; 3 << 20])
+        .await
+        .unwrap();
+    let mut echoed = 0;
+    while echoed < 3 << 20 {
+        echoed += attach::read_frame(&mut stream)
+            .await
+            .unwrap()
+            .unwrap()
+            .payload
+            .len();
+    }
+    drop(stream);
+}
+
+#[tokio::test]
+async fn plain() {
+    let listener = Listener::tcp("127.0.0.1:0".parse().unwrap()).await.unwrap();
+    let base = format!("http://{}", listener.local_addr().unwrap());
+    let stop = CancellationToken::new();
+    let server = tokio::spawn(serve(listener, router(), stop.clone().cancelled_owned()));
+    exercise(Http::new(&base).unwrap(), "nobody").await;
+    stop.cancel();
+    server.await.unwrap().unwrap();
+    let error = Http::new(&base).unwrap().get::<()>("/who").await.unwrap_err();
+    assert!(error.retry && error.message.contains("refused"), "{error}");
+}
+
+#[tokio::test]
+async fn unix() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("host.sock");
+    drop(Listener::unix(&path).unwrap());
+    let listener = Listener::unix(&path).unwrap();
+    tokio::spawn(serve(listener, router(), std::future::pending()));
+    exercise(Http::new(&format!("unix:{}", path.display())).unwrap(), "unix").await;
+}
+
+#[tokio::test]
+async fn mutual_tls() {
+    install_provider();
+    let (ca, other) = (
+        Ca::create("cluster").unwrap(),
+        Ca::create("another cluster").unwrap(),
+    );
+    let server = ca
+        .issue(&PeerIdentity::Host("h1".into()), &["127.0.0.1".into()])
+        .unwrap();
+    let client = ca.issue(&PeerIdentity::Job("controller".into()), &[]).unwrap();
+    let stranger = other
+        .issue(&PeerIdentity::Host("h1".into()), &["127.0.0.1".into()])
+        .unwrap();
+    let config = server.server_config(ClientAuth::Required).unwrap();
+    let listener = Listener::tls("127.0.0.1:0".parse().unwrap(), config)
+        .await
+        .unwrap();
+    let base = format!("https://{}", listener.local_addr().unwrap());
+    tokio::spawn(serve(listener, router(), std::future::pending()));
+    exercise(
+        Http::new(&base).unwrap().identity(&client).unwrap(),
+        "job:controller",
+    )
+    .await;
+    for config in [
+        stranger.client_config().unwrap(),
+        flynn_api::tls::anonymous_client_config(ca.cert_pem()).unwrap(),
+    ] {
+        Http::new(&base)
+            .unwrap()
+            .tls(config)
+            .get::<String>("/who")
+            .await
+            .unwrap_err();
+    }
+    let wrong_name = base.replace("127.0.0.1", "localhost");
+    Http::new(&wrong_name)
+        .unwrap()
+        .identity(&client)
+        .unwrap()
+        .get::<String>("/who")
+        .await
+        .unwrap_err();
+}
