@@ -1,1 +1,118 @@
-//! .
+//! The packet path of one host: loads the eBPF programs, pins, attaches and replaces them, and feeds their maps. No
+//! other crate speaks bpf(2).
+//!
+//! **In**: which interfaces carry which [`Program`], which containers are behind which addresses ([`Container`]), and
+//! the cluster's networks ([`Network`]). **Out**: drops by reason, what went through each container's veth.
+//!
+//! Invariants:
+//! - All state is in the kernel, pinned below one directory of a BPF file system: `v<layout>/<map>` and
+//!   `links/<program>@<interface>`. A [`Dataplane`] is only a hand on it: dropping one, or the death of the process,
+//!   changes nothing for a packet, and the next [`Dataplane::open`] finds everything again.
+//! - Opening replaces the programs of all pinned links by this build's, each in one step: there is no moment in which
+//!   an interface has none.
+//! - Nothing here knows about network namespaces: interfaces are those of the calling thread's.
+
+mod container;
+mod error;
+mod hook;
+mod links;
+mod maps;
+mod network;
+mod object;
+mod pins;
+mod program;
+
+use std::{
+    net::{Ipv4Addr, Ipv6Addr},
+    path::Path,
+};
+
+pub use container::{Container, Traffic};
+pub use error::{Error, Result};
+pub use flynn_abi::{Counters, DropReason, VXLAN_PORT};
+pub use hook::Hook;
+pub use network::{Network, Prefix};
+pub use program::{Outcome, Program};
+
+use links::Links;
+use maps::Maps;
+use pins::Pins;
+
+/// A hand on this host's packet path.
+pub struct Dataplane {
+    links: Links,
+    maps: Maps,
+}
+
+impl Dataplane {
+    /// Takes hold of the packet path pinned below `pins`, a directory in a BPF file system which is made where it is
+    /// missing, or starts one there. What is attached runs this build's programs afterwards.
+    pub fn open(pins: &Path) -> Result<Self> {
+        Self::open_with(pins, Hook::detect())
+    }
+
+    /// The same with a given kind of hook, where [`Dataplane::open`] takes the best that the kernel has.
+    pub fn open_with(pins: &Path, hook: Hook) -> Result<Self> {
+        let pins = Pins::open(pins)?;
+        let mut object = object::load(&pins)?;
+        let maps = Maps::take(&mut object)?;
+        let links = Links::take(object, pins, hook)?;
+        Ok(Self { links, maps })
+    }
+
+    /// Tells the programs of the cluster network. Until this was done once, they drop every packet.
+    pub fn configure(&mut self, network: &Network) -> Result<()> {
+        self.maps.configure(network)
+    }
+
+    /// Attaches a program to an interface, or replaces the one that is there.
+    pub fn attach(&mut self, program: Program, interface: &str) -> Result<()> {
+        self.links.attach(program, interface)
+    }
+
+    /// Takes a program from an interface. It is no error when it, or the interface, is not there any more.
+    pub fn detach(&mut self, program: Program, interface: &str) -> Result<()> {
+        self.links.detach(program, interface)
+    }
+
+    /// Which programs are pinned to which interfaces.
+    pub fn attached(&self) -> Result<Vec<(Program, String)>> {
+        self.links.list()
+    }
+
+    /// Makes a container reachable and lets it send. Its counters start at zero; one with the same addresses that was
+    /// there before is replaced and keeps its counters.
+    pub fn add(&mut self, container: &Container) -> Result<()> {
+        self.maps.add(container)
+    }
+
+    /// Forgets a container by its addresses: whether there was one.
+    pub fn remove(&mut self, ipv4: Ipv4Addr, ipv6: Option<Ipv6Addr>) -> Result<bool> {
+        self.maps.remove(ipv4, ipv6)
+    }
+
+    /// The containers of this host with what went through them, by address.
+    pub fn containers(&self) -> Result<Vec<(Container, Traffic)>> {
+        self.maps.containers()
+    }
+
+    /// How many packets were dropped for each reason since the maps were made.
+    pub fn drops(&self) -> Result<Vec<(DropReason, u64)>> {
+        self.maps.drops()
+    }
+
+    /// What a program would do with a frame that came by the interface with this index. Nothing is sent, but it counts.
+    pub fn dry_run(&self, program: Program, ifindex: u32, frame: &[u8]) -> Result<Outcome> {
+        self.links.dry_run(program, ifindex, frame)
+    }
+
+    /// The kind of hook that programs are attached to.
+    pub fn hook(&self) -> Hook {
+        self.links.hook()
+    }
+
+    /// Forgets everything: unpins programs and maps. Nothing is left of them once their interfaces are gone.
+    pub fn unpin(self) -> Result<()> {
+        self.links.unpin()
+    }
+}

@@ -1,0 +1,51 @@
+//! The cluster network as the programs know it.
+
+use std::net::{Ipv4Addr, Ipv6Addr};
+
+use flynn_abi::Config;
+
+/// The cluster's networks and its gateways' Ethernet address.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Network {
+    /// The IPv4 network that all containers of the cluster have their addresses from.
+    pub cluster4: Prefix<Ipv4Addr>,
+    /// The IPv6 network beside it.
+    pub cluster6: Option<Prefix<Ipv6Addr>>,
+    /// This host's address in the cluster network.
+    pub gateway4: Ipv4Addr,
+    /// The same for IPv6.
+    pub gateway6: Option<Ipv6Addr>,
+    /// The Ethernet address that containers send to and see frames come from.
+    pub gateway_mac: [u8; 6],
+}
+
+/// The addresses whose first `length` bits are those of `address`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Prefix<A> {
+    /// Any address of the network.
+    pub address: A,
+    /// How many bits make the network.
+    pub length: u8,
+}
+
+impl Network {
+    pub(crate) fn config(&self) -> Config {
+        let mask4 = u32::MAX
+            .checked_shl(32 - u32::from(self.cluster4.length.min(32)))
+            .unwrap_or(0);
+        let (network6, mask6) = self.cluster6.map_or((0, 0), |prefix| {
+            let mask = u128::MAX
+                .checked_shl(128 - u32::from(prefix.length.min(128)))
+                .unwrap_or(0);
+            (prefix.address.to_bits() & mask, mask)
+        });
+        Config {
+            network4: Ipv4Addr::from_bits(self.cluster4.address.to_bits() & mask4).into(),
+            mask4: Ipv4Addr::from_bits(mask4).into(),
+            network6: Ipv6Addr::from_bits(network6).into(),
+            mask6: Ipv6Addr::from_bits(mask6).into(),
+            gateway: flynn_abi::Mac::new(self.gateway_mac),
+            flags: Config::READY,
+        }
+    }
+}

@@ -1,0 +1,106 @@
+//! The directory in which everything is pinned.
+
+use std::{
+    fs, io,
+    path::{Path, PathBuf},
+};
+
+use crate::{
+    Program,
+    error::{Error, Result},
+};
+
+/// What `statfs` calls a BPF file system.
+const BPF_FS_MAGIC: i64 = 0xcafe_4a11;
+
+/// Names below the directory for pins. (A dot is no letter in a BPF file system.)
+#[derive(Debug)]
+pub(crate) struct Pins {
+    maps: PathBuf,
+    links: PathBuf,
+}
+
+impl Pins {
+    pub(crate) fn open(directory: &Path) -> Result<Self> {
+        let pins = Self {
+            maps: directory.join(format!("v{}", flynn_abi::LAYOUT)),
+            links: directory.join("links"),
+        };
+        create(directory)?;
+        let stat = rustix::fs::statfs(directory).map_err(|errno| Error::Pins {
+            what: "looking at",
+            path: directory.into(),
+            source: errno.into(),
+        })?;
+        if stat.f_type != BPF_FS_MAGIC {
+            return Err(Error::NotBpffs(directory.into()));
+        }
+        create(&pins.maps)?;
+        create(&pins.links)?;
+        Ok(pins)
+    }
+
+    /// Where maps are pinned by name.
+    pub(crate) fn maps(&self) -> &Path {
+        &self.maps
+    }
+
+    /// Where the link between a program and an interface is pinned.
+    pub(crate) fn link(&self, program: Program, interface: &str) -> PathBuf {
+        self.links.join(format!("{}@{interface}", program.name()))
+    }
+
+    /// All links that are pinned.
+    pub(crate) fn links(&self) -> Result<Vec<(Program, String)>> {
+        let failed = |source| Error::Pins {
+            what: "listing",
+            path: self.links.clone(),
+            source,
+        };
+        let mut links = Vec::new();
+        for entry in fs::read_dir(&self.links).map_err(failed)? {
+            let name = entry.map_err(failed)?.file_name();
+            let parts = name.to_str().and_then(|name| name.split_once('@'));
+            if let Some((program, interface)) = parts
+                && let Some(program) = Program::by_name(program)
+            {
+                links.push((program, interface.to_owned()));
+            }
+        }
+        links.sort();
+        Ok(links)
+    }
+
+    /// Removes every pin.
+    pub(crate) fn remove_all(&self) -> Result<()> {
+        for directory in [&self.links, &self.maps] {
+            fs::remove_dir_all(directory).map_err(|source| Error::Pins {
+                what: "removing",
+                path: directory.clone(),
+                source,
+            })?;
+        }
+        Ok(())
+    }
+
+    /// Removes a pin; whether there was one.
+    pub(crate) fn remove(path: &Path) -> Result<bool> {
+        match fs::remove_file(path) {
+            Ok(()) => Ok(true),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+            Err(source) => Err(Error::Pins {
+                what: "removing",
+                path: path.into(),
+                source,
+            }),
+        }
+    }
+}
+
+fn create(directory: &Path) -> Result<()> {
+    fs::create_dir_all(directory).map_err(|source| Error::Pins {
+        what: "making the directory",
+        path: directory.into(),
+        source,
+    })
+}

@@ -1,0 +1,51 @@
+//! Why a packet was dropped.
+
+macro_rules! drop_reasons {
+    ($($(#[doc = $doc:literal])+ $variant:ident => $name:literal,)+) => {
+        /// Why a packet was dropped: its number is the key in the map `drops`. Reasons are only ever added at the end.
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+        #[repr(u32)]
+        pub enum DropReason {
+            $($(#[doc = $doc])+ $variant,)+
+        }
+
+        impl DropReason {
+            /// All reasons, in the order of their numbers.
+            pub const ALL: &[Self] = &[$(Self::$variant,)+];
+
+            /// The name in metrics.
+            pub const fn name(self) -> &'static str {
+                match self {
+                    $(Self::$variant => $name,)+
+                }
+            }
+        }
+    };
+}
+
+drop_reasons! {
+    /// The programs are attached but have not been told of the network yet.
+    NotReady => "not_ready",
+    /// Neither IPv4 nor IPv6. Neighbours are fixed entries here, so ARP is among these.
+    NotIp => "not_ip",
+    /// The frame carries a VLAN tag.
+    VlanTagged => "vlan_tagged",
+    /// The frame is for a group: the overlay has no multicast and no broadcast.
+    Multicast => "multicast",
+    /// The packet ends before its headers do.
+    Truncated => "truncated",
+    /// The IP header contradicts the frame or itself.
+    Malformed => "malformed",
+    /// A container sent from an address which is not its own.
+    SpoofedAddress => "spoofed_address",
+    /// A container sent from an Ethernet address which is not its own.
+    SpoofedMac => "spoofed_mac",
+    /// The destination is an address of the cluster with nobody behind it.
+    NoEndpoint => "no_endpoint",
+    /// The kernel could not rewrite the packet, for want of memory.
+    RewriteFailed => "rewrite_failed",
+    /// Something which is no host of this cluster sent to the overlay's port.
+    UnknownHost => "unknown_host",
+}
+
+const _: () = assert!(DropReason::ALL.len() <= crate::MAX_DROP_REASONS as usize);

@@ -1,0 +1,14 @@
+//! What user space needs besides: leave to copy these types to and from maps.
+
+use crate::{Config, Counters, Endpoint, Ipv4, Ipv6};
+
+// SAFETY: `repr(transparent)` over bytes; every pattern of bits is a value.
+unsafe impl aya::Pod for Ipv4 {}
+// SAFETY: as above.
+unsafe impl aya::Pod for Ipv6 {}
+// SAFETY: `repr(C)` of integers and bytes, with no padding: the sizes asserted beside the types are the sums of their fields.
+unsafe impl aya::Pod for Config {}
+// SAFETY: as above.
+unsafe impl aya::Pod for Counters {}
+// SAFETY: as above.
+unsafe impl aya::Pod for Endpoint {}

@@ -1,0 +1,166 @@
+//! A container's way into the network and out of it.
+
+use std::{
+    io,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
+    os::fd::BorrowedFd,
+};
+
+use flynn_dataplane::{Container, Program};
+
+use crate::{
+    address::{host_interface, mac},
+    error::{Error, Result},
+    netlink::{Netlink, Route},
+    network::{Endpoint, Network},
+    sysctl,
+};
+
+/// The container's only interface beside its loopback.
+const CONTAINER_INTERFACE: &str = "eth0";
+
+impl Network {
+    /// Gives the network namespace of a container an interface with an address of this host's subnet.
+    ///
+    /// The container can send and receive when this returns. What an earlier attempt left under the same address is
+    /// removed first; what this one made when it fails is removed again.
+    pub async fn attach(&self, namespace: BorrowedFd<'_>, address: Ipv4Addr) -> Result<Endpoint> {
+        self.config.check_container(address)?;
+        self.detach(address).await?;
+        match self.try_attach(namespace, address).await {
+            Ok(endpoint) => Ok(endpoint),
+            Err(error) => {
+                // The first error tells more than what follows from it.
+                if let Err(after) = self.detach(address).await {
+                    tracing::warn!(%address, %after, "could not undo half an attachment");
+                }
+                Err(error)
+            }
+        }
+    }
+
+    /// Takes a container's interface away. It is no error when it has none.
+    pub async fn detach(&self, address: Ipv4Addr) -> Result<()> {
+        let interface = host_interface(address);
+        {
+            let mut dataplane = self.dataplane();
+            dataplane.remove(address, self.config.ipv6(address))?;
+            dataplane.detach(Program::FromContainer, &interface)?;
+        }
+        let removed = self.netlink.remove_link(&interface).await;
+        removed
+            .map(drop)
+            .map_err(Error::kernel(format!("removing {interface}")))
+    }
+
+    /// Has the host's end of a container's veth run the program and the program know the container.
+    pub(crate) async fn program(&self, address: Ipv4Addr) -> Result<u32> {
+        let interface = host_interface(address);
+        let failed = || Error::kernel(format!("looking for {interface}"));
+        let link = self.netlink.link(&interface).await.map_err(failed())?;
+        let link = link.ok_or_else(|| failed()(io::ErrorKind::NotFound.into()))?;
+        let container = Container {
+            ipv4: address,
+            ipv6: self.config.ipv6(address),
+            mac: mac(address),
+            ifindex: link.index,
+        };
+        let mut dataplane = self.dataplane();
+        dataplane.attach(Program::FromContainer, &interface)?;
+        dataplane.add(&container)?;
+        Ok(link.index)
+    }
+
+    async fn try_attach(&self, namespace: BorrowedFd<'_>, address: Ipv4Addr) -> Result<Endpoint> {
+        let interface = host_interface(address);
+        let host_end = (interface.as_str(), mac(self.gateway()));
+        let container_end = (CONTAINER_INTERFACE, mac(address), namespace);
+        self.netlink
+            .add_veth(host_end, container_end, self.mtu)
+            .await
+            .map_err(Error::kernel(format!(
+                "making the interface of the container {address}"
+            )))?;
+        let index = self.program(address).await?;
+        self.configure_container(namespace, address)
+            .await
+            .map_err(Error::kernel(format!(
+                "configuring the network of the container {address}"
+            )))?;
+        self.open_host_end(&interface, index).await?;
+        Ok(Endpoint {
+            address,
+            address6: self.config.ipv6(address),
+            gateway: self.gateway(),
+            mac: mac(address),
+            interface,
+            mtu: self.mtu,
+        })
+    }
+
+    async fn configure_container(&self, namespace: BorrowedFd<'_>, address: Ipv4Addr) -> io::Result<()> {
+        let inside = Netlink::open_in(namespace).await?;
+        let missing = || io::Error::from(io::ErrorKind::NotFound);
+        let loopback = inside.link("lo").await?.ok_or_else(missing)?;
+        let link = inside.link(CONTAINER_INTERFACE).await?.ok_or_else(missing)?.index;
+        inside.up(loopback.index).await?;
+        if self.config.cluster6.is_some() {
+            inside.without_link_local(link).await?;
+        }
+        inside.up(link).await?;
+        let addresses = [
+            Some(IpAddr::V4(address)),
+            self.config.ipv6(address).map(IpAddr::V6),
+        ];
+        for address in addresses.into_iter().flatten() {
+            inside.add_address(link, address).await?;
+        }
+        for gateway in self.gateways() {
+            inside.add_neighbour(link, gateway, mac(self.gateway())).await?;
+            for route in self.container_routes(link, gateway) {
+                inside.add_route(route).await?;
+            }
+        }
+        Ok(())
+    }
+
+    /// What stays in the cluster may have to go through the tunnel; what leaves it does not.
+    fn container_routes(&self, link: u32, gateway: IpAddr) -> Vec<Route> {
+        let to = |to, mtu| Route {
+            to,
+            link,
+            via: Some(gateway),
+            from: None,
+            mtu,
+        };
+        let (anywhere, cluster) = match gateway {
+            IpAddr::V4(_) => {
+                let cluster = self.config.cluster;
+                (
+                    Ipv4Addr::UNSPECIFIED.into(),
+                    Some((cluster.network().into(), cluster.prefix_len())),
+                )
+            }
+            IpAddr::V6(_) => {
+                let cluster = self
+                    .config
+                    .cluster6
+                    .map(|net| (net.network().into(), net.prefix_len()));
+                (Ipv6Addr::UNSPECIFIED.into(), cluster)
+            }
+        };
+        let mut routes = vec![to((anywhere, 0), None)];
+        routes.extend(cluster.map(|cluster| to(cluster, Some(self.tunnel_mtu()))));
+        routes
+    }
+
+    async fn open_host_end(&self, interface: &str, index: u32) -> Result<()> {
+        let failed = || Error::kernel(format!("taking up {interface}"));
+        // Packets come in here and answers go out by the overlay's device: loose, whatever the default is.
+        sysctl::set(&format!("ipv4/conf/{interface}/rp_filter"), "2")?;
+        if self.config.cluster6.is_some() {
+            self.netlink.without_link_local(index).await.map_err(failed())?;
+        }
+        self.netlink.up(index).await.map_err(failed())
+    }
+}
