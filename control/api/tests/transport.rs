@@ -79,19 +79,19 @@ async fn exercise(http: Http, who: &str) {
     assert_eq!(numbers.len(), 1000);
     assert_eq!(numbers[999], (Some("999".into()), 999));
     let mut stream = host.attach(&AttachRequest::default()).await.unwrap();
-    attach::write_frame(&mut stream, kinds::STDIN, &vec![7; 3 << 20])
-        .await
-        .unwrap();
+    let (mut reader, mut writer) = tokio::io::split(stream);
+    let write =
+        tokio::spawn(async move { attach::write_frame(&mut writer, kinds::STDIN, &vec![7; 3 << 20]).await });
     let mut echoed = 0;
     while echoed < 3 << 20 {
-        echoed += attach::read_frame(&mut stream)
+        echoed += attach::read_frame(&mut reader)
             .await
             .unwrap()
             .unwrap()
             .payload
             .len();
     }
-    drop(stream);
+    write.await.unwrap().unwrap();
 }
 
 #[tokio::test]

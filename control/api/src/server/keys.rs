@@ -37,7 +37,11 @@ impl Keys {
             .and_then(|value| value.to_str().ok())
             .and_then(|value| value.split_once(' '))
             .filter(|(scheme, _)| scheme.eq_ignore_ascii_case("basic"))
-            .and_then(|(_, value)| base64::engine::general_purpose::STANDARD.decode(value.trim()).ok())
+            .and_then(|(_, value)| {
+                base64::engine::general_purpose::STANDARD
+                    .decode(value.trim())
+                    .ok()
+            })
             .and_then(|value| {
                 let colon = value.iter().position(|byte| *byte == b':')?;
                 Some(Digest::of(&value[colon + 1..]))
@@ -46,7 +50,7 @@ impl Keys {
                 refuse("a key of the cluster is needed: HTTP basic authentication, the key as the password")
             })?;
         // Every key is compared, whichever fits.
-        let fits = self.0.iter().fold(false, |fits, key| fits | (*key == password));
+        let fits = self.0.iter().filter(|key| **key == password).count() > 0;
         if fits {
             Ok(())
         } else {
@@ -69,8 +73,12 @@ mod tests {
             headers.insert(AUTHORIZATION, value.parse().unwrap());
             headers
         };
-        let basic =
-            |text: &str| with(&format!("Basic {}", base64::engine::general_purpose::STANDARD.encode(text)));
+        let basic = |text: &str| {
+            with(&format!(
+                "Basic {}",
+                base64::engine::general_purpose::STANDARD.encode(text)
+            ))
+        };
         assert!(keys.check(&basic(":one")).is_ok() && keys.check(&basic("user:two:2")).is_ok());
         for headers in [
             HeaderMap::new(),
