@@ -54,6 +54,7 @@ pub enum WriteOutcome {
 }
 
 /// Something that a peer is told.
+#[expect(clippy::large_enum_variant, reason = "there is one at a time")]
 #[derive(Clone, Debug)]
 pub enum Event {
     /// The service as discoverd has it, or had it a while ago.
@@ -69,6 +70,7 @@ pub enum Event {
 }
 
 /// Something that a peer shall do. Each is answered by its event before there is another of its kind.
+#[expect(clippy::large_enum_variant, reason = "there is one at a time")]
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Action {
     /// Write this state if it replaces that index (0: there was none), and make `leader` the service's leader with it.
@@ -85,6 +87,7 @@ pub enum Action {
 }
 
 /// What is known of the cluster's state.
+#[expect(clippy::large_enum_variant, reason = "there is one at a time")]
 #[derive(Debug)]
 enum Cluster {
     /// Nothing was heard.
@@ -190,7 +193,7 @@ impl Machine {
         match &self.cluster {
             Cluster::Unknown => Some(Problem::Unknown),
             Cluster::Absent if self.config.initialised => Some(Problem::StateLost),
-            Cluster::Absent => (!self.is_oldest()).then_some(Problem::NotOldest),
+            Cluster::Absent => (self.is_registered() && !self.is_oldest()).then_some(Problem::NotOldest),
             Cluster::Known(stored) => {
                 readable(&stored.state)
                     .err()

@@ -243,7 +243,7 @@ impl World {
             .trim_start_matches("10.0.0.")
             .trim_end_matches(":5432")
             .parse()
-            .unwrap();
+            .expect("an address made here");
         let address = if self.rng.random_bool(0.5) {
             self.seen.moves += 1;
             self.addresses += 1;
