@@ -12,7 +12,8 @@
 //! | `GET /services/{s}/instances` | `[`[`Instance`]`]`, or a stream |
 //! | `PUT`/`GET /services/{s}/leader` | the leading [`Instance`], or a stream; `PUT` only for `manual` services |
 //! | `GET /raft/leader`, `GET /raft/peers`, `PUT`/`DELETE /raft/peers/{addr}` | membership |
-//! | `GET /ping`, `GET /.well-known/status` | is it there |
+//! | `POST /cluster/tokens`, `POST /cluster/join`, `POST /cluster/renew` | [`JoinToken`], [`JoinRequest`], [`RenewRequest`] |
+//! | `GET /ping`, `GET /.well-known/status` | is it there; [`Status`] |
 
 use serde::{Deserialize, Serialize};
 
@@ -216,4 +217,26 @@ pub struct SignedIdentity {
     /// Raft peers to start from: `address:1111`.
     #[serde(default)]
     pub peers: Vec<String>,
+}
+
+/// Asks for a new certificate of the identity that the caller shows, or, from a host, for one of a system app's jobs
+/// (`POST /cluster/renew`).
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RenewRequest {
+    /// A certificate signing request, PEM.
+    pub csr: String,
+    /// The system app, when a host asks for its jobs.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub job: Option<String>,
+}
+
+/// How a discoverd is (`GET /.well-known/status`; 503 while it knows no leader).
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Status {
+    /// `healthy` or `unhealthy`.
+    pub status: String,
+    /// Where the Raft leader is.
+    pub leader: Option<String>,
+    /// The Raft index that it has come to.
+    pub index: u64,
 }

@@ -13,10 +13,13 @@ use rcgen::{
     BasicConstraints, CertificateParams, CertificateSigningRequestParams, DistinguishedName, DnType,
     ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair, KeyUsagePurpose,
 };
+use rustls::client::WebPkiServerVerifier;
+use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
+use rustls::crypto::CryptoProvider;
 use rustls::pki_types::pem::PemObject as _;
-use rustls::pki_types::{CertificateDer, PrivateKeyDer};
+use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
 use rustls::server::WebPkiClientVerifier;
-use rustls::{ClientConfig, RootCertStore, ServerConfig};
+use rustls::{ClientConfig, DigitallySignedStruct, RootCertStore, ServerConfig};
 
 use crate::Digest;
 
@@ -192,8 +195,18 @@ impl Ca {
 
     /// Makes a key and signs a certificate for it. `sans` are DNS names and addresses.
     pub fn issue(&self, identity: &PeerIdentity, sans: &[String]) -> Result<Identity, TlsError> {
+        self.issue_for(identity, sans, IDENTITY_DAYS)
+    }
+
+    /// [`Ca::issue`] for so many days.
+    pub fn issue_for(
+        &self,
+        identity: &PeerIdentity,
+        sans: &[String],
+        days: i64,
+    ) -> Result<Identity, TlsError> {
         let key = KeyPair::generate()?;
-        let cert = leaf(identity, sans)?.signed_by(&key, &self.issuer()?)?;
+        let cert = leaf(identity, sans, days)?.signed_by(&key, &self.issuer()?)?;
         Ok(Identity {
             ca_pem: self.cert_pem.clone(),
             cert_pem: cert.pem(),
@@ -204,12 +217,12 @@ impl Ca {
     /// Signs a request: its key is taken, its wishes are not. Returns the certificate's PEM.
     pub fn sign(&self, csr_pem: &str, identity: &PeerIdentity, sans: &[String]) -> Result<String, TlsError> {
         let request = CertificateSigningRequestParams::from_pem(csr_pem)?;
-        let cert = leaf(identity, sans)?.signed_by(&request.public_key, &self.issuer()?)?;
+        let cert = leaf(identity, sans, IDENTITY_DAYS)?.signed_by(&request.public_key, &self.issuer()?)?;
         Ok(cert.pem())
     }
 }
 
-fn leaf(identity: &PeerIdentity, sans: &[String]) -> Result<CertificateParams, TlsError> {
+fn leaf(identity: &PeerIdentity, sans: &[String], days: i64) -> Result<CertificateParams, TlsError> {
     let mut params = CertificateParams::new(sans)?;
     params.distinguished_name = common_name(&identity.to_string());
     params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
@@ -218,7 +231,7 @@ fn leaf(identity: &PeerIdentity, sans: &[String]) -> Result<CertificateParams, T
         ExtendedKeyUsagePurpose::ClientAuth,
     ];
     params.use_authority_key_identifier_extension = true;
-    validity(&mut params, IDENTITY_DAYS);
+    validity(&mut params, days);
     Ok(params)
 }
 
@@ -348,7 +361,11 @@ impl Identity {
             ClientAuth::Optional => verifier.allow_unauthenticated(),
         };
         let verifier = verifier.build().map_err(|why| TlsError::Use(why.to_string()))?;
-        let (chain, key) = self.chain()?;
+        let (mut chain, key) = self.chain()?;
+        // The CA is sent along, so that a host that joins can know it by its fingerprint.
+        for ca in CertificateDer::pem_slice_iter(self.ca_pem.as_bytes()) {
+            chain.push(ca.map_err(|why| pem("the CA certificate", &why))?);
+        }
         let mut config = ServerConfig::builder()
             .with_client_cert_verifier(verifier)
             .with_single_cert(chain, key)
@@ -368,18 +385,78 @@ impl Identity {
     }
 }
 
-/// A client's configuration that trusts this CA alone and shows no certificate (a host that joins).
-pub fn anonymous_client_config(ca_pem: &str) -> Result<Arc<ClientConfig>, TlsError> {
-    let identity = Identity {
-        ca_pem: ca_pem.to_owned(),
-        cert_pem: String::new(),
-        key_pem: String::new(),
-    };
-    Ok(Arc::new(
+/// A client's configuration for a host that joins: it shows no certificate, and trusts only servers that show the CA
+/// with this fingerprint and a certificate that it has signed.
+pub fn joining_client_config(fingerprint: Digest) -> Arc<ClientConfig> {
+    let verifier = Arc::new(FingerprintVerifier { fingerprint });
+    Arc::new(
         ClientConfig::builder()
-            .with_root_certificates(identity.roots()?)
+            .dangerous()
+            .with_custom_certificate_verifier(verifier)
             .with_no_client_auth(),
-    ))
+    )
+}
+
+/// Verifies as usual, with a CA that the server itself has shown and that is known by its fingerprint.
+#[derive(Debug)]
+struct FingerprintVerifier {
+    fingerprint: Digest,
+}
+
+impl FingerprintVerifier {
+    fn provider() -> CryptoProvider {
+        rustls::crypto::aws_lc_rs::default_provider()
+    }
+}
+
+impl ServerCertVerifier for FingerprintVerifier {
+    fn verify_server_cert(
+        &self,
+        end_entity: &CertificateDer<'_>,
+        intermediates: &[CertificateDer<'_>],
+        server_name: &ServerName<'_>,
+        ocsp: &[u8],
+        now: UnixTime,
+    ) -> Result<ServerCertVerified, rustls::Error> {
+        let unknown = || rustls::Error::InvalidCertificate(rustls::CertificateError::UnknownIssuer);
+        let ca = intermediates
+            .iter()
+            .find(|ca| Digest::of(ca) == self.fingerprint)
+            .ok_or_else(unknown)?;
+        let mut roots = RootCertStore::empty();
+        roots.add(ca.clone().into_owned())?;
+        let verifier =
+            WebPkiServerVerifier::builder_with_provider(Arc::new(roots), Arc::new(Self::provider()))
+                .build()
+                .map_err(|why| rustls::Error::General(why.to_string()))?;
+        verifier.verify_server_cert(end_entity, &[], server_name, ocsp, now)
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        message: &[u8],
+        cert: &CertificateDer<'_>,
+        signature: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        let algorithms = Self::provider().signature_verification_algorithms;
+        rustls::crypto::verify_tls12_signature(message, cert, signature, &algorithms)
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        cert: &CertificateDer<'_>,
+        signature: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        let algorithms = Self::provider().signature_verification_algorithms;
+        rustls::crypto::verify_tls13_signature(message, cert, signature, &algorithms)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<rustls::SignatureScheme> {
+        Self::provider()
+            .signature_verification_algorithms
+            .supported_schemes()
+    }
 }
 
 fn write_atomically(path: &Path, content: &str, mode: u32) -> io::Result<()> {

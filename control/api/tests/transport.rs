@@ -6,7 +6,7 @@ use axum::{Extension, Router};
 use flynn_api::client::{Http, attach, host::HostClient};
 use flynn_api::host::{AttachRequest, Job, attach as kinds};
 use flynn_api::server::{CancellationToken, Json, Listener, Peer, StrictJson, events, serve};
-use flynn_api::tls::{Ca, ClientAuth, PeerIdentity, install_provider};
+use flynn_api::tls::{Ca, ClientAuth, PeerIdentity, install_provider, joining_client_config};
 use flynn_api::{Error, ErrorCode};
 use futures::StreamExt as _;
 use hyper_util::rt::TokioIo;
@@ -144,8 +144,9 @@ async fn mutual_tls() {
     .await;
     for config in [
         stranger.client_config().unwrap(),
-        flynn_api::tls::anonymous_client_config(ca.cert_pem()).unwrap(),
+        joining_client_config(ca.fingerprint().unwrap()),
     ] {
+        // The one shows a foreign certificate, the other shows none.
         Http::new(&base)
             .unwrap()
             .tls(config)
@@ -159,6 +160,30 @@ async fn mutual_tls() {
         .identity(&client)
         .unwrap()
         .get::<String>("/who")
+        .await
+        .unwrap_err();
+}
+
+#[tokio::test]
+async fn joining_by_fingerprint() {
+    install_provider();
+    let (ca, other) = (Ca::create("cluster").unwrap(), Ca::create("cluster").unwrap());
+    let server = ca
+        .issue(&PeerIdentity::Job("discoverd".into()), &["127.0.0.1".into()])
+        .unwrap();
+    let config = server.server_config(ClientAuth::Optional).unwrap();
+    let listener = Listener::tls("127.0.0.1:0".parse().unwrap(), config)
+        .await
+        .unwrap();
+    let base = format!("https://{}", listener.local_addr().unwrap());
+    tokio::spawn(serve(listener, router(), std::future::pending()));
+    let get = async |base: &str, ca: &Ca| {
+        let config = joining_client_config(ca.fingerprint().unwrap());
+        Http::new(base).unwrap().tls(config).get::<String>("/who").await
+    };
+    assert_eq!(get(&base, &ca).await.unwrap(), "nobody");
+    get(&base, &other).await.unwrap_err();
+    get(&base.replace("127.0.0.1", "localhost"), &ca)
         .await
         .unwrap_err();
 }

@@ -2,7 +2,7 @@
 
 use super::{EventStream, Http, encode};
 use crate::discovery::{
-    Event, Instance, JoinRequest, JoinToken, Peer, ServiceConfig, ServiceMeta, SignedIdentity,
+    Event, Instance, JoinRequest, JoinToken, Peer, RenewRequest, ServiceConfig, ServiceMeta, SignedIdentity,
 };
 use crate::{Error, ErrorCode, Result};
 
@@ -115,6 +115,11 @@ impl DiscoveryClient {
     /// A token that lets one host join.
     pub async fn join_token(&self) -> Result<JoinToken> {
         self.http.post("/cluster/tokens", &()).await
+    }
+
+    /// A new certificate.
+    pub async fn renew(&self, request: &RenewRequest) -> Result<SignedIdentity> {
+        self.http.post("/cluster/renew", request).await
     }
 
     /// Joins with a token.

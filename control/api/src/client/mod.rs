@@ -7,6 +7,7 @@ pub mod controller;
 pub mod discovery;
 mod events;
 pub mod host;
+pub mod receive;
 mod transport;
 
 pub use events::EventStream;
