@@ -156,8 +156,10 @@ impl Network {
 
     async fn open_host_end(&self, interface: &str, index: u32) -> Result<()> {
         let failed = || Error::kernel(format!("taking up {interface}"));
-        // Packets come in here and answers go out by the overlay's device: loose, whatever the default is.
+        // Packets come in here and answers go out by the overlay's device. The kernel lets that pass, whatever its
+        // default is, where the check of return paths is loose and the interface has an address.
         sysctl::set(&format!("ipv4/conf/{interface}/rp_filter"), "2")?;
+        self.netlink.add_address(index, self.gateway().into()).await.map_err(failed())?;
         if self.config.cluster6.is_some() {
             self.netlink.without_link_local(index).await.map_err(failed())?;
         }
