@@ -1,1 +1,21 @@
-//! .
+//! The scheduler: from formations (what the controller wants) to jobs on hosts.
+//!
+//! In: the controller's formations, the hosts that discoverd lists, and each host's jobs. Out: jobs started and
+//! stopped on hosts, and each job's state told to the controller. It keeps nothing of its own: whatever it must
+//! remember (how often a job was restarted, whose place it took, which volumes it has) is on the jobs themselves, so
+//! that whoever leads next goes on.
+//!
+//! The core is pure: [`view`] puts together what is known, [`plan`] says what is to be done, [`place`] where,
+//! [`backoff`] when, [`start`] with which job, [`report`] what the controller is told. It is simulated over 500 seeds.
+//!
+//! Invariants: see [`plan`]. Above all: what is not known for certain is left alone.
+
+pub mod backoff;
+pub mod place;
+pub mod plan;
+pub mod report;
+pub mod start;
+pub mod view;
+
+#[cfg(test)]
+mod simulation;
