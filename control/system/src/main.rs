@@ -1,2 +1,104 @@
-//! .
-fn main() {}
+//! The one binary of the system image: each component of the platform is a subcommand.
+//!
+//! Flows in: the environment of the job, which each component reads itself. Flows out: the component's exit status; its
+//! log on standard error. A component runs until SIGTERM, lets what is under way finish, and ends with status 0.
+//!
+//! Invariant: nothing here knows what a component does. Each crate has an `Options::from_env()` and a
+//! `run(options, shutdown)`, and this is all that they have in common.
+
+use std::process::ExitCode;
+
+use anyhow::Context as _;
+use clap::{Parser, ValueEnum};
+use flynn_api::server::CancellationToken;
+
+/// Threads that run tasks: components wait more than they work, and each thread has stack and caches of its own.
+const THREADS: usize = 2;
+/// Overrides [`THREADS`].
+const THREADS_VARIABLE: &str = "FLYNN_THREADS";
+
+/// Runs one component of the platform, configured by its environment.
+#[derive(Parser)]
+#[command(name = "flynn-system", version)]
+struct Cli {
+    /// Which component
+    component: Component,
+}
+
+/// The components.
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Component {
+    /// Stores blobs in a directory
+    Blobstore,
+    /// Keeps a PostgreSQL server and its place in the cluster
+    Postgres,
+}
+
+impl Component {
+    const fn name(self) -> &'static str {
+        match self {
+            Self::Blobstore => "blobstore",
+            Self::Postgres => "postgres",
+        }
+    }
+
+    async fn run(self, shutdown: CancellationToken) -> anyhow::Result<()> {
+        let stop = shutdown.cancelled_owned();
+        match self {
+            Self::Blobstore => flynn_blobs::run(flynn_blobs::Options::from_env()?, stop).await?,
+            Self::Postgres => flynn_postgres::run(flynn_postgres::Options::from_env()?, stop).await?,
+        }
+        Ok(())
+    }
+}
+
+fn main() -> ExitCode {
+    let component = Cli::parse().component;
+    flynn_api::tls::install_provider();
+    flynn_api::server::init_logging(component.name());
+    match start(component) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            tracing::error!("{} cannot go on: {error:#}", component.name());
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn start(component: Component) -> anyhow::Result<()> {
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(threads(std::env::var(THREADS_VARIABLE).ok().as_deref())?)
+        .enable_all()
+        .build()
+        .context("cannot start threads")?;
+    runtime.block_on(async { component.run(flynn_api::server::shutdown()).await })
+}
+
+/// How many threads shall run tasks.
+fn threads(variable: Option<&str>) -> anyhow::Result<usize> {
+    let Some(value) = variable else { return Ok(THREADS) };
+    let number = value.parse().ok().filter(|number| (1..=256).contains(number));
+    number.with_context(|| format!("{THREADS_VARIABLE} is {value:?}; it takes a number from 1 to 256"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn threads_are_bounded() {
+        assert_eq!(threads(None).unwrap(), THREADS);
+        assert_eq!(threads(Some("4")).unwrap(), 4);
+        assert!(threads(Some("0")).is_err() && threads(Some("many")).is_err());
+    }
+
+    #[test]
+    fn a_component_is_called_what_its_subcommand_is_called() {
+        for component in Component::value_variants() {
+            assert_eq!(
+                component.to_possible_value().unwrap().get_name(),
+                component.name()
+            );
+        }
+    }
+}
