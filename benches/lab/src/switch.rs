@@ -1,0 +1,107 @@
+//! The switch: a network namespace with a bridge, one port per host, and the cuts between them.
+
+use crate::config::{SWITCH_ADDRESS, host_address, host_address6};
+use crate::netns::{inside, ip, nft};
+use anyhow::{Context, Result};
+use std::collections::BTreeSet;
+use std::fmt::Write as _;
+use std::fs::File;
+use std::os::fd::{AsFd, BorrowedFd};
+
+/// The switch of a lab. It is gone when dropped, for nothing but this holds its namespace.
+pub(crate) struct Switch {
+    namespace: File,
+    /// Pairs of ports: what comes in at the first does not go out at the second.
+    cuts: BTreeSet<(u8, u8)>,
+}
+
+impl Switch {
+    /// Makes one. The caller has a single thread, which comes back to its own namespace.
+    pub(crate) fn new() -> Result<Self> {
+        let own = open_own()?;
+        crate::unshare(rustix::thread::UnshareFlags::NEWNET).context("cannot make a network namespace")?;
+        let namespace = open_own()?;
+        rustix::thread::move_into_link_name_space(own.as_fd(), None).context("cannot leave the switch")?;
+        let switch = Self {
+            namespace,
+            cuts: BTreeSet::new(),
+        };
+        inside(switch.namespace.as_fd(), || {
+            // Packets to nowhere are answered, so that nobody waits for them.
+            ip(&format!(
+                "link set lo up\nlink add br0 type bridge\naddr add {SWITCH_ADDRESS}/24 dev br0\nlink set br0 up\n\
+                 route add unreachable default\n"
+            ))?;
+            for (file, value) in [("ip_forward", "1"), ("icmp_ratelimit", "0")] {
+                std::fs::write(format!("/proc/sys/net/ipv4/{file}"), value)
+                    .with_context(|| format!("cannot set {file}"))?;
+            }
+            Ok(())
+        })?;
+        Ok(switch)
+    }
+
+    /// The switch's network namespace.
+    pub(crate) fn namespace(&self) -> BorrowedFd<'_> {
+        self.namespace.as_fd()
+    }
+
+    /// Connects a host whose network namespace is that of the process `pid`.
+    pub(crate) fn plug(&self, host: u8, pid: u32) -> Result<()> {
+        let theirs = File::open(format!("/proc/{pid}/ns/net")).context("cannot open the host's network")?;
+        inside(self.namespace.as_fd(), || {
+            ip(&format!(
+                "link add p{host} type veth peer name eth0 netns {pid}\nlink set p{host} master br0\nlink set p{host} up\n"
+            ))
+        })?;
+        let (address, address6) = (host_address(host), host_address6(host));
+        inside(theirs.as_fd(), || {
+            ip(&format!(
+                "link set lo up\naddr add {address}/24 dev eth0\naddr add {address6}/64 dev eth0 nodad\n\
+                 link set eth0 up\nroute add default via {SWITCH_ADDRESS}\n"
+            ))
+        })
+    }
+
+    /// Pulls a host's cable out. What is plugged is gone with it.
+    pub(crate) fn unplug(&self, host: u8) -> Result<()> {
+        inside(self.namespace.as_fd(), || ip(&format!("link del p{host}\n")))
+    }
+
+    /// Lets no frame pass from one host to another, in this direction.
+    pub(crate) fn cut(&mut self, from: u8, to: u8) -> Result<()> {
+        self.cuts.insert((from, to));
+        self.apply()
+    }
+
+    /// Undoes [`Switch::cut`].
+    pub(crate) fn mend(&mut self, from: u8, to: u8) -> Result<()> {
+        self.cuts.remove(&(from, to));
+        self.apply()
+    }
+
+    /// The cuts there are.
+    pub(crate) fn cuts(&self) -> Vec<(u8, u8)> {
+        self.cuts.iter().copied().collect()
+    }
+
+    fn apply(&self) -> Result<()> {
+        let script = script(&self.cuts)?;
+        inside(self.namespace.as_fd(), || nft(&script))
+    }
+}
+
+/// The whole rule set, replaced at once.
+fn script(cuts: &BTreeSet<(u8, u8)>) -> Result<String> {
+    let mut script = String::from("table bridge lab\ndelete table bridge lab\ntable bridge lab {\n");
+    script.push_str("chain forward { type filter hook forward priority 0; policy accept;\n");
+    for (from, to) in cuts {
+        writeln!(script, "iifname p{from} oifname p{to} counter drop")?;
+    }
+    script.push_str("}\n}\n");
+    Ok(script)
+}
+
+fn open_own() -> Result<File> {
+    File::open("/proc/thread-self/ns/net").context("cannot open the network namespace")
+}
