@@ -1,1 +1,165 @@
-//! .
+//! discoverd: who is there, who leads, and where.
+//!
+//! One runs on every host, on the host's network. Together they keep a registry by Raft: services with their instances,
+//! leaders and metadata, hosts and their subnet leases, the cluster CA, join tokens ([`flynn_api::discovery`]). Each
+//! answers for all: reads from its own copy, writes through the leader.
+//!
+//! ```text
+//!            cluster listener (mutual TLS)      gateway listener (plain)      DNS
+//!                        │                               │                     │
+//!                      http ────────────────────────── http                   dns
+//!                        │                               │                     │
+//!   raft/rpc ──────────  node: write, barrier, heartbeat, watch ─────────────  view
+//!                        │                                                     │
+//!            raft: journal, snapshot, network ── command ──▶ state (pure) ─────┘
+//! ```
+//!
+//! In: API calls, heartbeats, other members' log entries. Out: answers, event streams, DNS, log entries on disk.
+//!
+//! Invariants:
+//! - A write that was answered is on the disks of a majority, and survives any crash.
+//! - The state is the log and nothing else: [`state`] has no clock, no I/O and no randomness.
+//! - The Raft index orders everything and serves as the fencing token of leaders and metadata.
+//! - Nothing expires unless the leader has led, awake, for a whole lease without a heartbeat.
+//! - DNS and watches answer from memory and never wait for disk or network. After a restart they answer by the last
+//!   state that this host had committed, whether or not other members are there.
+//! - Secrets (the CA's key, tokens) are in files of mode 0600 and never in logs; tokens are kept as digests.
+
+pub mod command;
+pub mod dns;
+pub mod gateway;
+pub mod http;
+mod liveness;
+pub mod members;
+pub mod node;
+mod options;
+pub mod raft;
+pub mod state;
+pub mod view;
+
+use std::net::SocketAddr;
+use std::time::{Duration, SystemTime};
+
+use anyhow::Context as _;
+use flynn_api::server::{CancellationToken, Listener, serve};
+use flynn_api::tls::{ClientAuth, Identity};
+use openraft::async_runtime::WatchReceiver as _;
+
+use crate::gateway::Gateway;
+use crate::http::auth::Door;
+use crate::members::MemberChange;
+use crate::node::Node;
+pub use crate::options::Options;
+use crate::raft::Member;
+use crate::raft::network::Dialer;
+
+/// Between two rounds of the leader's chores.
+const ROUND: Duration = Duration::from_secs(1);
+
+/// Runs discoverd until `shutdown`, or until its disk fails or its certificate was renewed: whoever runs it starts it
+/// again.
+pub async fn run(options: Options, shutdown: CancellationToken) -> anyhow::Result<()> {
+    let identity = Identity::load(&options.tls).context("cannot read this job's certificate")?;
+    let dialer = Dialer::new(Some(identity.client_config()?));
+    let node = Node::start(&options.data.join("raft"), dialer, options.timing).await?;
+    let addr = SocketAddr::from((options.host_ip, options.api_port));
+    let listener = Listener::tls(addr, identity.server_config(ClientAuth::Optional)?)
+        .await
+        .with_context(|| format!("cannot listen on {addr}: is another discoverd running?"))?;
+    tracing::info!(%addr, member = node.id(), "discoverd is there");
+
+    let stop = shutdown.child_token();
+    let member = Member {
+        addr: addr.to_string(),
+        host: options.host_id.clone(),
+    };
+    tokio::spawn(belong(node.clone(), options.clone(), member));
+    let gateway = Gateway {
+        host_id: options.host_id.clone(),
+        host_ip: options.host_ip,
+        api_port: options.api_port,
+        dns_port: options.dns_port,
+        upstreams: options.upstreams.clone(),
+    };
+    tokio::spawn(gateway::run(node.clone(), gateway, stop.clone()));
+    let mut served = tokio::spawn({
+        let (routes, stop) = (http::router(node.clone(), Door::Cluster), stop.clone());
+        async move { serve(listener, routes, stop.cancelled()).await }
+    });
+
+    let result = tokio::select! {
+        result = chores(&node, &options) => result,
+        result = &mut served => result.context("the cluster listener has failed")?.map_err(Into::into),
+        () = shutdown.cancelled() => Ok(()),
+    };
+    members::hand_over(&node).await;
+    node.view.disconnect();
+    stop.cancel();
+    if !served.is_finished() {
+        let _ = served.await;
+    }
+    node.raft.shutdown().await.context("Raft did not stop")?;
+    result
+}
+
+/// Makes the cluster, or joins it, or tells it of a new address.
+async fn belong(node: Node, options: Options, member: Member) {
+    if !node.is_member().await {
+        if options.init {
+            if let Err(error) = node.initialize(member).await {
+                tracing::error!(%error, "the cluster cannot be made");
+            }
+        } else if !options.join.is_empty() {
+            members::join(&node, &options.join, &member).await;
+        } else {
+            tracing::warn!("no cluster to belong to: set DISCOVERD_INIT or DISCOVERD_JOIN");
+        }
+        return;
+    }
+    let peers = node.peers();
+    if peers.iter().all(|peer| peer.id == node.id() || !peer.voter) {
+        // Nobody else votes: there is no need to wait whether a leader is heard of.
+        let _ = node.raft.trigger().elect(false).await;
+    }
+    if peers
+        .iter()
+        .any(|peer| peer.id == node.id() && peer.addr != member.addr)
+    {
+        let change = MemberChange::Join {
+            id: node.id(),
+            member,
+        };
+        while let Err(error) = members::change(&node, &change).await {
+            tracing::warn!(%error, "the cluster cannot be told of the new address yet");
+            tokio::time::sleep(ROUND).await;
+        }
+    }
+}
+
+/// What has to be done each second. Ends when discoverd must start anew.
+async fn chores(node: &Node, options: &Options) -> anyhow::Result<()> {
+    let certificate = options.tls.join("cert.pem");
+    let modified = || -> Option<SystemTime> { std::fs::metadata(&certificate).ok()?.modified().ok() };
+    let loaded = modified();
+    let mut round = tokio::time::interval(ROUND);
+    round.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    loop {
+        round.tick().await;
+        let running = node.raft.metrics().borrow_watched().running_state.clone();
+        running.context("Raft has stopped: its disk has failed, most likely")?;
+        let now = modified();
+        if now.is_some() && now != loaded {
+            tracing::info!("the certificate was renewed: starting anew with it");
+            return Ok(());
+        }
+        // Not awaited for long: a leader without a majority cannot write, and would miss its rounds.
+        let work = async {
+            node.expire().await?;
+            members::reconcile(node).await
+        };
+        match tokio::time::timeout(ROUND, work).await {
+            Ok(Err(error)) => tracing::warn!(%error, "a chore could not be done"),
+            Ok(Ok(())) | Err(_) => {}
+        }
+    }
+}

@@ -1,0 +1,202 @@
+//! Asks upstream resolvers what is not ours.
+//!
+//! The client's message goes out as it came, under an id and from a port that nobody can guess; what comes back is
+//! taken when it comes from the upstream, has that id and repeats the question. Upstreams are asked in turn.
+
+use std::io;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::time::Duration;
+
+use tokio::net::{TcpStream, UdpSocket};
+
+use super::zone::{MAX_UDP_PAYLOAD, Transport, failure};
+use super::{read_framed, write_framed};
+
+/// How long one upstream may take.
+const TIMEOUT: Duration = Duration::from_secs(2);
+/// Rounds through all upstreams.
+const ROUNDS: usize = 2;
+const HEADER: usize = 12;
+/// The bit that says that the answer was cut.
+const TRUNCATED: u8 = 0x02;
+
+/// The resolvers that are asked.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Upstreams(Vec<SocketAddr>);
+
+impl Upstreams {
+    /// These.
+    pub fn new(addrs: Vec<SocketAddr>) -> Self {
+        Self(addrs)
+    }
+
+    /// Those that a `resolv.conf` names.
+    pub fn of_resolv_conf(text: &str) -> Self {
+        let addrs = text.lines().filter_map(|line| {
+            let mut words = line.split_ascii_whitespace();
+            let addr = words
+                .next()
+                .filter(|word| *word == "nameserver")
+                .and_then(|_| words.next())?;
+            addr.parse().ok().map(|ip: IpAddr| SocketAddr::new(ip, 53))
+        });
+        Self(addrs.collect())
+    }
+
+    /// All but `own`, which would be asking ourselves.
+    #[must_use]
+    pub fn without(&self, own: Ipv4Addr) -> Self {
+        Self(
+            self.0
+                .iter()
+                .copied()
+                .filter(|addr| addr.ip().to_canonical() != IpAddr::V4(own))
+                .collect(),
+        )
+    }
+}
+
+/// Asks upstreams.
+#[derive(Debug)]
+pub struct Forwarder {
+    upstreams: Upstreams,
+}
+
+impl Forwarder {
+    /// Asks these.
+    pub fn new(upstreams: Upstreams) -> Self {
+        Self { upstreams }
+    }
+
+    /// The answer to a query of a client: an upstream's, or that nobody could answer.
+    pub async fn answer(&self, query: &[u8], transport: Transport) -> Vec<u8> {
+        for upstream in std::iter::repeat_n(&self.upstreams.0, ROUNDS).flatten() {
+            match ask(*upstream, query, transport).await {
+                Ok(answer) => return fit(query, answer, transport),
+                Err(error) => tracing::debug!(%upstream, %error, "an upstream resolver did not answer"),
+            }
+        }
+        failure(query)
+    }
+}
+
+/// Cuts an answer down to what the client takes.
+fn fit(query: &[u8], mut answer: Vec<u8>, transport: Transport) -> Vec<u8> {
+    let taken = hickory_proto::op::Message::from_vec(query).map_or(512, |query| query.max_payload());
+    if transport == Transport::Udp && answer.len() > usize::from(taken.min(MAX_UDP_PAYLOAD).max(512)) {
+        let end = question_end(&answer).unwrap_or(HEADER);
+        answer.truncate(end);
+        answer[2] |= TRUNCATED;
+        // The records are gone.
+        answer[6..HEADER].fill(0);
+    }
+    answer
+}
+
+async fn ask(upstream: SocketAddr, query: &[u8], transport: Transport) -> io::Result<Vec<u8>> {
+    let mut asked = query.to_vec();
+    asked[..2].copy_from_slice(&rand::random::<u16>().to_be_bytes());
+    let answered = async {
+        if transport == Transport::Udp {
+            let answer = ask_udp(upstream, &asked).await?;
+            if answer[2] & TRUNCATED == 0 {
+                return Ok(answer);
+            }
+        }
+        ask_tcp(upstream, &asked).await
+    };
+    let mut answer = tokio::time::timeout(TIMEOUT, answered).await??;
+    answer[..2].copy_from_slice(&query[..2]);
+    Ok(answer)
+}
+
+async fn ask_udp(upstream: SocketAddr, asked: &[u8]) -> io::Result<Vec<u8>> {
+    let any = match upstream {
+        SocketAddr::V4(_) => SocketAddr::from((Ipv4Addr::UNSPECIFIED, 0)),
+        SocketAddr::V6(_) => SocketAddr::from((Ipv6Addr::UNSPECIFIED, 0)),
+    };
+    // A port of its own for each query, drawn by the kernel; connected, so that only the upstream is heard.
+    let socket = UdpSocket::bind(any).await?;
+    socket.connect(upstream).await?;
+    socket.send(asked).await?;
+    let mut buffer = vec![0; 4096];
+    loop {
+        let length = socket.recv(&mut buffer).await?;
+        if answers(asked, &buffer[..length]) {
+            buffer.truncate(length);
+            return Ok(buffer);
+        }
+    }
+}
+
+async fn ask_tcp(upstream: SocketAddr, asked: &[u8]) -> io::Result<Vec<u8>> {
+    let mut stream = TcpStream::connect(upstream).await?;
+    write_framed(&mut stream, asked).await?;
+    let answer = read_framed(&mut stream).await?;
+    answer.filter(|answer| answers(asked, answer)).ok_or_else(|| {
+        io::Error::new(
+            io::ErrorKind::InvalidData,
+            "the answer does not belong to the question",
+        )
+    })
+}
+
+/// Whether `answer` is one to `asked`: a response of the same id that repeats the question.
+fn answers(asked: &[u8], answer: &[u8]) -> bool {
+    if answer.len() < HEADER || answer[..2] != asked[..2] || answer[2] & 0x80 == 0 {
+        return false;
+    }
+    let (Some(asked_end), Some(answer_end)) = (question_end(asked), question_end(answer)) else {
+        // Some servers leave the question out of an error.
+        return answer[4..6] == [0, 0] && answer[3] & 0x0f != 0;
+    };
+    asked[HEADER..asked_end].eq_ignore_ascii_case(&answer[HEADER..answer_end])
+}
+
+/// Where the one question of a message ends.
+fn question_end(message: &[u8]) -> Option<usize> {
+    if message.get(4..6)? != [0, 1] {
+        return None;
+    }
+    let mut at = HEADER;
+    loop {
+        let length = usize::from(*message.get(at)?);
+        // The first name of a message cannot point back to another.
+        if length & 0xc0 != 0 {
+            return None;
+        }
+        at += 1 + length;
+        if length == 0 {
+            return (at + 4 <= message.len()).then_some(at + 4);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn resolv_conf() {
+        let text = "# x\nsearch a\nnameserver 192.0.2.1\n nameserver 2001:db8::1\nnameserver fe80::1%eth0\nnameserver";
+        let upstreams = Upstreams::of_resolv_conf(text);
+        let want = ["192.0.2.1:53", "[2001:db8::1]:53"].map(|addr| addr.parse().unwrap());
+        assert_eq!(upstreams, Upstreams::new(want.to_vec()));
+        assert_eq!(
+            upstreams.without(Ipv4Addr::new(192, 0, 2, 1)),
+            Upstreams::new(vec![want[1]])
+        );
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn any_bytes_are_judged(asked: Vec<u8>, answer: Vec<u8>) {
+            let mut asked = asked;
+            asked.resize(asked.len().max(HEADER), 0);
+            let _ = answers(&asked, &answer);
+            if answer.len() >= HEADER {
+                let _ = fit(&asked, answer, Transport::Udp);
+            }
+        }
+    }
+}

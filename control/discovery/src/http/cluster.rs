@@ -1,0 +1,225 @@
+//! Members, join tokens and certificates.
+
+use std::time::Duration;
+
+use axum::Extension;
+use axum::extract::{Path, State};
+use flynn_api::discovery::{
+    self, CA_SERVICE, ClusterCa, HOST_SERVICE, JoinRequest, JoinToken, NetworkLeases, RenewRequest,
+    SignedIdentity,
+};
+use flynn_api::server::{Json, Peer, StrictJson};
+use flynn_api::tls::{Ca, PeerIdentity};
+use flynn_api::{Digest, Error, ErrorCode};
+use rand::RngCore as _;
+use serde::de::DeserializeOwned;
+
+use super::auth::{Action, Door};
+use super::input;
+use crate::command::Command;
+use crate::members::{self, MemberChange};
+use crate::node::{Node, wall_clock};
+
+/// How long a join token is good for.
+const TOKEN_LIFE: Duration = Duration::from_secs(3600);
+/// The longest signing request.
+const MAX_CSR: usize = 16 << 10;
+
+type App = State<(Node, Door)>;
+type From = Extension<Peer>;
+
+pub(super) async fn peers(
+    State((node, door)): App,
+    Extension(peer): From,
+) -> Result<Json<Vec<discovery::Peer>>, Error> {
+    door.check(&peer, &Action::ReadMembers)?;
+    Ok(Json(node.peers()))
+}
+
+pub(super) async fn leader(
+    State((node, door)): App,
+    Extension(peer): From,
+) -> Result<Json<discovery::Peer>, Error> {
+    door.check(&peer, &Action::ReadMembers)?;
+    let leader = node.peers().into_iter().find(|peer| peer.leader);
+    leader
+        .map(Json)
+        .ok_or_else(|| Error::unavailable("discoverd has no leader at present"))
+}
+
+pub(super) async fn promote(
+    State((node, door)): App,
+    Extension(peer): From,
+    Path(addr): Path<String>,
+) -> Result<(), Error> {
+    door.check(&peer, &Action::ChangeMembers)?;
+    members::change(&node, &MemberChange::Promote { addr }).await
+}
+
+pub(super) async fn remove(
+    State((node, door)): App,
+    Extension(peer): From,
+    Path(addr): Path<String>,
+) -> Result<(), Error> {
+    door.check(&peer, &Action::ChangeMembers)?;
+    members::change(&node, &MemberChange::Remove { addr }).await
+}
+
+pub(super) async fn make_token(
+    State((node, door)): App,
+    Extension(peer): From,
+) -> Result<Json<JoinToken>, Error> {
+    door.check(&peer, &Action::MakeToken)?;
+    let fingerprint = cluster_ca(&node)
+        .await?
+        .fingerprint()
+        .map_err(|error| ca_fault(&error))?;
+    let mut secret = [0; 32];
+    rand::rng().fill_bytes(&mut secret);
+    let secret: String = secret.iter().map(|byte| format!("{byte:02x}")).collect();
+    let now = wall_clock();
+    let expires = now + u64::try_from(TOKEN_LIFE.as_millis()).unwrap_or(u64::MAX);
+    node.write(Command::AddToken {
+        digest: digest(&secret),
+        now,
+        expires,
+    })
+    .await?;
+    Ok(Json(JoinToken {
+        token: format!("{secret}.{fingerprint}"),
+    }))
+}
+
+pub(super) async fn join(
+    State((node, door)): App,
+    Extension(peer): From,
+    StrictJson(request): StrictJson<JoinRequest>,
+) -> Result<Json<SignedIdentity>, Error> {
+    door.check(&peer, &Action::Join)?;
+    check_host_id(&request.host_id)?;
+    let ca = cluster_ca(&node).await?;
+    if let Some(other) = lease_address(&node, &request.host_id).filter(|address| *address != request.address)
+    {
+        let message = format!(
+            "the cluster has a host {} at {other} already: choose another id, or remove that host first",
+            request.host_id
+        );
+        return Err(Error::conflict(message));
+    }
+    let identity = PeerIdentity::Host(request.host_id.clone());
+    let cert = sign(&ca, &request.csr, &identity, &[request.address.to_string()])?;
+    // The token is used up last: a request that cannot be signed does not cost one.
+    let asked = format!("{} {} {}", request.host_id, request.address, request.csr);
+    let command = Command::UseToken {
+        digest: digest(&request.secret),
+        request: digest(&asked),
+        now: wall_clock(),
+    };
+    node.write(command).await?;
+    tracing::info!(host = request.host_id, address = %request.address, "a host has joined");
+    Ok(Json(signed(&node, &ca, cert)))
+}
+
+pub(super) async fn renew(
+    State((node, door)): App,
+    Extension(peer): From,
+    StrictJson(request): StrictJson<RenewRequest>,
+) -> Result<Json<SignedIdentity>, Error> {
+    door.check(&peer, &Action::Renew)?;
+    let nobody = || {
+        Error::new(
+            ErrorCode::Unauthorized,
+            "a renewal needs the certificate that is renewed",
+        )
+    };
+    let caller = peer.identity.ok_or_else(nobody)?;
+    let address = peer.addr.map(|addr| addr.ip().to_canonical().to_string());
+    let address = match &caller {
+        PeerIdentity::Host(id) => lease_address(&node, id)
+            .map(|leased| leased.to_string())
+            .or(address),
+        PeerIdentity::Job(_) => address,
+    };
+    let identity = match (caller, request.job) {
+        (caller, None) => caller,
+        (PeerIdentity::Host(_), Some(app)) => {
+            input::service(&app)?;
+            PeerIdentity::Job(app)
+        }
+        (PeerIdentity::Job(_), Some(_)) => {
+            let message = "only a host may ask for a certificate of another: leave job out to renew your own";
+            return Err(Error::new(ErrorCode::Forbidden, message));
+        }
+    };
+    let mut names: Vec<String> = address.into_iter().collect();
+    if let PeerIdentity::Job(app) = &identity {
+        names.extend([format!("{app}.discoverd"), format!("leader.{app}.discoverd")]);
+    }
+    let ca = cluster_ca(&node).await?;
+    let cert = sign(&ca, &request.csr, &identity, &names)?;
+    Ok(Json(signed(&node, &ca, cert)))
+}
+
+fn sign(ca: &Ca, csr: &str, identity: &PeerIdentity, names: &[String]) -> Result<String, Error> {
+    if csr.len() > MAX_CSR {
+        return Err(Error::invalid_field("csr", "it is longer than 16 KiB"));
+    }
+    ca.sign(csr, identity, names).map_err(|why| {
+        Error::invalid_field(
+            "csr",
+            format!("it cannot be signed ({why}): send a PKCS #10 request as PEM"),
+        )
+    })
+}
+
+fn signed(node: &Node, ca: &Ca, cert: String) -> SignedIdentity {
+    let peers = node.peers().into_iter().map(|peer| peer.addr).collect();
+    SignedIdentity {
+        ca: ca.cert_pem().to_owned(),
+        cert,
+        peers,
+    }
+}
+
+fn digest(text: &str) -> String {
+    Digest::of(text.as_bytes()).to_string()
+}
+
+fn check_host_id(id: &str) -> Result<(), Error> {
+    let fits = (1..=63).contains(&id.len())
+        && id
+            .bytes()
+            .all(|byte| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'-');
+    if fits {
+        Ok(())
+    } else {
+        Err(Error::invalid_field(
+            "host_id",
+            "an id has 1 to 63 of a-z, 0-9 and -",
+        ))
+    }
+}
+
+/// What a service's metadata holds here, if it can be read as `T`.
+fn metadata<T: DeserializeOwned>(node: &Node, service: &str) -> Option<T> {
+    node.view
+        .read(|state| T::deserialize(&state.service(service)?.meta.as_ref()?.data).ok())
+}
+
+fn lease_address(node: &Node, host: &str) -> Option<std::net::Ipv4Addr> {
+    metadata::<NetworkLeases>(node, HOST_SERVICE)?
+        .leases
+        .get(host)
+        .map(|lease| lease.address)
+}
+
+async fn cluster_ca(node: &Node) -> Result<Ca, Error> {
+    node.barrier().await?;
+    let ca: ClusterCa = metadata(node, CA_SERVICE)
+        .ok_or_else(|| Error::unavailable("the cluster has no CA yet: bootstrap has not come that far"))?;
+    Ca::from_pem(ca.cert, ca.key).map_err(|error| ca_fault(&error))
+}
+
+fn ca_fault(error: &dyn std::fmt::Display) -> Error {
+    Error::internal(format!("the cluster's CA cannot be used: {error}"))
+}

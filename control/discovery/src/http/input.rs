@@ -1,0 +1,96 @@
+//! Which names, instances and metadata are taken.
+
+use std::net::{IpAddr, SocketAddr};
+
+use flynn_api::Error;
+use flynn_api::discovery::{Instance, ServiceMeta};
+
+/// Labels of an instance.
+const MAX_LABELS: usize = 64;
+/// Bytes of all labels together.
+const MAX_LABEL_BYTES: usize = 16 << 10;
+/// Bytes of a service's metadata.
+const MAX_META_BYTES: usize = 1 << 20;
+
+/// A service's name must be usable in DNS.
+pub(super) fn service(name: &str) -> Result<(), Error> {
+    let fits = (1..=63).contains(&name.len())
+        && name
+            .bytes()
+            .all(|byte| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'-')
+        && !name.starts_with('-')
+        && !name.ends_with('-');
+    if fits {
+        return Ok(());
+    }
+    Err(Error::invalid_field(
+        "service",
+        "a name has 1 to 63 of a-z, 0-9 and -, and neither begins nor ends with -",
+    ))
+}
+
+/// Checks an instance, and gives its address.
+pub(super) fn instance(path_id: &str, instance: &Instance) -> Result<IpAddr, Error> {
+    id(path_id)?;
+    if instance.id != path_id {
+        return Err(Error::invalid_field("id", "it is not the one in the path"));
+    }
+    let proto = &instance.proto;
+    if !(1..=16).contains(&proto.len())
+        || !proto
+            .bytes()
+            .all(|byte| byte.is_ascii_lowercase() || byte.is_ascii_digit())
+    {
+        return Err(Error::invalid_field(
+            "proto",
+            "a protocol has 1 to 16 of a-z and 0-9, like tcp",
+        ));
+    }
+    let bytes: usize = instance
+        .meta
+        .iter()
+        .map(|(key, value)| key.len() + value.len())
+        .sum();
+    if instance.meta.len() > MAX_LABELS || bytes > MAX_LABEL_BYTES {
+        return Err(Error::invalid_field(
+            "meta",
+            format!("no more than {MAX_LABELS} labels of 16 KiB together"),
+        ));
+    }
+    let addr: SocketAddr = instance
+        .addr
+        .parse()
+        .map_err(|_| Error::invalid_field("addr", "it must be address:port, with an IP address"))?;
+    if addr.port() == 0 || addr.ip().is_unspecified() || addr.ip().is_multicast() {
+        return Err(Error::invalid_field("addr", "nobody can connect there"));
+    }
+    Ok(addr.ip().to_canonical())
+}
+
+/// An instance's id must be usable in DNS.
+pub(super) fn id(id: &str) -> Result<(), Error> {
+    let fits = (1..=63).contains(&id.len())
+        && id
+            .bytes()
+            .all(|byte| byte.is_ascii_alphanumeric() || byte == b'-');
+    if fits {
+        Ok(())
+    } else {
+        Err(Error::invalid_field(
+            "id",
+            "an id has 1 to 63 letters, digits and -",
+        ))
+    }
+}
+
+/// Metadata must not be too long.
+pub(super) fn meta(meta: &ServiceMeta) -> Result<(), Error> {
+    let length = serde_json::to_vec(&meta.data).map_or(usize::MAX, |data| data.len());
+    if length > MAX_META_BYTES {
+        return Err(Error::invalid_field(
+            "data",
+            "metadata may be no longer than 1 MiB",
+        ));
+    }
+    meta.leader_id.as_deref().map_or(Ok(()), id)
+}

@@ -1,0 +1,79 @@
+//! The HTTP API ([`flynn_api::discovery`]).
+
+pub mod auth;
+pub mod cluster;
+mod input;
+mod services;
+
+use axum::extract::State;
+use axum::response::{IntoResponse as _, Response};
+use axum::routing::{get, post, put};
+use axum::{Extension, Router};
+use flynn_api::server::{Json, Peer};
+use flynn_api::{Error, discovery};
+use http::StatusCode;
+
+use self::auth::{Action, Door};
+use crate::node::Node;
+use crate::raft::rpc;
+
+/// The routes as they are behind `door`.
+pub fn router(node: Node, door: Door) -> Router {
+    let mut routes = Router::new()
+        .route("/ping", get(async || StatusCode::OK))
+        .route("/.well-known/status", get(status))
+        .route("/services", get(services::names))
+        .route(
+            "/services/{service}",
+            put(services::create).delete(services::remove).get(services::show),
+        )
+        .route(
+            "/services/{service}/meta",
+            put(services::set_meta).get(services::meta),
+        )
+        .route("/services/{service}/instances", get(services::instances))
+        .route(
+            "/services/{service}/instances/{id}",
+            put(services::register).delete(services::deregister),
+        )
+        .route(
+            "/services/{service}/leader",
+            put(services::set_leader).get(services::leader),
+        )
+        .route("/raft/leader", get(cluster::leader))
+        .route("/raft/peers", get(cluster::peers))
+        .route(
+            "/raft/peers/{addr}",
+            put(cluster::promote).delete(cluster::remove),
+        );
+    if door == Door::Cluster {
+        routes = routes
+            .route("/cluster/tokens", post(cluster::make_token))
+            .route("/cluster/join", post(cluster::join))
+            .route("/cluster/renew", post(cluster::renew))
+            .merge(rpc::routes());
+    }
+    routes
+        .fallback(async || Error::not_found("call", "of this name"))
+        .with_state((node, door))
+}
+
+async fn status(
+    State((node, door)): State<(Node, Door)>,
+    Extension(peer): Extension<Peer>,
+) -> Result<Response, Error> {
+    door.check(&peer, &Action::Status)?;
+    let leader = node.leader();
+    let healthy = leader.is_some();
+    let status = discovery::Status {
+        status: if healthy { "healthy" } else { "unhealthy" }.to_owned(),
+        leader: leader.map(|(_, member)| member.addr),
+        index: node.view.applied(),
+    };
+    let code = if healthy {
+        StatusCode::OK
+    } else {
+        StatusCode::SERVICE_UNAVAILABLE
+    };
+    Ok((code, Json(status)).into_response())
+}

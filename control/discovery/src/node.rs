@@ -1,0 +1,435 @@
+//! This member: writes that find their way to the leader, reads that are as fresh as asked, heartbeats.
+//!
+//! Whoever calls need not know who leads. A command or a heartbeat goes to the leader, wherever that is; reads are
+//! answered from this host's [`View`], after [`Node::barrier`] where they must not be stale. The HTTP API therefore works
+//! alike on every host.
+
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use anyhow::Context as _;
+use flynn_api::discovery::{Instance, Peer, TTL_SECS};
+use flynn_api::{Error, ErrorCode};
+use openraft::errors::{ClientWriteError, LinearizableReadError, RaftError};
+use openraft::raft::ReadPolicy;
+use openraft::{ServerState, async_runtime::WatchReceiver as _};
+use serde::{Deserialize, Serialize};
+
+use crate::command::{Command, Outcome, Registration};
+use crate::liveness::Liveness;
+use crate::raft::log::LogStore;
+use crate::raft::machine::Machine;
+use crate::raft::network::Dialer;
+use crate::raft::snapshot::SnapshotFile;
+use crate::raft::{Member, Raft, Timing};
+use crate::view::View;
+
+/// How long a write may take until its outcome is given up on.
+const WRITE_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long a read waits for the leader.
+const READ_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// A member of the cluster. Cheap to clone.
+#[derive(Clone)]
+pub struct Node {
+    /// openraft's handle.
+    pub raft: Raft,
+    /// The state as far as it is known here.
+    pub view: Arc<View>,
+    id: u64,
+    dialer: Dialer,
+    disk_full: Arc<AtomicBool>,
+    liveness: Arc<Mutex<Liveness>>,
+    began: Instant,
+    // Held until the last clone is gone: one process alone may use the directory.
+    _lock: Arc<std::fs::File>,
+}
+
+impl std::fmt::Debug for Node {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Node")
+            .field("id", &self.id)
+            .finish_non_exhaustive()
+    }
+}
+
+/// What the leader says to a forwarded call.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Forwarded<T> {
+    /// It was taken.
+    Taken(T),
+    /// That member does not lead.
+    NotLeader,
+}
+
+/// A heartbeat on its way to the leader.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Heartbeat {
+    /// The service.
+    pub service: String,
+    /// The instance.
+    pub id: String,
+}
+
+impl Node {
+    /// Opens the store in `dir` and starts the member, which may not belong to a cluster yet.
+    pub async fn start(dir: &Path, dialer: Dialer, timing: Timing) -> anyhow::Result<Self> {
+        Self::start_with_ttl(dir, dialer, timing, Duration::from_secs(TTL_SECS)).await
+    }
+
+    /// [`Node::start`] with another lease for instances.
+    pub async fn start_with_ttl(
+        dir: &Path,
+        dialer: Dialer,
+        timing: Timing,
+        ttl: Duration,
+    ) -> anyhow::Result<Self> {
+        std::fs::create_dir_all(dir)
+            .with_context(|| format!("cannot make the data directory {}", dir.display()))?;
+        let lock = lock(dir)?;
+        let id = node_id(dir)?;
+        let log = LogStore::open(dir).context("cannot open the Raft journal")?;
+        let disk_full = log.disk_full();
+        let view = Arc::new(View::default());
+        let machine = Machine::new(Arc::clone(&view), SnapshotFile::new(dir));
+        let raft = Raft::new(id, timing.config()?, dialer.clone(), log, machine)
+            .await
+            .context("cannot start Raft")?;
+        Ok(Self {
+            raft,
+            view,
+            id,
+            dialer,
+            disk_full,
+            liveness: Arc::new(Mutex::new(Liveness::new(millis(ttl)))),
+            began: Instant::now(),
+            _lock: Arc::new(lock),
+        })
+    }
+
+    /// Its Raft id.
+    pub fn id(&self) -> u64 {
+        self.id
+    }
+
+    /// How other members are reached.
+    pub fn dialer(&self) -> &Dialer {
+        &self.dialer
+    }
+
+    /// Makes this the one member of a new cluster, unless it belongs to one.
+    pub async fn initialize(&self, member: Member) -> anyhow::Result<()> {
+        if self.raft.is_initialized().await? {
+            return Ok(());
+        }
+        let members = std::collections::BTreeMap::from([(self.id, member)]);
+        self.raft
+            .initialize(members)
+            .await
+            .context("cannot make a new cluster")
+    }
+
+    /// Whether this member belongs to a cluster.
+    pub async fn is_member(&self) -> bool {
+        self.raft.is_initialized().await.unwrap_or(false)
+    }
+
+    /// The leader, as far as it is known here.
+    pub fn leader(&self) -> Option<(u64, Member)> {
+        let metrics = self.raft.server_metrics();
+        let metrics = metrics.borrow_watched();
+        let id = metrics.current_leader?;
+        let member = metrics.membership_config.membership().get_node(&id)?;
+        Some((id, member.clone()))
+    }
+
+    /// The term that this member leads in, if it leads.
+    pub fn leads(&self) -> Option<u64> {
+        let metrics = self.raft.server_metrics();
+        let metrics = metrics.borrow_watched();
+        (metrics.state == ServerState::Leader).then_some(metrics.vote.leader_id.term)
+    }
+
+    /// The members.
+    pub fn peers(&self) -> Vec<Peer> {
+        let metrics = self.raft.server_metrics();
+        let metrics = metrics.borrow_watched();
+        let membership = metrics.membership_config.membership();
+        let voters: std::collections::BTreeSet<_> = membership.voter_ids().collect();
+        let peer = |(id, member): (&u64, &Member)| Peer {
+            id: *id,
+            addr: member.addr.clone(),
+            voter: voters.contains(id),
+            leader: metrics.current_leader == Some(*id),
+        };
+        membership.nodes().map(peer).collect()
+    }
+
+    /// Has `command` committed and applied, here too, and gives its index.
+    pub async fn write(&self, command: Command) -> Result<u64, Error> {
+        let deadline = tokio::time::Instant::now() + WRITE_TIMEOUT;
+        let late = || {
+            let message =
+                "the write was not confirmed in time, and may or may not have happened: read, then repeat it";
+            Error::new(ErrorCode::Timeout, message)
+        };
+        let write = async {
+            loop {
+                match self.write_here(&command).await? {
+                    Forwarded::Taken(outcome) => break Ok(outcome),
+                    Forwarded::NotLeader => {}
+                }
+                if let Some((id, member)) = self.leader().filter(|(id, _)| *id != self.id) {
+                    let answer = self.call(id, &member, "write", &command).await?;
+                    if let Forwarded::Taken(outcome) = answer {
+                        break Ok(outcome);
+                    }
+                }
+                self.election(deadline).await?;
+            }
+        };
+        match tokio::time::timeout_at(deadline, write)
+            .await
+            .map_err(|_| late())??
+        {
+            Outcome::Refused(error) => Err(error),
+            Outcome::Done { index } => {
+                // So that whoever wrote here can read it here.
+                tokio::time::timeout_at(deadline, self.view.reached(index))
+                    .await
+                    .map_err(|_| late())?;
+                Ok(index)
+            }
+        }
+    }
+
+    /// Writes if this member leads.
+    pub async fn write_here(&self, command: &Command) -> Result<Forwarded<Outcome>, Error> {
+        let Some(term) = self.leads() else {
+            return Ok(Forwarded::NotLeader);
+        };
+        if self.disk_full.load(Ordering::Relaxed) {
+            let message =
+                "the disk of the leading discoverd is full: make room on the volume of its job, then repeat";
+            return Err(Error::new(ErrorCode::LimitExceeded, message));
+        }
+        match self.raft.client_write(command.clone()).await {
+            Ok(response) => {
+                if let (Command::PutInstance { service, instance }, Outcome::Done { .. }) =
+                    (command, &response.data)
+                {
+                    self.heard(term, service, &instance.id);
+                }
+                Ok(Forwarded::Taken(response.data))
+            }
+            Err(RaftError::APIError(ClientWriteError::ForwardToLeader(_))) => Ok(Forwarded::NotLeader),
+            Err(RaftError::APIError(error)) => Err(Error::new(ErrorCode::Timeout, error.to_string())),
+            Err(RaftError::Fatal(error)) => {
+                Err(Error::unavailable(format!("this discoverd is stopping: {error}")))
+            }
+        }
+    }
+
+    /// Returns once whatever was written before the call, anywhere, can be read here.
+    pub async fn barrier(&self) -> Result<(), Error> {
+        let deadline = tokio::time::Instant::now() + READ_TIMEOUT;
+        let wait = async {
+            loop {
+                match self.read_index().await? {
+                    Forwarded::Taken(index) => break Ok(index),
+                    Forwarded::NotLeader => {}
+                }
+                if let Some((id, member)) = self.leader().filter(|(id, _)| *id != self.id)
+                    && let Forwarded::Taken(index) = self.call(id, &member, "read-index", &()).await?
+                {
+                    break Ok(index);
+                }
+                self.election(deadline).await?;
+            }
+        };
+        let late = |_| Error::unavailable("no majority of discoverd answers: what is read might be old");
+        let index: u64 = tokio::time::timeout_at(deadline, wait).await.map_err(late)??;
+        tokio::time::timeout_at(deadline, self.view.reached(index))
+            .await
+            .map_err(late)
+    }
+
+    /// The index that a reader must have reached, if this member leads.
+    pub async fn read_index(&self) -> Result<Forwarded<u64>, Error> {
+        match self.raft.get_read_linearizer(ReadPolicy::ReadIndex).await {
+            Ok(linearizer) => Ok(Forwarded::Taken(linearizer.read_log_id().index())),
+            Err(RaftError::APIError(LinearizableReadError::ForwardToLeader(_))) => Ok(Forwarded::NotLeader),
+            Err(error) => Err(Error::unavailable(format!(
+                "the leader cannot reach a majority: {error}"
+            ))),
+        }
+    }
+
+    /// Registers an instance, or keeps it alive if it is there just so.
+    pub async fn register(&self, service: &str, instance: Instance) -> Result<(), Error> {
+        let same = self.view.read(|state| {
+            let known = state
+                .service(service)
+                .and_then(|of| of.instances.get(&instance.id));
+            known.is_some_and(|known| {
+                Instance {
+                    index: known.index,
+                    ..instance.clone()
+                } == *known
+            })
+        });
+        if same && self.heartbeat(service, &instance.id).await? {
+            return Ok(());
+        }
+        let command = Command::PutInstance {
+            service: service.to_owned(),
+            instance,
+        };
+        self.write(command).await.map(drop)
+    }
+
+    /// Tells the leader that an instance lives; false when the leader does not know it.
+    async fn heartbeat(&self, service: &str, id: &str) -> Result<bool, Error> {
+        if let Forwarded::Taken(known) = self.heartbeat_here(service, id) {
+            return Ok(known);
+        }
+        let Some((leader, member)) = self.leader() else {
+            return Err(Error::unavailable("discoverd has no leader at present"));
+        };
+        let heartbeat = Heartbeat {
+            service: service.to_owned(),
+            id: id.to_owned(),
+        };
+        match self.call(leader, &member, "heartbeat", &heartbeat).await? {
+            Forwarded::Taken(known) => Ok(known),
+            Forwarded::NotLeader => Err(Error::unavailable("discoverd is electing a leader")),
+        }
+    }
+
+    /// Takes a heartbeat if this member leads.
+    pub fn heartbeat_here(&self, service: &str, id: &str) -> Forwarded<bool> {
+        let Some(term) = self.leads() else {
+            return Forwarded::NotLeader;
+        };
+        let known = self.view.read(|state| {
+            state
+                .service(service)
+                .is_some_and(|of| of.instances.contains_key(id))
+        });
+        if known {
+            self.heard(term, service, id);
+        }
+        Forwarded::Taken(known)
+    }
+
+    fn heard(&self, term: u64, service: &str, id: &str) {
+        let now = millis(self.began.elapsed());
+        self.liveness
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .heard(term, now, service, id);
+    }
+
+    /// If this member leads, takes out the instances whose heartbeats stopped. To be called each second.
+    pub async fn expire(&self) -> Result<(), Error> {
+        let Some(term) = self.leads() else { return Ok(()) };
+        let registered: Vec<Registration> = self.view.read(|state| state.registrations().collect());
+        let expired = self
+            .liveness
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .expired(term, millis(self.began.elapsed()), registered.into_iter());
+        if expired.is_empty() {
+            return Ok(());
+        }
+        for gone in &expired {
+            tracing::info!(
+                service = gone.service,
+                instance = gone.id,
+                "its heartbeats have stopped"
+            );
+        }
+        self.write_here(&Command::Expire { instances: expired })
+            .await
+            .map(drop)
+    }
+
+    /// Calls the member `id`.
+    pub async fn call<T: serde::de::DeserializeOwned>(
+        &self,
+        id: u64,
+        member: &Member,
+        what: &str,
+        body: &impl Serialize,
+    ) -> Result<T, Error> {
+        let http = self.dialer.dial(&member.addr)?.timeout(WRITE_TIMEOUT);
+        http.post(&format!("/raft/{id}/{what}"), body).await
+    }
+
+    /// Waits a moment for a leader to appear.
+    pub async fn election(&self, deadline: tokio::time::Instant) -> Result<(), Error> {
+        if tokio::time::Instant::now() + Duration::from_millis(50) >= deadline {
+            return Err(Error::unavailable(
+                "discoverd has no leader at present: a majority of its members is needed",
+            ));
+        }
+        tokio::time::sleep(Duration::from_millis(50)).await;
+        Ok(())
+    }
+}
+
+fn millis(duration: Duration) -> u64 {
+    u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
+}
+
+/// Milliseconds since 1970, for commands in which something expires.
+pub fn wall_clock() -> u64 {
+    millis(SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default())
+}
+
+fn lock(dir: &Path) -> anyhow::Result<std::fs::File> {
+    let path = dir.join("lock");
+    let file = std::fs::OpenOptions::new()
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .open(&path)?;
+    file.try_lock().with_context(|| {
+        format!(
+            "{} is in use: another discoverd runs on this data directory",
+            path.display()
+        )
+    })?;
+    Ok(file)
+}
+
+/// The member's id: drawn when the store is made, and kept in it, so that a store that was lost never comes back under
+/// the same id (a member that forgot its vote could split the cluster).
+fn node_id(dir: &Path) -> anyhow::Result<u64> {
+    let path = dir.join("id");
+    match std::fs::read_to_string(&path) {
+        Ok(text) => text
+            .trim()
+            .parse()
+            .with_context(|| format!("{} does not hold a member's id", path.display())),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+            anyhow::ensure!(
+                !dir.join("journal").exists(),
+                "{} is missing, but the journal is there: put it back, or move the whole directory away and join anew",
+                path.display()
+            );
+            // 48 bits: exact in every JSON reader.
+            let id = rand::random_range(1..1_u64 << 48);
+            let temporary = dir.join("id.new");
+            std::fs::write(&temporary, format!("{id}\n"))?;
+            std::fs::File::open(&temporary)?.sync_all()?;
+            std::fs::rename(&temporary, &path)?;
+            crate::raft::journal::sync_directory(&path)?;
+            Ok(id)
+        }
+        Err(error) => Err(error).with_context(|| format!("cannot read {}", path.display())),
+    }
+}

@@ -1,0 +1,210 @@
+//! openraft's log storage: the log in memory, each change in the [`super::journal`].
+//!
+//! Snapshots keep the log short, so all of it fits in memory: reads never touch the disk. Changes go to the journal in
+//! the order in which they are made, under the lock of the log, so vote and log are written one after the other.
+
+use std::collections::BTreeMap;
+use std::fmt::Debug;
+use std::io;
+use std::ops::RangeBounds;
+use std::path::Path;
+use std::sync::atomic::AtomicBool;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use openraft::storage::{IOFlushed, LogState, RaftLogStorage};
+use openraft::{OptionalSend, RaftLogReader};
+use tokio::sync::oneshot;
+
+use super::journal::{Encoded, Journal, Record};
+use super::{Entry, LogId, TypeConfig, Vote};
+
+/// A journal longer than this is rewritten when entries are purged.
+const REWRITE_BYTES: u64 = 4 << 20;
+
+/// The log store. Clones share it.
+#[derive(Clone, Debug)]
+pub struct LogStore {
+    shared: Arc<Shared>,
+}
+
+#[derive(Debug)]
+struct Shared {
+    log: Mutex<Log>,
+    journal: Journal,
+}
+
+/// What the records of a journal add up to.
+#[derive(Debug, Default, PartialEq)]
+struct Log {
+    vote: Option<Vote>,
+    committed: Option<LogId>,
+    purged: Option<LogId>,
+    entries: BTreeMap<u64, Entry>,
+}
+
+impl Log {
+    fn apply(&mut self, record: Record) {
+        match record {
+            Record::Vote(vote) => self.vote = Some(vote),
+            Record::Entry(entry) => {
+                self.entries.insert(entry.log_id.index, entry);
+            }
+            Record::TruncateAfter(last) => {
+                let from = last.map_or(0, |last| last.index + 1);
+                drop(self.entries.split_off(&from));
+            }
+            Record::Purge(upto) => {
+                self.entries = self.entries.split_off(&(upto.index + 1));
+                self.purged = self.purged.max(Some(upto));
+            }
+            Record::Committed(committed) => self.committed = committed,
+        }
+    }
+
+    /// The shortest list of records that adds up to this log.
+    fn records(&self) -> io::Result<Encoded> {
+        let mut records = Encoded::default();
+        if let Some(vote) = &self.vote {
+            records.push(&Record::Vote(*vote))?;
+        }
+        if let Some(purged) = self.purged {
+            records.push(&Record::Purge(purged))?;
+        }
+        for entry in self.entries.values() {
+            records.push(&Record::Entry(entry.clone()))?;
+        }
+        records.push(&Record::Committed(self.committed))?;
+        Ok(records)
+    }
+}
+
+impl LogStore {
+    /// Opens the log in the directory `dir`.
+    pub fn open(dir: &Path) -> io::Result<Self> {
+        let mut log = Log::default();
+        let journal = Journal::open(&dir.join("journal"), |record| log.apply(record))?;
+        Ok(Self {
+            shared: Arc::new(Shared {
+                log: Mutex::new(log),
+                journal,
+            }),
+        })
+    }
+
+    /// Whether a write waits for room on the disk.
+    pub fn disk_full(&self) -> Arc<AtomicBool> {
+        self.shared.journal.disk_full()
+    }
+
+    /// Whether nothing was ever stored.
+    pub fn is_pristine(&self) -> bool {
+        *self.log() == Log::default()
+    }
+
+    fn log(&self) -> MutexGuard<'_, Log> {
+        self.shared.log.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Applies `record` and orders it to be written; `synced` waits in the given channel.
+    fn record(&self, record: Record, synced: Option<oneshot::Sender<io::Result<()>>>) -> io::Result<()> {
+        let mut encoded = Encoded::default();
+        encoded.push(&record)?;
+        let mut log = self.log();
+        log.apply(record);
+        let done = synced.map(|synced| {
+            Box::new(move |result| {
+                // Whoever waited may have been cancelled.
+                let _ = synced.send(result);
+            }) as super::journal::Done
+        });
+        self.shared.journal.append(encoded, done)
+    }
+
+    async fn record_synced(&self, record: Record) -> io::Result<()> {
+        let (sender, receiver) = oneshot::channel();
+        self.record(record, Some(sender))?;
+        receiver
+            .await
+            .map_err(|_| io::Error::other("the journal has stopped"))?
+    }
+}
+
+impl RaftLogReader<TypeConfig> for LogStore {
+    async fn try_get_log_entries<RB: RangeBounds<u64> + Clone + Debug + OptionalSend>(
+        &mut self,
+        range: RB,
+    ) -> Result<Vec<Entry>, io::Error> {
+        Ok(self
+            .log()
+            .entries
+            .range(range)
+            .map(|(_, entry)| entry.clone())
+            .collect())
+    }
+
+    async fn read_vote(&mut self) -> Result<Option<Vote>, io::Error> {
+        Ok(self.log().vote)
+    }
+}
+
+impl RaftLogStorage<TypeConfig> for LogStore {
+    type LogReader = Self;
+
+    async fn get_log_state(&mut self) -> Result<LogState<TypeConfig>, io::Error> {
+        let log = self.log();
+        let last = log.entries.last_key_value().map(|(_, entry)| entry.log_id);
+        Ok(LogState {
+            last_purged_log_id: log.purged,
+            last_log_id: last.or(log.purged),
+        })
+    }
+
+    async fn get_log_reader(&mut self) -> Self {
+        self.clone()
+    }
+
+    async fn save_vote(&mut self, vote: &Vote) -> Result<(), io::Error> {
+        self.record_synced(Record::Vote(*vote)).await
+    }
+
+    async fn save_committed(&mut self, committed: Option<LogId>) -> Result<(), io::Error> {
+        // Not synced: it is needed after a crash of the process, for answers without a quorum. After a power cut an
+        // older one does no harm, since reads that must not go back in time ask the leader.
+        self.record(Record::Committed(committed), None)
+    }
+
+    async fn read_committed(&mut self) -> Result<Option<LogId>, io::Error> {
+        Ok(self.log().committed)
+    }
+
+    async fn append<I>(&mut self, entries: I, callback: IOFlushed<TypeConfig>) -> Result<(), io::Error>
+    where
+        I: IntoIterator<Item = Entry> + OptionalSend,
+        I::IntoIter: OptionalSend,
+    {
+        let mut encoded = Encoded::default();
+        let mut log = self.log();
+        for entry in entries {
+            let record = Record::Entry(entry);
+            encoded.push(&record)?;
+            log.apply(record);
+        }
+        self.shared
+            .journal
+            .append(encoded, Some(Box::new(|result| callback.io_completed(result))))
+    }
+
+    async fn truncate_after(&mut self, last: Option<LogId>) -> Result<(), io::Error> {
+        self.record_synced(Record::TruncateAfter(last)).await
+    }
+
+    async fn purge(&mut self, upto: LogId) -> Result<(), io::Error> {
+        // Not synced: entries that come back after a power cut are purged again.
+        self.record(Record::Purge(upto), None)?;
+        if self.shared.journal.length() > REWRITE_BYTES {
+            let log = self.log();
+            self.shared.journal.rewrite(log.records()?)?;
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,163 @@
+//! openraft's state machine: applies the log to the [`View`], makes and installs snapshots.
+//!
+//! The state itself is in memory; a restart reads the snapshot and applies the log up to the saved commit, so that this
+//! host's last good view is there before any other member is heard.
+
+use std::io;
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures::{Stream, TryStreamExt as _};
+use openraft::storage::{EntryResponder, RaftStateMachine};
+use openraft::{EntryPayload, OptionalSend, RaftSnapshotBuilder};
+use serde::{Deserialize, Serialize};
+
+use super::snapshot::SnapshotFile;
+use super::{LogId, Snapshot, SnapshotMeta, StoredMembership, TypeConfig};
+use crate::command::Outcome;
+use crate::state::{self, State};
+use crate::view::View;
+
+/// Between attempts to write a snapshot while the disk is full.
+const FULL_RETRY: Duration = Duration::from_secs(1);
+
+/// The state machine.
+#[derive(Debug)]
+pub struct Machine {
+    view: Arc<View>,
+    file: SnapshotFile,
+    applied: Option<LogId>,
+    membership: StoredMembership,
+}
+
+/// The state as a snapshot holds it.
+#[derive(Serialize, Deserialize)]
+struct Versioned<S> {
+    version: u32,
+    state: S,
+}
+
+impl Machine {
+    /// An empty machine that keeps `view` and stores snapshots in `file`.
+    pub fn new(view: Arc<View>, file: SnapshotFile) -> Self {
+        Self {
+            view,
+            file,
+            applied: None,
+            membership: StoredMembership::default(),
+        }
+    }
+}
+
+/// Writes a snapshot; a full disk is waited out, for openraft takes an error as the end.
+async fn write(file: &SnapshotFile, meta: &SnapshotMeta, data: Vec<u8>) -> io::Result<()> {
+    let data = Arc::new(data);
+    loop {
+        let (file, meta, data) = (file.clone(), meta.clone(), Arc::clone(&data));
+        let written = tokio::task::spawn_blocking(move || file.write(&meta, &data)).await;
+        match written.map_err(io::Error::other)? {
+            Err(error)
+                if matches!(
+                    error.kind(),
+                    io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded
+                ) =>
+            {
+                tracing::error!(%error, "a snapshot cannot be written until there is room on the disk");
+                tokio::time::sleep(FULL_RETRY).await;
+            }
+            result => return result,
+        }
+    }
+}
+
+impl RaftStateMachine<TypeConfig> for Machine {
+    type SnapshotData = Vec<u8>;
+    type SnapshotBuilder = Builder;
+
+    async fn applied_state(&mut self) -> Result<(Option<LogId>, StoredMembership), io::Error> {
+        Ok((self.applied, self.membership.clone()))
+    }
+
+    async fn apply<S>(&mut self, mut entries: S) -> Result<(), io::Error>
+    where
+        S: Stream<Item = Result<EntryResponder<TypeConfig>, io::Error>> + Unpin + OptionalSend,
+    {
+        while let Some((entry, responder)) = entries.try_next().await? {
+            let index = entry.log_id.index;
+            self.applied = Some(entry.log_id);
+            let outcome = match entry.payload {
+                EntryPayload::Normal(command) => self.view.apply(index, &command),
+                EntryPayload::Membership(membership) => {
+                    self.membership = StoredMembership::new(Some(entry.log_id), membership);
+                    self.view.advance(index);
+                    Outcome::Done { index }
+                }
+                EntryPayload::Blank => {
+                    self.view.advance(index);
+                    Outcome::Done { index }
+                }
+            };
+            if let Some(responder) = responder {
+                responder.send(outcome);
+            }
+        }
+        Ok(())
+    }
+
+    async fn get_snapshot_builder(&mut self) -> Builder {
+        Builder {
+            file: self.file.clone(),
+            meta: SnapshotMeta {
+                last_log_id: self.applied,
+                last_membership: self.membership.clone(),
+            },
+            state: self.view.read(|state| state.clone()),
+        }
+    }
+
+    async fn install_snapshot(&mut self, meta: &SnapshotMeta, data: Vec<u8>) -> Result<(), io::Error> {
+        let versioned: Versioned<State> = serde_json::from_slice(&data)?;
+        if versioned.version > state::VERSION {
+            let message = format!(
+                "a snapshot of version {} needs a newer release",
+                versioned.version
+            );
+            return Err(io::Error::new(io::ErrorKind::InvalidData, message));
+        }
+        write(&self.file, meta, data).await?;
+        (self.applied, self.membership) = (meta.last_log_id, meta.last_membership.clone());
+        self.view
+            .replace(meta.last_log_id.map_or(0, |last| last.index), versioned.state);
+        Ok(())
+    }
+
+    async fn get_current_snapshot(&mut self) -> Result<Option<Snapshot>, io::Error> {
+        let file = self.file.clone();
+        tokio::task::spawn_blocking(move || file.read())
+            .await
+            .map_err(io::Error::other)?
+    }
+}
+
+/// Writes one snapshot.
+pub struct Builder {
+    file: SnapshotFile,
+    meta: SnapshotMeta,
+    state: State,
+}
+
+impl RaftSnapshotBuilder<TypeConfig> for Builder {
+    type SnapshotData = Vec<u8>;
+
+    async fn build_snapshot(&mut self) -> Result<Snapshot, io::Error> {
+        let data = serde_json::to_vec(&Versioned {
+            version: state::VERSION,
+            state: &self.state,
+        })?;
+        write(&self.file, &self.meta, data.clone()).await?;
+        Ok(Snapshot {
+            meta: self.meta.clone(),
+            snapshot: data,
+        })
+    }
+}

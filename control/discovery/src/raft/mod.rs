@@ -1,0 +1,99 @@
+//! Consensus: openraft with our log on disk, our state machine and our network.
+//!
+//! - [`journal`]: the file that holds log and vote, written by one thread with one `fdatasync` per batch.
+//! - [`log`]: openraft's log storage on it.
+//! - [`machine`]: the state machine that keeps [`crate::view::View`] up to date, and [`snapshot`], its file.
+//! - [`network`], [`rpc`]: the two ends of the calls between members.
+
+pub mod journal;
+pub mod log;
+pub mod machine;
+pub mod network;
+pub mod rpc;
+pub mod snapshot;
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use openraft::{Config, SnapshotPolicy};
+use serde::{Deserialize, Serialize};
+
+use crate::command::{Command, Outcome};
+
+openraft::declare_raft_types!(
+    /// The types that openraft works with here.
+    pub TypeConfig:
+        D = Command,
+        R = Outcome,
+        Node = Member,
+);
+
+/// openraft's handle.
+pub type Raft = openraft::Raft<TypeConfig, machine::Machine>;
+/// A log entry.
+pub type Entry = openraft::type_config::alias::EntryOf<TypeConfig>;
+/// The id of a log entry.
+pub type LogId = openraft::type_config::alias::LogIdOf<TypeConfig>;
+/// A vote.
+pub type Vote = openraft::type_config::alias::VoteOf<TypeConfig>;
+/// What a snapshot holds beside its data.
+pub type SnapshotMeta = openraft::type_config::alias::SnapshotMetaOf<TypeConfig>;
+/// A snapshot: the state as JSON.
+pub type Snapshot = openraft::type_config::alias::SnapshotOf<TypeConfig, Vec<u8>>;
+/// Who the members are.
+pub type StoredMembership = openraft::type_config::alias::StoredMembershipOf<TypeConfig>;
+
+/// What members know of each other. They are told apart by their Raft ids: addresses may change.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Member {
+    /// Where its cluster listener is: `address:1111`.
+    pub addr: String,
+    /// The host it runs on.
+    #[serde(default)]
+    pub host: String,
+}
+
+/// How members keep time.
+#[derive(Clone, Copy, Debug)]
+pub struct Timing {
+    /// Between a leader's heartbeats.
+    pub heartbeat: Duration,
+    /// Without a heartbeat for this long, up to twice as long, a member calls an election.
+    pub election: Duration,
+    /// Log entries after which a snapshot is made.
+    pub snapshot_after: u64,
+}
+
+impl Default for Timing {
+    fn default() -> Self {
+        Self {
+            heartbeat: Duration::from_millis(100),
+            election: Duration::from_millis(400),
+            snapshot_after: 2000,
+        }
+    }
+}
+
+/// Log entries that stay behind a snapshot, for members that are a little late.
+const KEPT_LOGS: u64 = 500;
+
+impl Timing {
+    /// openraft's settings.
+    pub fn config(self) -> Result<Arc<Config>, openraft::ConfigError> {
+        let millis = |duration: Duration| u64::try_from(duration.as_millis()).unwrap_or(u64::MAX);
+        let config = Config {
+            cluster_name: "flynn".to_owned(),
+            heartbeat_interval: millis(self.heartbeat),
+            election_timeout_min: millis(self.election),
+            election_timeout_max: millis(self.election * 2),
+            install_snapshot_timeout: 30_000,
+            max_payload_entries: 64,
+            snapshot_policy: SnapshotPolicy::LogsSinceLast(self.snapshot_after),
+            max_in_snapshot_log_to_keep: KEPT_LOGS.min(self.snapshot_after),
+            purge_batch_size: 256,
+            enable_pre_vote: Some(true),
+            ..Config::default()
+        };
+        Ok(Arc::new(config.validate()?))
+    }
+}

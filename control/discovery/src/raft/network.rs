@@ -1,0 +1,178 @@
+//! Calls from one member to another, over the cluster listener with mutual TLS.
+
+use std::collections::HashMap;
+use std::future::Future;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use flynn_api::ErrorCode;
+use flynn_api::client::{Http, full};
+use openraft::OptionalSend;
+use openraft::errors::{NetworkError, RPCError, ReplicationClosed, StreamingError, Unreachable};
+use openraft::network::{RPCOption, RaftNetworkFactory, RaftNetworkV2};
+use openraft::raft::{
+    AppendEntriesRequest, AppendEntriesResponse, SnapshotResponse, TransferLeaderRequest,
+    TransferLeaderResponse, VoteRequest, VoteResponse,
+};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+
+use super::{Member, Snapshot, SnapshotMeta, TypeConfig, Vote, snapshot};
+
+/// How other members are reached. Clones share connections.
+#[derive(Clone)]
+pub struct Dialer {
+    tls: Option<Arc<rustls::ClientConfig>>,
+    clients: Arc<Mutex<HashMap<String, Http>>>,
+}
+
+/// Clients that are kept: more than there are members.
+const MAX_CLIENTS: usize = 64;
+
+impl std::fmt::Debug for Dialer {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Dialer").finish_non_exhaustive()
+    }
+}
+
+impl Dialer {
+    /// With mutual TLS; `None` speaks plainly, for tests on loopback.
+    pub fn new(tls: Option<Arc<rustls::ClientConfig>>) -> Self {
+        Self {
+            tls,
+            clients: Arc::default(),
+        }
+    }
+
+    /// A client of the discoverd at `addr`.
+    pub fn dial(&self, addr: &str) -> flynn_api::Result<Http> {
+        let mut clients = self.clients.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(http) = clients.get(addr) {
+            return Ok(http.clone());
+        }
+        let http = match &self.tls {
+            Some(tls) => Http::new(&format!("https://{addr}"))?.tls(Arc::clone(tls)),
+            None => Http::new(&format!("http://{addr}"))?,
+        };
+        if clients.len() >= MAX_CLIENTS {
+            clients.clear();
+        }
+        clients.insert(addr.to_owned(), http.clone());
+        Ok(http)
+    }
+}
+
+impl RaftNetworkFactory<TypeConfig> for Dialer {
+    type Network = Link;
+
+    async fn new_client(&mut self, target: u64, node: &Member) -> Link {
+        Link {
+            target,
+            http: self.dial(&node.addr),
+        }
+    }
+}
+
+/// The way to one member.
+#[derive(Debug)]
+pub struct Link {
+    target: u64,
+    http: flynn_api::Result<Http>,
+}
+
+impl Link {
+    /// Calls the member; the id in the path sees to it that it is the right one.
+    async fn call<T: DeserializeOwned>(
+        &self,
+        what: &str,
+        body: &impl Serialize,
+        timeout: Duration,
+    ) -> Result<T, flynn_api::Error> {
+        let http = self.http.clone()?.timeout(timeout);
+        http.post(&format!("/raft/{}/{what}", self.target), body).await
+    }
+}
+
+fn failed(error: &flynn_api::Error) -> RPCError<TypeConfig> {
+    match error.code {
+        ErrorCode::Timeout => RPCError::Network(NetworkError::new(error)),
+        _ => RPCError::Unreachable(Unreachable::new(error)),
+    }
+}
+
+impl RaftNetworkV2<TypeConfig> for Link {
+    type SnapshotData = Vec<u8>;
+
+    async fn append_entries(
+        &mut self,
+        rpc: AppendEntriesRequest<TypeConfig>,
+        option: RPCOption,
+    ) -> Result<AppendEntriesResponse<TypeConfig>, RPCError<TypeConfig>> {
+        self.call("append", &rpc, option.soft_ttl())
+            .await
+            .map_err(|error| failed(&error))
+    }
+
+    async fn vote(
+        &mut self,
+        rpc: VoteRequest<TypeConfig>,
+        option: RPCOption,
+    ) -> Result<VoteResponse<TypeConfig>, RPCError<TypeConfig>> {
+        self.call("vote", &rpc, option.soft_ttl())
+            .await
+            .map_err(|error| failed(&error))
+    }
+
+    async fn pre_vote(
+        &mut self,
+        rpc: VoteRequest<TypeConfig>,
+        option: RPCOption,
+    ) -> Result<VoteResponse<TypeConfig>, RPCError<TypeConfig>> {
+        self.call("pre-vote", &rpc, option.soft_ttl())
+            .await
+            .map_err(|error| failed(&error))
+    }
+
+    async fn full_snapshot(
+        &mut self,
+        vote: Vote,
+        snapshot: Snapshot,
+        cancel: impl Future<Output = ReplicationClosed> + OptionalSend + 'static,
+        option: RPCOption,
+    ) -> Result<SnapshotResponse<TypeConfig>, StreamingError<TypeConfig>> {
+        let send = async {
+            let refuse = |error: &flynn_api::Error| StreamingError::from(failed(error));
+            let header: (Vote, SnapshotMeta) = (vote, snapshot.meta);
+            let body = snapshot::encode(&header, &snapshot.snapshot)
+                .map_err(|error| StreamingError::Network(NetworkError::new(&error)))?;
+            let http = self.http.clone().map_err(|error| refuse(&error))?;
+            let request = http::Request::post(format!("/raft/{}/snapshot", self.target))
+                .body(full(body))
+                .map_err(|error| StreamingError::Network(NetworkError::new(&error)))?;
+            let answer = tokio::time::timeout(option.soft_ttl(), async {
+                let response = http.send(request).await.map_err(|error| refuse(&error))?;
+                let body = axum::body::to_bytes(axum::body::Body::new(response.into_body()), 1 << 20).await;
+                let body = body.map_err(|error| StreamingError::Network(NetworkError::new(&error)))?;
+                serde_json::from_slice(&body)
+                    .map_err(|error| StreamingError::Network(NetworkError::new(&error)))
+            });
+            answer
+                .await
+                .map_err(|late| StreamingError::Network(NetworkError::new(&late)))?
+        };
+        tokio::select! {
+            closed = cancel => Err(StreamingError::Closed(closed)),
+            result = send => result,
+        }
+    }
+
+    async fn transfer_leader(
+        &mut self,
+        rpc: TransferLeaderRequest<TypeConfig>,
+        option: RPCOption,
+    ) -> Result<TransferLeaderResponse<TypeConfig>, RPCError<TypeConfig>> {
+        self.call("transfer-leader", &rpc, option.soft_ttl())
+            .await
+            .map_err(|error| failed(&error))
+    }
+}

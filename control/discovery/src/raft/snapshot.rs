@@ -1,0 +1,115 @@
+//! The snapshot file: the state up to one log entry, under a checksum, replaced atomically.
+//!
+//! ```text
+//! "flynnsnp"  version u32  crc32 u32  header length u32  0 u32  header JSON  state JSON
+//! ```
+
+use std::io::{self, Write as _};
+use std::os::unix::fs::OpenOptionsExt as _;
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use super::journal::sync_directory;
+use super::{Snapshot, SnapshotMeta};
+
+const MAGIC: &[u8; 8] = b"flynnsnp";
+const VERSION: u32 = 1;
+const FIXED: usize = 24;
+
+/// Where the snapshot is kept.
+#[derive(Clone, Debug)]
+pub struct SnapshotFile {
+    path: PathBuf,
+}
+
+/// A snapshot as it goes to a file or to another member.
+pub fn encode<H: Serialize>(header: &H, data: &[u8]) -> io::Result<Vec<u8>> {
+    let header = serde_json::to_vec(header)?;
+    let length = u32::try_from(header.len()).map_err(io::Error::other)?;
+    let mut bytes = Vec::with_capacity(FIXED + header.len() + data.len());
+    bytes.extend_from_slice(MAGIC);
+    bytes.extend_from_slice(&VERSION.to_le_bytes());
+    bytes.extend_from_slice(&[0; 4]);
+    bytes.extend_from_slice(&length.to_le_bytes());
+    bytes.extend_from_slice(&[0; 4]);
+    bytes.extend_from_slice(&header);
+    bytes.extend_from_slice(data);
+    let crc = crc32fast::hash(&bytes[16..]);
+    bytes[12..16].copy_from_slice(&crc.to_le_bytes());
+    Ok(bytes)
+}
+
+/// Takes apart what [`encode`] made.
+pub fn decode<H: for<'de> Deserialize<'de>>(bytes: &[u8]) -> Result<(H, &[u8]), String> {
+    let (fixed, rest) = bytes.split_first_chunk::<FIXED>().ok_or("it is cut short")?;
+    let number = |at: usize| u32::from_le_bytes([fixed[at], fixed[at + 1], fixed[at + 2], fixed[at + 3]]);
+    if &fixed[..8] != MAGIC {
+        return Err("it is not a snapshot".to_owned());
+    }
+    if number(8) != VERSION {
+        return Err(format!(
+            "version {} is not known: a newer release wrote it",
+            number(8)
+        ));
+    }
+    if number(12) != crc32fast::hash(&bytes[16..]) {
+        return Err("its checksum does not fit".to_owned());
+    }
+    let (header, data) = rest
+        .split_at_checked(number(16) as usize)
+        .ok_or("it is cut short")?;
+    let header = serde_json::from_slice(header).map_err(|why| format!("its header cannot be read: {why}"))?;
+    Ok((header, data))
+}
+
+impl SnapshotFile {
+    /// The snapshot in the directory `dir`.
+    pub fn new(dir: &Path) -> Self {
+        Self {
+            path: dir.join("snapshot"),
+        }
+    }
+
+    /// Reads the snapshot, if there is one.
+    pub fn read(&self) -> io::Result<Option<Snapshot>> {
+        let bytes = match std::fs::read(&self.path) {
+            Ok(bytes) => bytes,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            Err(error) => return Err(error),
+        };
+        let (meta, data) = decode::<SnapshotMeta>(&bytes).map_err(|why| {
+            let message = format!(
+                "{} is damaged: {why}. Take this member out of the cluster, move its data directory away and let it \
+                 join anew; a sole member needs a backup",
+                self.path.display()
+            );
+            io::Error::new(io::ErrorKind::InvalidData, message)
+        })?;
+        Ok(Some(Snapshot {
+            meta,
+            snapshot: data.to_vec(),
+        }))
+    }
+
+    /// Replaces the snapshot. When this returns it is on disk.
+    pub fn write(&self, meta: &SnapshotMeta, data: &[u8]) -> io::Result<()> {
+        let bytes = encode(meta, data)?;
+        let temporary = self.path.with_extension("new");
+        let write = || {
+            let mut file = std::fs::OpenOptions::new()
+                .write(true)
+                .create(true)
+                .truncate(true)
+                .mode(0o600)
+                .open(&temporary)?;
+            file.write_all(&bytes)?;
+            file.sync_all()
+        };
+        write().inspect_err(|_| {
+            let _ = std::fs::remove_file(&temporary);
+        })?;
+        std::fs::rename(&temporary, &self.path)?;
+        sync_directory(&self.path)
+    }
+}
