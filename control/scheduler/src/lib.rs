@@ -8,14 +8,27 @@
 //! The core is pure: [`view`] puts together what is known, [`plan`] says what is to be done, [`place`] where,
 //! [`backoff`] when, [`start`] with which job, [`report`] what the controller is told. It is simulated over 500 seeds.
 //!
+//! The shell around it: `lead` (only the leader acts), `formations` and `hosts` (what is known), `act` (what is done),
+//! `status`. Each follows something for ever; `run` plans whenever something has changed, and on a timer.
+//!
 //! Invariants: see [`plan`]. Above all: what is not known for certain is left alone.
 
+mod act;
 pub mod backoff;
+mod formations;
+mod hosts;
+mod lead;
 pub mod place;
 pub mod plan;
 pub mod report;
+mod run;
+mod shared;
 pub mod start;
+mod status;
 pub mod view;
 
 #[cfg(test)]
 mod simulation;
+
+pub use lead::SERVICE;
+pub use run::{Options, run, serve};

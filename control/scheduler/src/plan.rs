@@ -296,9 +296,9 @@ impl<'a> Planner<'a> {
             let known = placed.host.is_ready();
             let fits = !known || place::tags_match(&placed.host.facts.tags, tags);
             if fits {
-                kept.push(*placed)
+                kept.push(*placed);
             } else {
-                misplaced.push(*placed)
+                misplaced.push(*placed);
             }
         }
         let needed = formation.app.is_system()

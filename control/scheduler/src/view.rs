@@ -16,8 +16,8 @@ pub const RESTARTS: &str = "flynn-scheduler.restarts";
 /// Label of a job: the one whose end made room for it.
 pub const REPLACES: &str = "flynn-scheduler.replaces";
 
-/// How long a host's supervisor may take to bring a `resurrect` job back before the job counts as over.
-const RESURRECTION: SignedDuration = SignedDuration::from_secs(60);
+/// How long a host that comes back may take to bring a `resurrect` job back before the job counts as over.
+const RESURRECTION: SignedDuration = SignedDuration::from_secs(30);
 
 /// How long jobs that are over are remembered once their host has forgotten them: longer than any backoff.
 const REMEMBERED: SignedDuration = SignedDuration::from_secs(600);
@@ -89,6 +89,8 @@ pub struct Job {
     pub error: Option<String>,
     /// Whether the host's last list had it.
     listed: bool,
+    /// It ended against its will, and its host is expected to bring it back.
+    returns: bool,
     stamp: u64,
 }
 
@@ -109,6 +111,7 @@ impl Job {
             exit_status: active.exit_status,
             error: active.error.clone(),
             listed: true,
+            returns: spec.resurrect && matches!(active.status, HostJobState::Crashed | HostJobState::Failed),
             ..Self::pending(spec, active.created_at)?
         })
     }
@@ -150,6 +153,7 @@ impl Job {
             exit_status: None,
             error: None,
             listed: false,
+            returns: false,
             stamp: 0,
         })
     }
@@ -174,7 +178,7 @@ impl Job {
         // An instance that has been up and fails a check is still the one that is up.
         let state = match (self.state, new.state) {
             (State::Up, State::Starting) if new.supervisor_restarts == self.supervisor_restarts => State::Up,
-            (_, State::Down) if new.resurrect && asked_to_stop.is_none() => {
+            (_, State::Down) if new.returns && asked_to_stop.is_none() => {
                 let ended_at = new.ended_at.unwrap_or(now);
                 if now < ended_at + RESURRECTION {
                     State::Starting
@@ -380,24 +384,21 @@ impl View {
             new.ended_at = Some(now);
         }
         let jobs = &mut self.host(host_id, now).jobs;
-        match jobs.get_mut(&active.job.id) {
-            Some(job) => {
-                let certain = asked.is_some_and(|asked| job.stamp <= asked.0);
-                if asked.is_none() || certain {
-                    job.update(new, certain, now);
-                } else {
-                    job.listed = true;
-                }
+        if let Some(job) = jobs.get_mut(&active.job.id) {
+            let certain = asked.is_some_and(|asked| job.stamp <= asked.0);
+            if asked.is_none() || certain {
+                job.update(new, certain, now);
+            } else {
+                job.listed = true;
             }
-            None => {
-                // `update` knows whose turn it is to restart it.
-                let mut job = Job {
-                    state: State::Pending,
-                    ..new.clone()
-                };
-                job.update(new, true, now);
-                jobs.insert(active.job.id.clone(), job);
-            }
+        } else {
+            // `update` knows whose turn it is to restart it.
+            let mut job = Job {
+                state: State::Pending,
+                ..new.clone()
+            };
+            job.update(new, true, now);
+            jobs.insert(active.job.id.clone(), job);
         }
     }
 

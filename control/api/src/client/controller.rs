@@ -2,14 +2,18 @@
 
 use serde::Deserialize;
 
+use super::discovery::DiscoveryClient;
 use super::{EventStream, Http, Upgraded, encode};
-use crate::Result;
 use crate::controller::{
     App, Deployment, DeploymentEvent, Event, ExpandedFormation, Formation, Job, NewJob, Release, ScaleRequest,
 };
 use crate::host::LogLine;
 use crate::image::Artifact;
 use crate::route::{Route, RouteKind};
+use crate::{Error, Result};
+
+/// The controller's service in discoverd.
+pub const SERVICE: &str = "controller";
 
 /// Talks to the controller.
 #[derive(Clone, Debug)]
@@ -74,6 +78,20 @@ impl ControllerClient {
     /// Over this transport, which carries the key ([`Http::password`]).
     pub fn new(http: Http) -> Self {
         Self { http }
+    }
+
+    /// A client of one of the instances that discoverd knows. Each `attempt` takes the next one, so that an instance
+    /// that does not answer is not asked for ever.
+    pub async fn discover(discovery: &DiscoveryClient, key: &str, attempt: usize) -> Result<Self> {
+        let mut instances = discovery.instances(SERVICE).await?;
+        instances.sort_by_key(|instance| instance.index);
+        if instances.is_empty() {
+            return Err(Error::unavailable("discoverd knows no controller"));
+        }
+        let instance = &instances[attempt % instances.len()];
+        Ok(Self::new(
+            Http::new(&format!("http://{}", instance.addr))?.password(key),
+        ))
     }
 
     /// Whether it answers.
