@@ -1,4 +1,4 @@
-//! The appliance against the machine's PostgreSQL 15: keepers in processes of their own, a discoverd in memory.
+//! The appliance against the machine's PostgreSQL: keepers in processes of their own, a discoverd in memory.
 
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
@@ -7,6 +7,7 @@ mod discoverd;
 #[path = "support/keeper.rs"]
 mod keeper;
 
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use discoverd::Discoverd;
@@ -16,8 +17,14 @@ use keeper::{Keeper, PASSWORD, children, until};
 use libtest_mimic::{Arguments, Failed, Trial};
 use rustix::process::{Signal, kill_process};
 
-/// Where Debian has PostgreSQL's programs.
-const PROGRAMS: &str = "/usr/lib/postgresql/15/bin";
+/// Where Debian and Ubuntu have PostgreSQL's programs: 15 as in our images, or what the machine has.
+fn programs() -> Option<PathBuf> {
+    let versions =
+        ["15", "16", "17"].map(|version| Path::new("/usr/lib/postgresql").join(version).join("bin"));
+    versions
+        .into_iter()
+        .find(|programs| programs.join("initdb").exists())
+}
 
 fn main() {
     let arguments: Vec<String> = std::env::args().skip(1).collect();

@@ -183,7 +183,7 @@ pub(crate) fn main(arguments: &[String]) {
     };
     let options = Options {
         data: Path::new(dir).join("data"),
-        programs: crate::PROGRAMS.into(),
+        programs: crate::programs().unwrap(),
         address: address.parse().unwrap(),
         port: 5432,
         password: std::env::var("POSTGRES_PASSWORD").unwrap(),

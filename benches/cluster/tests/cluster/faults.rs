@@ -1,0 +1,207 @@
+//! What breaks, and that it mends itself.
+
+use std::fs;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail, ensure};
+use flynn_api::controller::{Job, JobState};
+use flynn_api::host::ActiveJob;
+use flynn_cluster_tests::{DOMAIN, Load, Platform, until};
+
+use crate::fixture::{APP, Cluster};
+
+const LIMIT: Duration = Duration::from_mins(2);
+
+/// The jobs of the host, by its own word.
+fn jobs(platform: &Platform) -> Result<Vec<ActiveJob>> {
+    let curl = [
+        "--silent",
+        "--show-error",
+        "--unix-socket",
+        flynn_api::host::SOCKET,
+        "http://localhost/host/jobs",
+    ];
+    let said = platform.host().run("curl", curl)?;
+    let jobs: std::collections::BTreeMap<String, ActiveJob> = serde_json::from_str(&said).context(said)?;
+    Ok(jobs
+        .into_values()
+        .filter(|job| !job.status.is_terminal())
+        .collect())
+}
+
+fn app_of(job: &ActiveJob) -> &str {
+    job.job
+        .metadata
+        .get(flynn_api::host::label::APP_NAME)
+        .map_or("", String::as_str)
+}
+
+/// The first processes of a system app's jobs.
+fn processes(platform: &Platform, app: &str) -> Result<Vec<u32>> {
+    let pids: Vec<u32> = jobs(platform)?
+        .iter()
+        .filter(|job| app_of(job) == app)
+        .filter_map(|job| job.pid)
+        .collect();
+    ensure!(!pids.is_empty(), "{app} has no process");
+    Ok(pids)
+}
+
+/// Waits until the controller and the host agree on what runs of the example.
+fn agree(platform: &Platform) -> Result<()> {
+    until(LIMIT, "controller and host agree on what runs", || {
+        let answer = platform.controller(http::Method::GET, &format!("/apps/{APP}/jobs"), "")?;
+        let known: Vec<Job> = serde_json::from_str(&answer.body).context(answer.body)?;
+        let mut known: Vec<_> = known
+            .into_iter()
+            .filter(|job| job.state == JobState::Up)
+            .map(|job| job.id)
+            .collect();
+        let mut there: Vec<_> = jobs(platform)?
+            .into_iter()
+            .filter(|job| app_of(job) == APP)
+            .map(|job| job.job.id)
+            .collect();
+        known.sort();
+        there.sort();
+        Ok((known == there && !known.is_empty()).then_some(()))
+    })
+}
+
+pub(crate) fn killed_daemons(cluster: &mut Cluster) -> Result<()> {
+    let platform = cluster.app()?;
+    let before = jobs(platform)?;
+    let load = Load::start(platform.router(), &format!("{APP}.{DOMAIN}"), 100);
+    let served = |load: &Load, count: u64| {
+        let goal = load.sent() + count;
+        until(LIMIT, &format!("{count} more requests are sent"), || {
+            Ok((load.sent() >= goal).then_some(()))
+        })
+    };
+    served(&load, 100)?;
+
+    let daemon = platform.daemon();
+    platform.host().kill(daemon)?;
+    for app in ["scheduler", "controller", "discoverd"] {
+        // The daemon is dead: ask the kernel for the processes, by what the host said before.
+        for pid in before
+            .iter()
+            .filter(|job| app_of(job) == app)
+            .filter_map(|job| job.pid)
+        {
+            eprintln!("    killing {app}, process {pid} of the host");
+            platform.host().signal_process(pid, 9)?;
+        }
+    }
+    ensure!(!platform.host().runs(daemon)?, "the daemon was not killed");
+    served(&load, 1000)?;
+    platform.host().start(daemon)?;
+    until(LIMIT, "all four are back", || {
+        for app in ["scheduler", "controller", "discoverd"] {
+            let old: Vec<u32> = before
+                .iter()
+                .filter(|job| app_of(job) == app)
+                .filter_map(|job| job.pid)
+                .collect();
+            if processes(platform, app)?.iter().any(|pid| old.contains(pid)) {
+                bail!("{app} was not killed");
+            }
+        }
+        Ok(Some(()))
+    })?;
+    agree(platform)?;
+    served(&load, 200)?;
+    let report = load.stop()?;
+    eprintln!(
+        "    {} requests, {} failed, slowest {:?}",
+        report.sent,
+        report.failures.len(),
+        report.slowest
+    );
+    ensure!(
+        report.failures.is_empty(),
+        "requests failed, first {:?}",
+        &report.failures[..report.failures.len().min(5)]
+    );
+
+    // The same containers as before: nobody was restarted who was not killed.
+    let after = jobs(platform)?;
+    for job in before
+        .iter()
+        .filter(|job| [APP, "router", "postgres", "blobstore"].contains(&app_of(job)))
+    {
+        let same = after
+            .iter()
+            .any(|now| now.job.id == job.job.id && now.pid == job.pid);
+        ensure!(same, "{} of {} did not live through it", job.job.id, app_of(job));
+    }
+    // And the platform is of use again.
+    platform.run(["-a", APP, "env", "set", "GREETING=Back again"])?;
+    until(LIMIT, "a deployment goes through", || {
+        Ok(platform
+            .answers(APP, LIMIT)?
+            .body
+            .starts_with("Back again")
+            .then_some(()))
+    })
+}
+
+pub(crate) fn power_cut(cluster: &mut Cluster) -> Result<()> {
+    let platform = cluster.app()?;
+    platform.host().power_cut()?;
+    ensure!(
+        platform.get(&format!("{APP}.{DOMAIN}"), "/").is_err(),
+        "something answers without power"
+    );
+    platform.host().boot()?;
+    until(LIMIT, "the app answers again by itself", || {
+        let answer = platform.get(&format!("{APP}.{DOMAIN}"), "/")?;
+        ensure!(
+            answer.status.is_success(),
+            "{}: {}",
+            answer.status,
+            answer.body.trim()
+        );
+        Ok(Some(()))
+    })?;
+    agree(platform)?;
+    platform.run(["-a", APP, "env", "set", "GREETING=After the cut"])?;
+    until(LIMIT, "a deployment goes through", || {
+        Ok(platform
+            .answers(APP, LIMIT)?
+            .body
+            .starts_with("After the cut")
+            .then_some(()))
+    })
+}
+
+pub(crate) fn down(cluster: &mut Cluster) -> Result<()> {
+    let platform = cluster.take()?;
+    let (name, dir) = (platform.lab().name().to_owned(), platform.lab().dir().to_owned());
+    platform.down()?;
+    ensure!(!dir.exists(), "{} is still there", dir.display());
+    let labs = flynn_lab::labs()?;
+    ensure!(!labs.contains(&name), "a cgroup of the lab is still there");
+    let dir = dir.display().to_string();
+    let mounts = fs::read_to_string("/proc/self/mounts")?;
+    ensure!(
+        !mounts.contains(&dir) && !mounts.contains("flynn"),
+        "mounts are still there:\n{mounts}"
+    );
+    let loops = fs::read_dir("/sys/block")?.filter_map(|entry| {
+        fs::read_to_string(entry.ok()?.path().join("loop/backing_file"))
+            .ok()
+            .filter(|file| file.contains(&dir))
+    });
+    let loops: Vec<_> = loops.collect();
+    ensure!(loops.is_empty(), "loop devices are still there: {loops:?}");
+    let processes = fs::read_dir("/proc")?.filter_map(|entry| {
+        let path = entry.ok()?.path();
+        let line = fs::read(path.join("cmdline")).ok()?;
+        let line = String::from_utf8_lossy(&line).replace('\0', " ");
+        (line.contains(&dir)).then_some(line)
+    });
+    let processes: Vec<_> = processes.collect();
+    ensure!(processes.is_empty(), "processes are still there: {processes:?}");
+    Ok(())
+}

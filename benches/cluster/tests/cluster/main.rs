@@ -1,0 +1,63 @@
+//! What the platform promises, kept by a real cluster: everything through the command line's binary and the router.
+//!
+//! The tests share one lab, in this order; each makes what it needs of what is not there yet, so that one alone runs
+//! as well: `cargo test -p flynn-cluster-tests -- shell`.
+
+mod faults;
+mod fixture;
+mod input;
+mod life;
+
+use fixture::Cluster;
+use flynn_cluster_tests::Artifacts;
+use libtest_mimic::{Arguments, Trial};
+
+type Test = fn(&mut Cluster) -> anyhow::Result<()>;
+
+const TESTS: &[(&str, Test)] = &[
+    ("a_cluster_comes_up_from_built_images", life::comes_up),
+    ("an_app_is_pushed_and_answers_through_the_router", life::answers),
+    (
+        "three_instances_have_three_addresses_and_all_answer",
+        life::scales,
+    ),
+    ("an_instance_that_is_killed_is_replaced", life::replaces),
+    (
+        "a_changed_environment_is_a_release_that_can_be_rolled_back",
+        life::releases,
+    ),
+    ("an_app_shows_its_lines", life::logs),
+    ("a_command_runs_in_an_app_with_its_exit_code", life::shell),
+    ("the_platform_consists_of_apps", life::system_apps),
+    ("bad_requests_are_refused_with_a_reason", input::requests),
+    (
+        "bad_archives_and_layers_are_refused_and_lose_nothing",
+        input::archives,
+    ),
+    ("what_is_taken_or_unknown_is_said_to_be", input::names),
+    ("hosts_say_what_they_lack", input::hosts),
+    ("secrets_show_nowhere", input::secrets),
+    ("killed_daemons_cost_no_request", faults::killed_daemons),
+    ("the_app_answers_again_after_a_power_cut", faults::power_cut),
+    ("nothing_is_left_after_down", faults::down),
+];
+
+fn main() {
+    flynn_lab::reexec();
+    let mut arguments = Arguments::from_args();
+    // There is one cluster.
+    arguments.test_threads = Some(1);
+    let found = Artifacts::find();
+    if let Err(why) = &found {
+        eprintln!("skipped: {why}");
+    }
+    let cluster = fixture::shared(found.as_ref().ok().cloned());
+    let trials = TESTS.iter().map(|(name, test)| {
+        let cluster = std::sync::Arc::clone(&cluster);
+        Trial::test(*name, move || fixture::run(&cluster, *test)).with_ignored_flag(found.is_err())
+    });
+    let conclusion = libtest_mimic::run(&arguments, trials.collect());
+    // The lab ends with its value, and before this process does.
+    drop(cluster);
+    conclusion.exit();
+}
