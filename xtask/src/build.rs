@@ -31,6 +31,14 @@ pub(crate) struct Profile {
 }
 
 impl Profile {
+    /// The quick build.
+    pub(crate) fn debug() -> Self {
+        Self {
+            release: false,
+            debug: true,
+        }
+    }
+
     /// Where a binary of this build is.
     pub(crate) fn binary(self, name: &str) -> PathBuf {
         let profile = if self.debug { "debug" } else { "release" };

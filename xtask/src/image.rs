@@ -20,6 +20,7 @@ mod store;
 use crate::setup::{self, Need};
 use crate::{build, ui, workspace};
 use anyhow::{Context, Result};
+pub(crate) use example::ARCHIVE;
 use flynn_api::image::{Entrypoint, ImageManifest, Layer};
 use std::collections::BTreeSet;
 use store::Store;
@@ -50,7 +51,7 @@ pub(crate) enum Name {
 
 impl Name {
     /// The names in the order of making.
-    const ALL: [Self; 5] = [
+    pub(crate) const ALL: [Self; 5] = [
         Self::Base,
         Self::Postgres,
         Self::Imaging,

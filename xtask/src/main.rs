@@ -7,11 +7,21 @@
 //! Invariants: every command checks first that what it needs is installed; every command can be killed at any
 //! moment and run again; nothing outside `target/` is written but by `setup`.
 
+mod bench;
 mod build;
+mod cluster;
+mod down;
 mod exec;
+mod floors;
 mod image;
+mod lab;
+mod lint;
 mod setup;
+mod status;
+mod tally;
+mod test;
 mod ui;
+mod up;
 mod workspace;
 
 use clap::{Parser, Subcommand};
@@ -33,19 +43,37 @@ struct Cli {
 /// One variant per command, each implemented in the module of its name.
 #[derive(Subcommand)]
 enum Command {
+    /// Bring up a cluster of one host on this machine, with an example app
+    Up(up::Args),
+    /// End what `up` brought up, and see that nothing is left
+    Down(down::Args),
+    /// Say how what `up` brought up is doing
+    Status(build::Profile),
+    /// Run every test, as CI does
+    Test(test::Args),
+    /// Check formatting, lints, dependencies and who may know whom
+    Lint,
     /// Install what is missing on this machine: Debian packages, the eBPF toolchain, cargo tools
     Setup(setup::Args),
     /// Build the static binaries: flynn-host, flynn-system, flynn, flynn-lab
     Build(build::Profile),
     /// Make the images: squashfs layers and manifests, and the example's docker-archive
     Image(image::Args),
+    /// Measure against a peer
+    Bench(bench::Args),
 }
 
 fn main() -> ExitCode {
     let outcome = match Cli::parse().command {
+        Command::Up(args) => up::run(&args),
+        Command::Down(args) => down::run(&args),
+        Command::Status(profile) => status::run(profile),
+        Command::Test(args) => test::run(&args),
+        Command::Lint => lint::run(),
         Command::Setup(args) => setup::run(&args),
         Command::Build(profile) => build::run(profile),
         Command::Image(args) => image::run(&args),
+        Command::Bench(args) => bench::run(&args),
     };
     match outcome {
         Ok(()) => ExitCode::SUCCESS,

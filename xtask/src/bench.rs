@@ -1,0 +1,49 @@
+//! `cargo xtask bench`: measures us beside a peer. The table goes to people, `--json` to machines, on stdout alone.
+
+use crate::setup::{self, Need};
+use crate::{build, exec, image, workspace};
+use anyhow::{Result, bail};
+use std::collections::BTreeSet;
+
+/// What to measure.
+#[derive(clap::Args)]
+pub(crate) struct Args {
+    /// The suite
+    suite: String,
+    /// Fewer samples, five minutes at the most
+    #[arg(long)]
+    quick: bool,
+    /// One JSON object per row
+    #[arg(long)]
+    json: bool,
+}
+
+/// Runs a suite on built binaries and images.
+pub(crate) fn run(args: &Args) -> Result<()> {
+    setup::check(&[Need::Build, Need::Images, Need::Lab, Need::Bench])?;
+    let profile = build::Profile::default();
+    build::run(profile)?;
+    image::make(&BTreeSet::from(image::Name::ALL), profile)?;
+    let mut cargo = exec::cargo();
+    cargo.args([
+        "run",
+        "--locked",
+        "--quiet",
+        "--release",
+        "--package",
+        "flynn-bench",
+        "--",
+        &args.suite,
+    ]);
+    if args.quick {
+        cargo.arg("--quick");
+    }
+    if args.json {
+        cargo.arg("--json");
+    }
+    let status = cargo.env("FLYNN_TARGET", workspace::target()).status()?;
+    if !status.success() {
+        bail!("the suite {} failed: {status}", args.suite);
+    }
+    Ok(())
+}

@@ -1,0 +1,163 @@
+//! Making a cluster of the lab's host and deploying the example to it: with the commands that an operator and a
+//! developer would type.
+
+use crate::image::ARCHIVE;
+use crate::lab::{self, HTTP, HTTPS};
+use crate::{build, exec, ui, workspace};
+use anyhow::{Context, Result, bail};
+use serde::Deserialize;
+use std::io::{Read, Write};
+use std::net::TcpStream;
+use std::path::PathBuf;
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+/// The domain of the lab's cluster, which leads to this machine by its very name.
+const DOMAIN: &str = "flynn.localhost";
+/// The example app.
+const APP: &str = "example";
+
+/// What a bootstrap has made.
+#[derive(Deserialize)]
+pub(crate) struct Cluster {
+    controller_key: String,
+    tls_pin: String,
+}
+
+/// The address of the example.
+pub(crate) fn url() -> String {
+    format!("http://{APP}.{DOMAIN}:{HTTP}")
+}
+
+/// Where the CLI keeps the lab's cluster: beside the lab, and not among the developer's own clusters.
+pub(crate) fn flynnrc() -> PathBuf {
+    workspace::target().join("lab").join("flynnrc")
+}
+
+/// Waits until the host's daemon answers.
+pub(crate) fn wait_for_daemon() -> Result<()> {
+    wait(Duration::from_secs(30), || {
+        let Ok(mut command) = lab::in_host("test", ["-S", "/run/flynn/host.sock"]) else {
+            return false;
+        };
+        command
+            .stderr(Stdio::null())
+            .status()
+            .is_ok_and(|status| status.success())
+    })
+    .with_context(|| {
+        format!(
+            "the host's daemon does not come up; {} says why",
+            lab::daemon_log().display()
+        )
+    })
+}
+
+/// Makes a cluster of the host. Progress goes to stderr.
+pub(crate) fn bootstrap() -> Result<Cluster> {
+    let mut command = lab::in_host(
+        "flynn-host",
+        ["bootstrap", "--domain", DOMAIN, "--images", lab::IMAGES, "--json"],
+    )?;
+    let output = command
+        .stdin(Stdio::null())
+        .stderr(Stdio::inherit())
+        .output()
+        .context("cannot run bootstrap")?;
+    if !output.status.success() {
+        bail!(
+            "bootstrap failed: {}; {} may say more",
+            output.status,
+            lab::daemon_log().display()
+        );
+    }
+    serde_json::from_slice(&output.stdout).context("bootstrap's answer cannot be read")
+}
+
+/// Tells the CLI of the cluster.
+pub(crate) fn add(cluster: &Cluster, profile: build::Profile) -> Result<()> {
+    let domain = format!("{DOMAIN}:{HTTPS}");
+    // The key is not on the command line, where every user of the machine could read it.
+    exec::quiet(
+        flynn(profile)
+            .args([
+                "cluster",
+                "add",
+                "--force",
+                "--default",
+                "--tls-pin",
+                &cluster.tls_pin,
+                "lab",
+                &domain,
+            ])
+            .env("FLYNN_CONTROLLER_KEY", &cluster.controller_key),
+    )
+    .map(drop)
+}
+
+/// Deploys the example from its docker-archive and waits until it answers.
+pub(crate) fn deploy(profile: build::Profile) -> Result<()> {
+    let archive = workspace::images().join(ARCHIVE);
+    let known = exec::quiet(flynn(profile).args(["-a", APP, "info"])).is_ok();
+    if !known {
+        exec::quiet(flynn(profile).args(["create", "--remote", "", APP]))?;
+    }
+    exec::run(
+        flynn(profile)
+            .args(["-a", APP, "docker", "push", "--archive"])
+            .arg(archive),
+    )?;
+    exec::run(flynn(profile).args(["-a", APP, "scale", "app=1"]))?;
+    wait(Duration::from_mins(1), || {
+        answer().is_some_and(|answer| answer.contains("200 OK"))
+    })
+    .with_context(|| format!("{} does not answer; `flynn -a {APP} log` may say why", url()))
+}
+
+/// The CLI with the lab's cluster.
+pub(crate) fn flynn(profile: build::Profile) -> Command {
+    let mut command = Command::new(profile.binary("flynn"));
+    command.env("FLYNNRC", flynnrc());
+    command
+}
+
+/// What the example answers, status line and all.
+pub(crate) fn answer() -> Option<String> {
+    let mut stream = TcpStream::connect(("127.0.0.1", HTTP)).ok()?;
+    stream.set_read_timeout(Some(Duration::from_secs(5))).ok()?;
+    write!(
+        stream,
+        "GET / HTTP/1.1\r\nHost: {APP}.{DOMAIN}:{HTTP}\r\nConnection: close\r\n\r\n"
+    )
+    .ok()?;
+    let mut text = String::new();
+    stream.take(64 << 10).read_to_string(&mut text).ok()?;
+    Some(text)
+}
+
+/// The two or three commands to try next.
+pub(crate) fn what_next(profile: build::Profile) {
+    let bin = profile.binary("flynn");
+    let bin = bin.parent().unwrap_or(&bin).display();
+    ui::step("Try next");
+    for line in [
+        format!("export PATH={bin}:$PATH FLYNNRC={}", flynnrc().display()),
+        format!("curl {}", url()),
+        format!("flynn -a {APP} scale app=3"),
+        format!("flynn -a {APP} env set GREETING=Hi"),
+        "cargo xtask down".to_owned(),
+    ] {
+        ui::note(&line);
+    }
+}
+
+fn wait(limit: Duration, mut condition: impl FnMut() -> bool) -> Result<()> {
+    let begun = Instant::now();
+    while !condition() {
+        if begun.elapsed() > limit {
+            bail!("waited {} s in vain", limit.as_secs());
+        }
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    Ok(())
+}
