@@ -56,10 +56,8 @@ fn main() {
 
 /// What this machine lacks.
 fn missing() -> Option<String> {
-    if !std::path::Path::new(PROGRAMS).join("initdb").exists() {
-        return Some(format!(
-            "there is no PostgreSQL 15 in {PROGRAMS} (Debian package postgresql-15)"
-        ));
+    if programs().is_none() {
+        return Some("there is no PostgreSQL in /usr/lib/postgresql (Debian package postgresql-15)".into());
     }
     let accounts = std::fs::read_to_string("/etc/passwd").unwrap_or_default();
     let root = rustix::process::geteuid().is_root();

@@ -23,7 +23,10 @@ impl Artifacts {
         if !rustix::process::geteuid().is_root() {
             return Err("a lab needs root, for its namespaces and mounts".into());
         }
-        let checkout = Path::new(env!("CARGO_MANIFEST_DIR")).join("../..");
+        let checkout = Path::new(env!("CARGO_MANIFEST_DIR"))
+            .ancestors()
+            .nth(2)
+            .unwrap_or(Path::new("."));
         let target = std::env::var_os("FLYNN_TARGET").map_or_else(|| checkout.join("target"), PathBuf::from);
         let target = std::path::absolute(&target).map_err(|why| format!("{}: {why}", target.display()))?;
         let built = target.join("static/x86_64-unknown-linux-gnu");
