@@ -70,7 +70,8 @@ impl Dataplane {
         self.links.attach(program, interface)
     }
 
-    /// Takes a program from an interface. It is no error when it, or the interface, is not there any more.
+    /// Takes a program from an interface; the kernel may run it for a few packets more. It is no error when it, or the
+    /// interface, is not there any more.
     pub fn detach(&mut self, program: Program, interface: &str) -> Result<()> {
         self.links.detach(program, interface)
     }

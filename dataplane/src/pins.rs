@@ -16,6 +16,7 @@ const BPF_FS_MAGIC: i64 = 0xcafe_4a11;
 /// Names below the directory for pins. (A dot is no letter in a BPF file system.)
 #[derive(Debug)]
 pub(crate) struct Pins {
+    directory: PathBuf,
     maps: PathBuf,
     links: PathBuf,
 }
@@ -23,6 +24,7 @@ pub(crate) struct Pins {
 impl Pins {
     pub(crate) fn open(directory: &Path) -> Result<Self> {
         let pins = Self {
+            directory: directory.into(),
             maps: directory.join(format!("v{}", flynn_abi::LAYOUT)),
             links: directory.join("links"),
         };
@@ -73,14 +75,11 @@ impl Pins {
 
     /// Removes every pin.
     pub(crate) fn remove_all(&self) -> Result<()> {
-        for directory in [&self.links, &self.maps] {
-            fs::remove_dir_all(directory).map_err(|source| Error::Pins {
-                what: "removing",
-                path: directory.clone(),
-                source,
-            })?;
-        }
-        Ok(())
+        fs::remove_dir_all(&self.directory).map_err(|source| Error::Pins {
+            what: "removing",
+            path: self.directory.clone(),
+            source,
+        })
     }
 
     /// Removes a pin; whether there was one.
