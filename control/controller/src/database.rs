@@ -1,0 +1,190 @@
+//! The connection to PostgreSQL: a small pool, migrations at start, and what its failures mean to callers.
+
+use std::time::Duration;
+
+use deadpool_postgres::{
+    Client, Manager, ManagerConfig, Pool, PoolError, RecyclingMethod, Runtime, Timeouts,
+};
+use flynn_api::{Error, ErrorCode, Result};
+use tokio_postgres::error::SqlState;
+use tokio_postgres::{Config, NoTls};
+
+use crate::data::LOCK_SPACE;
+
+/// Connections at most.
+const POOL: usize = 8;
+/// How long a call waits for a connection.
+const WAIT: Duration = Duration::from_secs(5);
+/// Settings of each connection: nothing waits for ever.
+const SETTINGS: &str = "-c statement_timeout=15000 -c lock_timeout=8000 \
+                        -c idle_in_transaction_session_timeout=30000 -c application_name=flynn-controller";
+/// The second half of the migration lock's key.
+const MIGRATION_LOCK: i32 = 100;
+
+mod migrations {
+    refinery::embed_migrations!("migrations");
+}
+
+/// The database.
+#[derive(Clone)]
+pub(crate) struct Database {
+    pool: Pool,
+    config: Config,
+}
+
+impl Database {
+    /// For this configuration. Nothing is opened yet.
+    pub(crate) fn new(mut config: Config) -> anyhow::Result<Self> {
+        config
+            .connect_timeout(WAIT)
+            .tcp_user_timeout(Duration::from_secs(15))
+            .keepalives_idle(Duration::from_secs(15))
+            .options(SETTINGS);
+        let manager_config = ManagerConfig {
+            recycling_method: RecyclingMethod::Fast,
+        };
+        let manager = Manager::from_config(config.clone(), NoTls, manager_config);
+        let timeouts = Timeouts {
+            wait: Some(WAIT),
+            create: Some(WAIT),
+            recycle: Some(WAIT),
+        };
+        let pool = Pool::builder(manager)
+            .max_size(POOL)
+            .timeouts(timeouts)
+            .runtime(Runtime::Tokio1)
+            .build()?;
+        Ok(Self { pool, config })
+    }
+
+    /// How a connection of one's own is made.
+    pub(crate) fn config(&self) -> &Config {
+        &self.config
+    }
+
+    /// A connection from the pool.
+    pub(crate) async fn client(&self) -> Result<Client> {
+        self.pool.get().await.map_err(|why| match why {
+            PoolError::Backend(why) => explain(why),
+            PoolError::Timeout(_) => away(&"no connection became free in time"),
+            why => away(&why),
+        })
+    }
+
+    /// Waits until the database answers, and brings its schema up to date.
+    ///
+    /// Several controllers may start at once: they do it one after the other, under an advisory lock.
+    pub(crate) async fn migrate(&self) -> anyhow::Result<()> {
+        let mut wait = Duration::from_millis(100);
+        let (mut client, connection) = loop {
+            match self.config.connect(NoTls).await {
+                Ok(connected) => break connected,
+                Err(why) => {
+                    let server = describe(&self.config);
+                    tracing::warn!(why = %chain(&why), %server, again_in = ?wait, "waiting for PostgreSQL");
+                    tokio::time::sleep(wait).await;
+                    wait = (wait * 2).min(Duration::from_secs(3));
+                }
+            }
+        };
+        let driver = tokio::spawn(connection);
+        // Another controller's migration may take longer than a statement usually may.
+        client
+            .batch_execute("SET statement_timeout = 0; SET lock_timeout = 0")
+            .await?;
+        client
+            .execute("SELECT pg_advisory_lock($1, $2)", &[&LOCK_SPACE, &MIGRATION_LOCK])
+            .await?;
+        let report = migrations::migrations::runner().run_async(&mut client).await?;
+        for migration in report.applied_migrations() {
+            tracing::info!(%migration, "the database has been migrated");
+        }
+        // The lock goes with the connection.
+        drop(client);
+        driver.await??;
+        Ok(())
+    }
+}
+
+/// The server, without its password.
+fn describe(config: &Config) -> String {
+    let hosts: Vec<_> = config
+        .get_hosts()
+        .iter()
+        .map(|host| match host {
+            tokio_postgres::config::Host::Tcp(name) => name.clone(),
+            tokio_postgres::config::Host::Unix(path) => path.display().to_string(),
+        })
+        .collect();
+    format!("{}/{}", hosts.join(","), config.get_dbname().unwrap_or_default())
+}
+
+fn chain(why: &(dyn std::error::Error + 'static)) -> String {
+    let mut text = why.to_string();
+    let mut cause = why.source();
+    while let Some(why) = cause {
+        text.push_str(": ");
+        text.push_str(&why.to_string());
+        cause = why.source();
+    }
+    text
+}
+
+fn away(why: &dyn std::fmt::Display) -> Error {
+    tracing::warn!(%why, "the database does not serve");
+    Error::unavailable(
+        "the controller's database is not there now. Nothing was changed; try again in a moment",
+    )
+}
+
+/// What a failure of the database means to the caller. Messages of the server stay in the log: they may quote data.
+#[expect(clippy::needless_pass_by_value, reason = "the shape that map_err wants")]
+pub(crate) fn explain(why: tokio_postgres::Error) -> Error {
+    let Some(db) = why.as_db_error() else {
+        return if why.is_closed()
+            || std::error::Error::source(&why).is_some_and(<dyn std::error::Error>::is::<std::io::Error>)
+        {
+            away(&chain(&why))
+        } else {
+            tracing::error!(why = %chain(&why), "the database cannot be asked");
+            Error::internal("the controller cannot ask its database; its log says why")
+        };
+    };
+    let code = db.code();
+    if code.code() == "FL001" {
+        // Our own trigger: its words name two states and nothing else.
+        return Error::conflict(format!("{}: states only go forward", db.message()));
+    }
+    if *code == SqlState::CHARACTER_NOT_IN_REPERTOIRE || *code == SqlState::UNTRANSLATABLE_CHARACTER {
+        return Error::validation("a text contains a NUL character, which cannot be stored: remove it");
+    }
+    if *code == SqlState::T_R_SERIALIZATION_FAILURE
+        || *code == SqlState::T_R_DEADLOCK_DETECTED
+        || *code == SqlState::LOCK_NOT_AVAILABLE
+    {
+        let mut error = Error::conflict("another change of the same object was under way: try again");
+        error.retry = true;
+        return error;
+    }
+    // Class 08: connection; 53: resources; 57: an operator's or a timeout's intervention; read-only: a deposed primary.
+    let class = &code.code()[..2];
+    if matches!(class, "08" | "53" | "57") || *code == SqlState::READ_ONLY_SQL_TRANSACTION {
+        return away(&db);
+    }
+    if *code == SqlState::UNIQUE_VIOLATION || *code == SqlState::FOREIGN_KEY_VIOLATION {
+        tracing::warn!(
+            constraint = db.constraint(),
+            "a constraint of the database refused a change"
+        );
+        return Error::new(
+            ErrorCode::Conflict,
+            "another change at the same moment made this one impossible: read the object again, then retry",
+        );
+    }
+    tracing::error!(
+        code = code.code(),
+        message = db.message(),
+        "the database refused a statement"
+    );
+    Error::internal("the controller's database refused a statement; the controller's log says why")
+}
