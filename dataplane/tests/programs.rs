@@ -376,6 +376,7 @@ fn no_change_to_a_frame_makes_it_another_container_s() {
         let property = (frames, changes, any::<Index>());
         let mut runner = TestRunner::new(ProptestConfig {
             cases: 4000,
+            failure_persistence: None,
             ..ProptestConfig::default()
         });
         let result = runner.run(&property, |(mut frame, changes, cut)| {

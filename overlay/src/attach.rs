@@ -4,6 +4,7 @@ use std::{
     io,
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
     os::fd::BorrowedFd,
+    time::Duration,
 };
 
 use flynn_dataplane::{Container, Program};
@@ -15,6 +16,9 @@ use crate::{
     network::{Endpoint, Network},
     sysctl,
 };
+
+/// How long an interface may take to start.
+const PATIENCE: Duration = Duration::from_secs(5);
 
 /// The container's only interface beside its loopback.
 const CONTAINER_INTERFACE: &str = "eth0";
@@ -82,12 +86,13 @@ impl Network {
                 "making the interface of the container {address}"
             )))?;
         let index = self.program(address).await?;
+        self.open_host_end(&interface, index).await?;
         self.configure_container(namespace, address)
             .await
             .map_err(Error::kernel(format!(
                 "configuring the network of the container {address}"
             )))?;
-        self.open_host_end(&interface, index).await?;
+        self.wait_until_running(&interface).await?;
         Ok(Endpoint {
             address,
             address6: self.config.ipv6(address),
@@ -159,10 +164,31 @@ impl Network {
         // Packets come in here and answers go out by the overlay's device. The kernel lets that pass, whatever its
         // default is, where the check of return paths is loose and the interface has an address.
         sysctl::set(&format!("ipv4/conf/{interface}/rp_filter"), "2")?;
-        self.netlink.add_address(index, self.gateway().into()).await.map_err(failed())?;
+        self.netlink
+            .add_address(index, self.gateway().into())
+            .await
+            .map_err(failed())?;
         if self.config.cluster6.is_some() {
             self.netlink.without_link_local(index).await.map_err(failed())?;
         }
         self.netlink.up(index).await.map_err(failed())
+    }
+
+    /// The kernel starts an interface some moments after its other end has come up, and until then drops what is sent.
+    async fn wait_until_running(&self, interface: &str) -> Result<()> {
+        let failed = || Error::kernel(format!("waiting for {interface}"));
+        let running = async {
+            loop {
+                match self.netlink.link(interface).await? {
+                    Some(link) if link.is_running => return Ok(()),
+                    Some(_) => tokio::time::sleep(Duration::from_millis(1)).await,
+                    None => return Err(io::ErrorKind::NotFound.into()),
+                }
+            }
+        };
+        let in_time = tokio::time::timeout(PATIENCE, running).await;
+        in_time
+            .unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))
+            .map_err(failed())
     }
 }

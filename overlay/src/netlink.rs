@@ -11,7 +11,9 @@ use rtnetlink::{
     Handle, LinkMessageBuilder, LinkUnspec, LinkVeth, LinkVxlan, RouteMessageBuilder,
     packet_route::{
         address::AddressHeaderFlags,
-        link::{AfSpecInet6, AfSpecUnspec, In6AddrGenMode, InfoData, InfoVeth, LinkAttribute, LinkMessage},
+        link::{
+            AfSpecInet6, AfSpecUnspec, In6AddrGenMode, InfoData, InfoVeth, LinkAttribute, LinkMessage, State,
+        },
         route::{RouteAttribute, RouteMetric, RouteScope},
     },
 };
@@ -30,6 +32,8 @@ pub(crate) struct Link {
     pub(crate) index: u32,
     pub(crate) name: String,
     pub(crate) mtu: u32,
+    /// It is up, and what it is connected to is, too.
+    pub(crate) is_running: bool,
 }
 
 /// A route to be made.
@@ -267,6 +271,7 @@ impl Netlink {
 
 fn link_of(message: LinkMessage) -> Link {
     let mut link = Link {
+        is_running: false,
         index: message.header.index,
         name: String::new(),
         mtu: 0,
@@ -275,6 +280,7 @@ fn link_of(message: LinkMessage) -> Link {
         match attribute {
             LinkAttribute::IfName(name) => link.name = name,
             LinkAttribute::Mtu(mtu) => link.mtu = mtu,
+            LinkAttribute::OperState(state) => link.is_running = state == State::Up,
             _ => {}
         }
     }

@@ -1,112 +1,145 @@
-//! A host of one's own for each test: a thread in a network and a mount namespace that nobody else has, with a BPF
-//! file system, and namespaces for containers beside it. All of it is gone when the test is over.
+//! Hosts and containers as network namespaces, and what talks between them.
+
+#[path = "../../../dataplane/tests/support/mod.rs"]
+mod alone;
 
 use std::{
     any::Any,
     fs::File,
     io::{Read, Write},
-    net::{IpAddr, Shutdown, SocketAddr, TcpListener, TcpStream, UdpSocket},
+    net::{IpAddr, Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream, UdpSocket},
     os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd},
-    process::Command,
+    path::PathBuf,
     sync::mpsc,
     thread::{self, JoinHandle},
     time::{Duration, Instant},
 };
 
+pub(crate) use alone::{ip, main};
 use flynn_overlay::{DropReason, Network, NetworkConfig};
-use rustix::{
-    mount::{MountFlags, MountPropagationFlags, mount, mount_change},
-    thread::{LinkNameSpaceType, UnshareFlags, move_into_link_name_space, unshare_unsafe},
-};
-use tempfile::TempDir;
+use rustix::thread::{LinkNameSpaceType, UnshareFlags, move_into_link_name_space};
 
 /// How long anything may take that is not a hang.
-pub const PATIENCE: Duration = Duration::from_secs(20);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(20);
 
-/// Why these tests cannot run here.
-pub fn obstacle() -> Option<&'static str> {
-    if !rustix::process::geteuid().is_root() {
-        return Some("needs root");
-    }
-    let nft = Command::new("nft").arg("--version").output();
-    if !nft.is_ok_and(|output| output.status.success()) {
-        return Some("needs nft");
-    }
-    let ip = Command::new("ip").arg("-V").output();
-    if !ip.is_ok_and(|output| output.status.success()) {
-        Some("needs ip")
-    } else {
-        None
-    }
-}
-
-/// What a test knows of the host that it runs in.
-pub struct Host {
-    bpffs: TempDir,
+/// The host that a test runs in.
+pub(crate) struct Host {
+    pins: PathBuf,
 }
 
 impl Host {
     /// Runs a test in a host of its own.
-    pub fn run<F>(test: impl FnOnce(Host) -> F + Send + 'static)
+    pub(crate) fn run<F>(test: impl FnOnce(Host) -> F + Send + 'static)
     where
         F: Future<Output = ()>,
     {
-        let run = move || {
-            unshare(UnshareFlags::NEWNET | UnshareFlags::NEWNS);
-            mount_change("/", MountPropagationFlags::PRIVATE | MountPropagationFlags::REC).unwrap();
-            let bpffs = TempDir::new().unwrap();
-            mount("bpf", bpffs.path(), "bpf", MountFlags::empty(), None).unwrap();
-            ip(&["link", "set", "lo", "up"]);
+        alone::alone(move |bpffs| {
             let runtime = tokio::runtime::Builder::new_current_thread()
                 .enable_all()
                 .build()
                 .unwrap();
-            runtime.block_on(test(Host { bpffs }));
-        };
-        if let Err(panic) = thread::spawn(run).join() {
-            std::panic::resume_unwind(panic);
-        }
-    }
-
-    /// Where programs and maps are pinned.
-    pub fn pins(&self) -> std::path::PathBuf {
-        self.bpffs.path().join("flynn")
+            runtime.block_on(test(Host {
+                pins: alone::pins(bpffs),
+            }));
+        });
     }
 
     /// The network that the tests have.
-    pub fn config(&self) -> NetworkConfig {
+    pub(crate) fn config(&self) -> NetworkConfig {
         NetworkConfig {
             cluster: "100.100.0.0/16".parse().unwrap(),
             cluster6: Some(NetworkConfig::DEFAULT_CLUSTER6),
             subnet: "100.100.7.0/24".parse().unwrap(),
-            pins: self.pins(),
+            pins: self.pins.clone(),
             uplink: None,
         }
     }
 
     /// That network, up.
-    pub async fn network(&self) -> Network {
+    pub(crate) async fn network(&self) -> Network {
         Network::up(self.config()).await.unwrap()
     }
 
     /// The namespace that the test runs in.
-    pub fn namespace(&self) -> Namespace {
+    pub(crate) fn namespace() -> Namespace {
         Namespace::current()
+    }
+
+    /// A namespace that is joined with the host's by a veth, both ends with an address of 192.0.2.0/24 and 2001:db8::/64;
+    /// the host's default route leads there.
+    pub(crate) fn outside() -> Outside {
+        let namespace = Namespace::new();
+        let descriptor = namespace.as_fd().as_raw_fd();
+        let path = format!("/proc/{}/fd/{descriptor}", std::process::id());
+        ip(&[
+            "link", "add", "uplink", "type", "veth", "peer", "name", "eth0", "netns", &path,
+        ]);
+        let outside = Outside {
+            namespace,
+            host_address: Ipv4Addr::new(192, 0, 2, 1),
+            address: Ipv4Addr::new(192, 0, 2, 2),
+        };
+        outside.namespace.run(|| {
+            ip(&["address", "add", "192.0.2.2/24", "dev", "eth0"]);
+            ip(&["address", "add", "2001:db8::2/64", "dev", "eth0", "nodad"]);
+            ip(&["link", "set", "eth0", "up"]);
+        });
+        ip(&["address", "add", "192.0.2.1/24", "dev", "uplink"]);
+        ip(&["address", "add", "2001:db8::1/64", "dev", "uplink", "nodad"]);
+        ip(&["link", "set", "uplink", "up"]);
+        ip(&["route", "add", "default", "via", "192.0.2.2"]);
+        ip(&["route", "add", "default", "via", "2001:db8::2"]);
+        outside
     }
 }
 
+/// What is beyond a host's uplink.
+pub(crate) struct Outside {
+    pub(crate) namespace: Namespace,
+    pub(crate) address: Ipv4Addr,
+    /// The host, as it is seen from there.
+    pub(crate) host_address: Ipv4Addr,
+}
+
+/// A container that has only a network.
+pub(crate) struct Container {
+    pub(crate) namespace: Namespace,
+    pub(crate) ipv4: Ipv4Addr,
+    pub(crate) ipv6: IpAddr,
+}
+
+impl Container {
+    /// One with the address that ends so.
+    pub(crate) async fn attach(network: &Network, last: u8) -> Self {
+        let namespace = Namespace::new();
+        let endpoint = network.attach(namespace.as_fd(), address(last)).await.unwrap();
+        Self {
+            namespace,
+            ipv4: endpoint.address,
+            ipv6: endpoint.address6.unwrap().into(),
+        }
+    }
+
+    pub(crate) fn addresses(&self) -> [IpAddr; 2] {
+        [self.ipv4.into(), self.ipv6]
+    }
+}
+
+/// An address of the host's subnet.
+pub(crate) fn address(last: u8) -> Ipv4Addr {
+    Ipv4Addr::new(100, 100, 7, last)
+}
+
 /// A network namespace.
-pub struct Namespace(OwnedFd);
+pub(crate) struct Namespace(OwnedFd);
 
 impl Namespace {
     /// One that is empty.
-    pub fn new() -> Self {
-        thread::spawn(|| {
-            unshare(UnshareFlags::NEWNET);
+    pub(crate) fn new() -> Self {
+        join(thread::spawn(|| {
+            alone::unshare(UnshareFlags::NEWNET);
             Self::current()
-        })
-        .join()
-        .unwrap()
+        }))
     }
 
     fn current() -> Self {
@@ -114,7 +147,7 @@ impl Namespace {
     }
 
     /// Runs something in it, in a thread of its own.
-    pub fn spawn<R: Send + 'static>(&self, run: impl FnOnce() -> R + Send + 'static) -> JoinHandle<R> {
+    pub(crate) fn spawn<R: Send + 'static>(&self, run: impl FnOnce() -> R + Send + 'static) -> JoinHandle<R> {
         let namespace = self.0.try_clone().unwrap();
         thread::spawn(move || {
             move_into_link_name_space(namespace.as_fd(), Some(LinkNameSpaceType::Network)).unwrap();
@@ -123,7 +156,7 @@ impl Namespace {
     }
 
     /// The same, and waits for it.
-    pub fn run<R: Send + 'static>(&self, run: impl FnOnce() -> R + Send + 'static) -> R {
+    pub(crate) fn run<R: Send + 'static>(&self, run: impl FnOnce() -> R + Send + 'static) -> R {
         join(self.spawn(run))
     }
 }
@@ -135,25 +168,14 @@ impl AsFd for Namespace {
 }
 
 /// The result of a thread, or its panic.
-pub fn join<R>(thread: JoinHandle<R>) -> R {
+pub(crate) fn join<R>(thread: JoinHandle<R>) -> R {
     thread
         .join()
         .unwrap_or_else(|panic: Box<dyn Any + Send>| std::panic::resume_unwind(panic))
 }
 
-/// Has iproute2 do something in the namespace of this thread.
-pub fn ip(arguments: &[&str]) -> String {
-    let output = Command::new("ip").args(arguments).output().unwrap();
-    assert!(
-        output.status.success(),
-        "ip {arguments:?}: {}",
-        String::from_utf8_lossy(&output.stderr)
-    );
-    String::from_utf8(output.stdout).unwrap()
-}
-
 /// Bytes that are nowhere the same.
-pub fn payload(length: usize, seed: u64) -> Vec<u8> {
+pub(crate) fn payload(length: usize, seed: u64) -> Vec<u8> {
     let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
     let mut bytes = Vec::with_capacity(length + 8);
     while bytes.len() < length {
@@ -166,9 +188,9 @@ pub fn payload(length: usize, seed: u64) -> Vec<u8> {
     bytes
 }
 
-/// Sends bytes over TCP from one namespace to an address in another, which sends them back: both must get them whole.
+/// Sends bytes over TCP from one namespace to an address in another, which sends others back: both must arrive whole.
 /// Returns the address from which the server saw the client come.
-pub fn tcp_echo(client: &Namespace, server: &Namespace, address: IpAddr, length: usize) -> IpAddr {
+pub(crate) fn tcp_echo(client: &Namespace, server: &Namespace, address: IpAddr, length: usize) -> IpAddr {
     let (sender, port) = mpsc::channel();
     let server = server.spawn(move || {
         let listener = TcpListener::bind((address, 0)).unwrap();
@@ -201,7 +223,7 @@ pub fn tcp_echo(client: &Namespace, server: &Namespace, address: IpAddr, length:
 }
 
 /// Sends datagrams of these sizes there and back.
-pub fn udp_echo(client: &Namespace, server: &Namespace, address: IpAddr, sizes: &[usize]) {
+pub(crate) fn udp_echo(client: &Namespace, server: &Namespace, address: IpAddr, sizes: &[usize]) {
     let socket = server.run(move || udp(SocketAddr::new(address, 0)));
     let to = socket.local_addr().unwrap();
     let count = sizes.len();
@@ -231,22 +253,35 @@ pub fn udp_echo(client: &Namespace, server: &Namespace, address: IpAddr, sizes: 
     join(server);
 }
 
+/// Whether a datagram gets from one namespace to an address in another at all.
+pub(crate) fn arrives(client: &Namespace, server: &Namespace, address: IpAddr) -> bool {
+    let socket = server.run(move || udp(SocketAddr::new(address, 0)));
+    let to = socket.local_addr().unwrap();
+    client.run(move || {
+        let unspecified = if to.is_ipv4() { "0.0.0.0:0" } else { "[::]:0" };
+        // No way there at all is as good as a datagram that is lost on it.
+        let _ = udp(unspecified.parse().unwrap()).send_to(b"?", to);
+    });
+    socket.set_read_timeout(Some(Duration::from_millis(200))).unwrap();
+    socket.recv(&mut [0]).is_ok()
+}
+
 /// A UDP socket that does not wait for ever.
-pub fn udp(address: SocketAddr) -> UdpSocket {
+pub(crate) fn udp(address: SocketAddr) -> UdpSocket {
     let socket = UdpSocket::bind(address).unwrap();
     socket.set_read_timeout(Some(PATIENCE)).unwrap();
     socket
 }
 
 /// Has a stream not wait for ever.
-pub fn patient(stream: &TcpStream) {
+pub(crate) fn patient(stream: &TcpStream) {
     stream.set_read_timeout(Some(PATIENCE)).unwrap();
     stream.set_write_timeout(Some(PATIENCE)).unwrap();
 }
 
 /// Sends a frame as it is from an interface of this thread's namespace.
-pub fn send_frame(interface: &str, frame: &[u8]) {
-    let all = libc::c_int::from((libc::ETH_P_ALL as u16).to_be());
+pub(crate) fn send_frame(interface: &str, frame: &[u8]) {
+    let all = libc::c_int::from(u16::try_from(libc::ETH_P_ALL).unwrap().to_be());
     // SAFETY: a plain system call.
     let socket = unsafe { libc::socket(libc::AF_PACKET, libc::SOCK_RAW | libc::SOCK_CLOEXEC, all) };
     assert!(socket >= 0, "{}", std::io::Error::last_os_error());
@@ -254,7 +289,7 @@ pub fn send_frame(interface: &str, frame: &[u8]) {
     let socket = unsafe { OwnedFd::from_raw_fd(socket) };
     // SAFETY: integers, for which zeros are values.
     let mut to: libc::sockaddr_ll = unsafe { std::mem::zeroed() };
-    to.sll_family = libc::AF_PACKET as u16;
+    to.sll_family = u16::try_from(libc::AF_PACKET).unwrap();
     to.sll_ifindex = index_of(interface);
     // SAFETY: pointers to a frame and an address that outlive the call, with their lengths.
     let sent = unsafe {
@@ -264,7 +299,7 @@ pub fn send_frame(interface: &str, frame: &[u8]) {
             frame.len(),
             0,
             (&raw const to).cast(),
-            size_of_val(&to) as libc::socklen_t,
+            libc::socklen_t::try_from(size_of_val(&to)).unwrap(),
         )
     };
     assert_eq!(
@@ -284,7 +319,7 @@ fn index_of(interface: &str) -> i32 {
 }
 
 /// How often packets were dropped for a reason.
-pub fn drops(network: &Network, reason: DropReason) -> u64 {
+pub(crate) fn drops(network: &Network, reason: DropReason) -> u64 {
     let drops = network.drops().unwrap();
     drops
         .into_iter()
@@ -293,15 +328,10 @@ pub fn drops(network: &Network, reason: DropReason) -> u64 {
 }
 
 /// Waits until something is so.
-pub fn eventually(what: &str, condition: impl Fn() -> bool) {
+pub(crate) fn eventually(what: &str, condition: impl Fn() -> bool) {
     let start = Instant::now();
     while !condition() {
         assert!(start.elapsed() < PATIENCE, "not within {PATIENCE:?}: {what}");
         thread::sleep(Duration::from_millis(5));
     }
-}
-
-fn unshare(flags: UnshareFlags) {
-    // SAFETY: no flag which takes from a thread what others count on it to share: no files, no memory.
-    unsafe { unshare_unsafe(flags) }.unwrap();
 }
