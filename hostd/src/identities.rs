@@ -24,8 +24,17 @@ pub async fn ensure_app(state: &Path, app: &str, discoverd: &DiscoveryClient) ->
         return Ok(dir);
     }
     let request = KeyRequest::generate().map_err(|why| fault(app, &why))?;
-    let signed = discoverd.renew(&RenewRequest { csr: request.csr_pem, job: Some(app.to_owned()) }).await?;
-    let identity = Identity { ca_pem: signed.ca, cert_pem: signed.cert, key_pem: request.key_pem };
+    let signed = discoverd
+        .renew(&RenewRequest {
+            csr: request.csr_pem,
+            job: Some(app.to_owned()),
+        })
+        .await?;
+    let identity = Identity {
+        ca_pem: signed.ca,
+        cert_pem: signed.cert,
+        key_pem: request.key_pem,
+    };
     identity.save(&dir).map_err(|why| fault(app, &why))?;
     Ok(dir)
 }

@@ -1,1 +1,37 @@
-//! .
+//! `flynn-host`: what owns one host of a cluster.
+//!
+//! **In**: jobs over the host API ([`flynn_api::host`]), image layers, the host's subnet. **Out**: running containers,
+//! their logs, their state as events, their services in discoverd.
+//!
+//! Two kinds of process do this. The **daemon** ([`daemon`]) serves the API and prepares what a job needs: layers,
+//! volumes, an address. One **supervisor** per job ([`supervisor`]), this same binary executed anew, makes the
+//! [`container`], holds its pipes, registers its services and notes its end.
+//!
+//! Invariants:
+//! - The daemon can be killed at any moment: no container notices, no log line and no exit status is lost. A daemon
+//!   that starts finds the supervisors by their sockets.
+//! - A supervisor has one thread: it forks without exec.
+//! - A container dies with its supervisor, and a job whose supervisor is gone is over.
+//! - A job's directory is the only record of it. What cannot be read there is set aside and said, and harms no other job.
+//! - Layers are verified when they arrive, and never change.
+
+pub mod bootstrap;
+pub mod caps;
+pub mod cgroup;
+pub mod config;
+pub mod container;
+pub mod control;
+pub mod daemon;
+pub mod disk;
+pub mod files;
+pub mod identities;
+pub mod launch;
+pub mod layers;
+pub mod logs;
+mod notices;
+pub mod paths;
+pub mod prepare;
+pub mod status;
+pub mod supervisor;
+mod sys;
+pub mod volumes;

@@ -4,9 +4,9 @@ use std::collections::BTreeSet;
 use std::path::Path;
 
 use anyhow::{Context as _, bail};
+use flynn_api::ErrorCode;
 use flynn_api::client::{Http, host::HostClient};
 use flynn_api::image::{ImageManifest, Layer};
-use flynn_api::ErrorCode;
 use futures::StreamExt as _;
 use http_body_util::{BodyExt as _, StreamBody};
 use hyper::body::Frame;
@@ -22,26 +22,43 @@ const DIR: &str = "images";
 pub async fn import(host: &HostClient, state: &Path, from: &Path) -> anyhow::Result<Vec<String>> {
     let mut names = Vec::new();
     let mut sent = BTreeSet::new();
-    let entries = std::fs::read_dir(from)
-        .with_context(|| format!("no images in {}; make them with `cargo xtask image`", from.display()))?;
+    let entries = std::fs::read_dir(from).with_context(|| {
+        format!(
+            "no images in {}; make them with `cargo xtask image`",
+            from.display()
+        )
+    })?;
     for entry in entries {
         let path = entry?.path();
-        let Some(name) = path.file_stem().and_then(|name| name.to_str()) else { continue };
+        let Some(name) = path.file_stem().and_then(|name| name.to_str()) else {
+            continue;
+        };
         if path.extension().is_none_or(|extension| extension != "json") {
             continue;
         }
         let manifest = read(&path)?;
         for layer in manifest.layers() {
             if sent.insert(layer.id) {
-                send(host.http(), layer, &from.join("layers").join(format!("{}.squashfs", layer.id))).await?;
+                send(
+                    host.http(),
+                    layer,
+                    &from.join("layers").join(format!("{}.squashfs", layer.id)),
+                )
+                .await?;
             }
         }
         files::private_dir(&state.join(DIR))?;
-        files::write_atomic(&state.join(DIR).join(format!("{name}.json")), &manifest.canonical_json())?;
+        files::write_atomic(
+            &state.join(DIR).join(format!("{name}.json")),
+            &manifest.canonical_json(),
+        )?;
         names.push(name.to_owned());
     }
     if names.is_empty() {
-        bail!("no images in {}; make them with `cargo xtask image`", from.display());
+        bail!(
+            "no images in {}; make them with `cargo xtask image`",
+            from.display()
+        );
     }
     names.sort();
     Ok(names)
@@ -67,7 +84,9 @@ async fn send(host: &Http, layer: &Layer, file: &Path) -> anyhow::Result<()> {
     if host.send_raw(head).await?.status().is_success() {
         return Ok(());
     }
-    let file = tokio::fs::File::open(file).await.with_context(|| format!("layer {}: {}", layer.id, file.display()))?;
+    let file = tokio::fs::File::open(file)
+        .await
+        .with_context(|| format!("layer {}: {}", layer.id, file.display()))?;
     let chunks = futures::stream::try_unfold(file, |mut file| async move {
         let mut chunk = vec![0; 256 << 10];
         let length = file.read(&mut chunk).await?;
@@ -78,9 +97,13 @@ async fn send(host: &Http, layer: &Layer, file: &Path) -> anyhow::Result<()> {
     let body = StreamBody::new(chunks.boxed()).map_err(Into::into).boxed_unsync();
     match host.send(http::Request::put(&path).body(body)?).await {
         Err(error) if error.code == ErrorCode::Validation => {
-            bail!("layer {} is damaged ({error}); make the images anew with `cargo xtask image`", layer.id)
+            bail!(
+                "layer {} is damaged ({error}); make the images anew with `cargo xtask image`",
+                layer.id
+            )
         }
-        result => result.map(drop).with_context(|| format!("cannot store layer {}", layer.id)),
+        result => result
+            .map(drop)
+            .with_context(|| format!("cannot store layer {}", layer.id)),
     }
 }
-

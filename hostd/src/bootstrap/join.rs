@@ -10,9 +10,9 @@ use std::time::Duration;
 
 use anyhow::{Context as _, bail};
 use flynn_api::Digest;
+use flynn_api::client::Http;
 use flynn_api::client::discovery::DiscoveryClient;
 use flynn_api::client::host::HostClient;
-use flynn_api::client::Http;
 use flynn_api::discovery::{JoinRequest, NetworkLeases, SignedIdentity};
 use flynn_api::host::{Job, NetworkConfig, label};
 use flynn_api::tls::{Identity, KeyRequest, joining_client_config};
@@ -54,7 +54,10 @@ pub async fn token(args: &TokenArgs) -> anyhow::Result<()> {
     let identity = Identity::load(&identities::host_dir(&args.state))
         .context("this host belongs to no cluster yet; run `flynn-host bootstrap` first")?;
     let discoverd = DiscoveryClient::new(Http::new(&discoverd_url(address))?.identity(&identity)?);
-    println!("flynn-host join {address} {}", discoverd.join_token().await?.token);
+    println!(
+        "flynn-host join {address} {}",
+        discoverd.join_token().await?.token
+    );
     Ok(())
 }
 
@@ -73,7 +76,12 @@ pub async fn run(args: &Args) -> anyhow::Result<()> {
         Err(_) => {
             say("asking for a certificate");
             let (key_pem, signed) = ask(args, &host_id, address).await?;
-            Identity { ca_pem: signed.ca, cert_pem: signed.cert, key_pem }.save(&host_dir)?;
+            Identity {
+                ca_pem: signed.ca,
+                cert_pem: signed.cert,
+                key_pem,
+            }
+            .save(&host_dir)?;
             signed.peers
         }
     };
@@ -82,8 +90,12 @@ pub async fn run(args: &Args) -> anyhow::Result<()> {
 
     say("taking a subnet");
     let leases = remote.meta(flynn_api::discovery::HOST_SERVICE).await?;
-    let leases: NetworkLeases = serde_json::from_value(leases.data).context("the network leases cannot be read")?;
-    let network = leases.network.parse().with_context(|| format!("{:?} is not a network", leases.network))?;
+    let leases: NetworkLeases =
+        serde_json::from_value(leases.data).context("the network leases cannot be read")?;
+    let network = leases
+        .network
+        .parse()
+        .with_context(|| format!("{:?} is not a network", leases.network))?;
     let lease = loop {
         match take_lease(&remote, network, &host_id, address).await {
             Ok(Some(lease)) => break lease,
@@ -97,27 +109,39 @@ pub async fn run(args: &Args) -> anyhow::Result<()> {
     say("starting discoverd");
     identities::ensure_app(&args.state, "discoverd", &remote).await?;
     if !runs_discoverd(&host).await? {
-        let first = Http::new(&format!("https://{}:{}", args.address, flynn_api::host::PORT))?.identity(&identity)?;
+        let first =
+            Http::new(&format!("https://{}:{}", args.address, flynn_api::host::PORT))?.identity(&identity)?;
         let job = copy_of_discoverd(&HostClient::new(first), &host_id, &peers).await?;
         host.add_job(&job).await.context("cannot start discoverd")?;
     }
-    let config = NetworkConfig { network: leases.network, subnet: lease.subnet };
-    host.configure_network(&config).await.context("cannot bring the host's network up")?;
+    let config = NetworkConfig {
+        network: leases.network,
+        subnet: lease.subnet,
+    };
+    host.configure_network(&config)
+        .await
+        .context("cannot bring the host's network up")?;
 
     let own = DiscoveryClient::new(Http::new(&discoverd_url(address))?.identity(&identity)?);
     let deadline = tokio::time::Instant::now() + Duration::from_secs(60);
     while let Err(error) = own.ping().await {
         if tokio::time::Instant::now() > deadline {
-            bail!("this host's discoverd does not answer after 60 s ({error}); see `flynn-host ps` and `flynn-host log`");
+            bail!(
+                "this host's discoverd does not answer after 60 s ({error}); see `flynn-host ps` and `flynn-host log`"
+            );
         }
         tokio::time::sleep(Duration::from_millis(200)).await;
     }
-    eprintln!("\nThis host ({host_id}, {address}) belongs to the cluster, with the subnet {}.", config.subnet);
+    eprintln!(
+        "\nThis host ({host_id}, {address}) belongs to the cluster, with the subnet {}.",
+        config.subnet
+    );
     Ok(())
 }
 
 async fn ask(args: &Args, host_id: &str, address: Ipv4Addr) -> anyhow::Result<(String, SignedIdentity)> {
-    let form = "a token has the form SECRET.FINGERPRINT; get one with `flynn-host token` on a host of the cluster";
+    let form =
+        "a token has the form SECRET.FINGERPRINT; get one with `flynn-host token` on a host of the cluster";
     let (secret, fingerprint) = args.token.split_once('.').context(form)?;
     let fingerprint: Digest = fingerprint.parse().context(form)?;
     let request = KeyRequest::generate()?;
@@ -128,22 +152,36 @@ async fn ask(args: &Args, host_id: &str, address: Ipv4Addr) -> anyhow::Result<(S
         address,
         csr: request.csr_pem,
     };
-    let signed = DiscoveryClient::new(http).join(&join).await.context("the cluster did not let this host in")?;
+    let signed = DiscoveryClient::new(http)
+        .join(&join)
+        .await
+        .context("the cluster did not let this host in")?;
     Ok((request.key_pem, signed))
 }
 
 fn is_discoverd(job: &Job) -> bool {
-    job.metadata.get(label::APP_NAME).is_some_and(|name| name == "discoverd")
+    job.metadata
+        .get(label::APP_NAME)
+        .is_some_and(|name| name == "discoverd")
 }
 
 async fn runs_discoverd(host: &HostClient) -> anyhow::Result<bool> {
-    Ok(host.jobs().await?.values().any(|job| !job.status.is_terminal() && is_discoverd(&job.job)))
+    Ok(host
+        .jobs()
+        .await?
+        .values()
+        .any(|job| !job.status.is_terminal() && is_discoverd(&job.job)))
 }
 
 /// The job that runs discoverd on another host, for this one: same app, release and image.
 async fn copy_of_discoverd(other: &HostClient, host_id: &str, peers: &[String]) -> anyhow::Result<Job> {
-    let jobs = other.jobs().await.context("cannot read the jobs of the cluster's host")?;
-    let found = jobs.into_values().find(|job| !job.status.is_terminal() && is_discoverd(&job.job));
+    let jobs = other
+        .jobs()
+        .await
+        .context("cannot read the jobs of the cluster's host")?;
+    let found = jobs
+        .into_values()
+        .find(|job| !job.status.is_terminal() && is_discoverd(&job.job));
     let mut job = found.context("the cluster's host runs no discoverd")?.job;
     job.id = format!("{host_id}-{}", uuid::Uuid::new_v4());
     let env = &mut job.config.env;

@@ -2,7 +2,9 @@
 
 use std::collections::BTreeMap;
 
-use flynn_api::controller::{App, ExpandedFormation, ProcessType, Processes, Release, SYSTEM_APP, SYSTEM_CRITICAL};
+use flynn_api::controller::{
+    App, ExpandedFormation, ProcessType, Processes, Release, SYSTEM_APP, SYSTEM_CRITICAL,
+};
 use flynn_api::image::{Artifact, ImageManifest};
 use flynn_api::route::Route;
 use flynn_api::{Env, Meta};
@@ -102,7 +104,9 @@ fn fill_text(text: &str, variables: &BTreeMap<&str, String>) -> Result<String, S
     let mut filled = String::new();
     let mut rest = text;
     while let Some((before, after)) = rest.split_once("${") {
-        let (name, after) = after.split_once('}').ok_or_else(|| format!("{text:?} has no `}}` after its `${{`"))?;
+        let (name, after) = after
+            .split_once('}')
+            .ok_or_else(|| format!("{text:?} has no `}}` after its `${{`"))?;
         let value = variables.get(name).ok_or_else(|| {
             let known: Vec<_> = variables.keys().copied().collect();
             format!("there is no variable {name:?}; there are {}", known.join(", "))
@@ -122,7 +126,12 @@ impl SystemApp {
         if self.critical {
             meta.insert(SYSTEM_CRITICAL.into(), "true".into());
         }
-        App { id: ids.app.clone(), name: self.name.clone(), meta, ..App::default() }
+        App {
+            id: ids.app.clone(),
+            name: self.name.clone(),
+            meta,
+            ..App::default()
+        }
     }
 
     /// Its first release.
@@ -160,18 +169,40 @@ mod tests {
     use super::*;
 
     fn variables() -> BTreeMap<&'static str, String> {
-        ["DOMAIN", "CONTROLLER_KEY", "POSTGRES_PASSWORD", "BLOBSTORE_KEY", "TLS_CERT", "TLS_KEY"]
-            .map(|name| (name, format!("<{name}>")))
-            .into()
+        [
+            "DOMAIN",
+            "CONTROLLER_KEY",
+            "POSTGRES_PASSWORD",
+            "BLOBSTORE_KEY",
+            "TLS_CERT",
+            "TLS_KEY",
+        ]
+        .map(|name| (name, format!("<{name}>")))
+        .into()
     }
 
     #[test]
     fn the_default_manifest_is_whole() {
         let manifest = Manifest::read(DEFAULT, &variables()).unwrap();
         let names: Vec<_> = manifest.apps.iter().map(|app| app.name.as_str()).collect();
-        assert_eq!(names, ["discoverd", "postgres", "controller", "scheduler", "router", "blobstore", "tarreceive"]);
+        assert_eq!(
+            names,
+            [
+                "discoverd",
+                "postgres",
+                "controller",
+                "scheduler",
+                "router",
+                "blobstore",
+                "tarreceive"
+            ]
+        );
         for app in &manifest.apps {
-            assert!(app.scale.keys().all(|name| app.processes.contains_key(name)), "{}", app.name);
+            assert!(
+                app.scale.keys().all(|name| app.processes.contains_key(name)),
+                "{}",
+                app.name
+            );
         }
         assert_eq!(manifest.apps[2].routes[0].domain, "controller.<DOMAIN>");
     }
@@ -180,7 +211,11 @@ mod tests {
     fn what_is_put_in_is_not_read_again() {
         let variables = BTreeMap::from([("A", "${B}\"".to_owned()), ("B", "b".to_owned())]);
         assert_eq!(fill_text("x${A}${B}$y", &variables).unwrap(), "x${B}\"b$y");
-        assert!(fill_text("${C}", &variables).unwrap_err().contains("there are A, B"));
+        assert!(
+            fill_text("${C}", &variables)
+                .unwrap_err()
+                .contains("there are A, B")
+        );
         assert!(fill_text("${A", &variables).is_err());
     }
 

@@ -74,7 +74,10 @@ struct Bootstrap {
 }
 
 fn local_host() -> anyhow::Result<HostClient> {
-    Ok(HostClient::new(Http::new(&format!("unix:{}", flynn_api::host::SOCKET))?))
+    Ok(HostClient::new(Http::new(&format!(
+        "unix:{}",
+        flynn_api::host::SOCKET
+    ))?))
 }
 
 /// This host's id and address, as its daemon knows them.
@@ -84,7 +87,9 @@ async fn own_address(host: &HostClient) -> anyhow::Result<(String, Ipv4Addr)> {
     )?;
     let address = status.url.trim_start_matches("https://");
     let address = address.rsplit_once(':').map_or(address, |(address, _)| address);
-    let address = address.parse().with_context(|| format!("the daemon says {:?} for its address", status.url))?;
+    let address = address
+        .parse()
+        .with_context(|| format!("the daemon says {:?} for its address", status.url))?;
     Ok((status.id, address))
 }
 
@@ -105,7 +110,10 @@ pub async fn run(args: &Args) -> anyhow::Result<()> {
         None => manifest::DEFAULT.to_owned(),
     };
     let manifest = Manifest::read(&json, &state.variables()).map_err(|why| {
-        let name = args.manifest.as_deref().unwrap_or(Path::new("the built-in manifest"));
+        let name = args
+            .manifest
+            .as_deref()
+            .unwrap_or(Path::new("the built-in manifest"));
         anyhow::anyhow!("{}: {why}", name.display())
     })?;
     let mut bootstrap = Bootstrap {
@@ -175,7 +183,10 @@ impl Bootstrap {
             });
             println!("{report}");
         } else {
-            eprintln!("\nThe cluster is up after {:.1} s. To use it:\n", took.as_secs_f64());
+            eprintln!(
+                "\nThe cluster is up after {:.1} s. To use it:\n",
+                took.as_secs_f64()
+            );
             println!("{}", self.state.cluster_add()?);
         }
         Ok(())

@@ -89,7 +89,10 @@ impl State {
 
     /// The variables of the manifest.
     pub fn variables(&self) -> BTreeMap<&str, String> {
-        let secrets = self.secrets.iter().map(|(name, value)| (name.as_str(), value.clone()));
+        let secrets = self
+            .secrets
+            .iter()
+            .map(|(name, value)| (name.as_str(), value.clone()));
         secrets.chain([("DOMAIN", self.domain.clone())]).collect()
     }
 
@@ -100,9 +103,10 @@ impl State {
 
     /// The ids of an app, made up at the first call.
     pub fn ids(&mut self, app: &str) -> &AppIds {
-        self.apps
-            .entry(app.to_owned())
-            .or_insert_with(|| AppIds { app: Uuid::new_v4().to_string(), release: Uuid::new_v4().to_string() })
+        self.apps.entry(app.to_owned()).or_insert_with(|| AppIds {
+            app: Uuid::new_v4().to_string(),
+            release: Uuid::new_v4().to_string(),
+        })
     }
 
     /// By what the CLI knows the cluster: base64 of the SHA-256 of its certificate's DER.
@@ -130,7 +134,9 @@ fn public_certificate(domain: &str) -> Result<(String, String), TlsError> {
 fn check_domain(domain: &str) -> anyhow::Result<()> {
     let label = |label: &str| {
         (1..=63).contains(&label.len())
-            && label.bytes().all(|byte| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'-')
+            && label
+                .bytes()
+                .all(|byte| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'-')
             && !label.starts_with('-')
             && !label.ends_with('-')
     };
@@ -156,7 +162,10 @@ mod tests {
         assert_eq!(again.ids("router"), &ids);
         assert_eq!(again.variables(), state.variables());
         assert_eq!(again.tls_pin().unwrap().len(), 44);
-        let error = State::open(dir.path(), Some("example.org")).err().unwrap().to_string();
+        let error = State::open(dir.path(), Some("example.org"))
+            .err()
+            .unwrap()
+            .to_string();
         assert!(error.contains("example.com"), "{error}");
     }
 }

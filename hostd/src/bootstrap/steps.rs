@@ -7,9 +7,9 @@ use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context as _, bail};
+use flynn_api::client::Http;
 use flynn_api::client::controller::ControllerClient;
 use flynn_api::client::discovery::DiscoveryClient;
-use flynn_api::client::Http;
 use flynn_api::controller::{Formation, JobState};
 use flynn_api::discovery::{
     CA_SERVICE, ClusterCa, HOST_SERVICE, NetworkLeases, ServiceConfig, ServiceMeta, SubnetLease,
@@ -17,8 +17,8 @@ use flynn_api::discovery::{
 use flynn_api::host::{ActiveJob, Job, JobState as HostJobState, NetworkConfig, label};
 use flynn_api::tls::{Ca, Identity, PeerIdentity};
 use flynn_api::{Error, ErrorCode};
-use ipnet::Ipv4Net;
 use futures::StreamExt as _;
+use ipnet::Ipv4Net;
 use tokio::time::Instant;
 
 use super::manifest::{self, SystemApp};
@@ -39,10 +39,18 @@ impl Bootstrap {
             }
             Ok(ca.issue(&identity, sans)?.save(dir)?)
         };
-        issue(&crate::identities::host_dir(&self.dir), PeerIdentity::Host(self.host_id.clone()), &[address.clone()])?;
+        issue(
+            &crate::identities::host_dir(&self.dir),
+            PeerIdentity::Host(self.host_id.clone()),
+            &[address.clone()],
+        )?;
         for app in apps {
             let sans = [address.clone(), format!("{}.discoverd", app.name)];
-            issue(&crate::identities::app_dir(&self.dir, &app.name), PeerIdentity::Job(app.name.clone()), &sans)?;
+            issue(
+                &crate::identities::app_dir(&self.dir, &app.name),
+                PeerIdentity::Job(app.name.clone()),
+                &sans,
+            )?;
         }
         Ok(())
     }
@@ -62,7 +70,10 @@ impl Bootstrap {
                     .job(process_type, &id, index)
                     .with_context(|| format!("{} has no process type {process_type}", app.name))?;
                 first_of_its_kind(&app.name, &mut job);
-                self.host.add_job(&job).await.with_context(|| format!("cannot start {}", app.name))?;
+                self.host
+                    .add_job(&job)
+                    .await
+                    .with_context(|| format!("cannot start {}", app.name))?;
             }
             for job in self.running(&ids.app, process_type).await? {
                 self.wait_healthy(&app.name, &job.job.id).await?;
@@ -72,7 +83,9 @@ impl Bootstrap {
     }
 
     async fn running(&self, app_id: &str, process_type: &str) -> anyhow::Result<Vec<ActiveJob>> {
-        let is = |job: &ActiveJob, name: &str, value: &str| job.job.metadata.get(name).is_some_and(|is| is == value);
+        let is = |job: &ActiveJob, name: &str, value: &str| {
+            job.job.metadata.get(name).is_some_and(|is| is == value)
+        };
         let jobs = self.host.jobs().await?.into_values();
         Ok(jobs
             .filter(|job| !job.status.is_terminal())
@@ -87,7 +100,9 @@ impl Bootstrap {
                 match job.status {
                     HostJobState::Running if job.healthy => Ok(Some(())),
                     HostJobState::Failed | HostJobState::Crashed | HostJobState::Done => {
-                        let why = job.error.unwrap_or_else(|| format!("exit status {:?}", job.exit_status));
+                        let why = job
+                            .error
+                            .unwrap_or_else(|| format!("exit status {:?}", job.exit_status));
                         Err(Error::internal(format!("{name} did not stay up: {why}")))
                     }
                     _ => Ok(None),
@@ -101,31 +116,56 @@ impl Bootstrap {
     }
 
     async fn log_end(&self, id: &str) -> String {
-        let Ok(lines) = self.host.log(id, Some(20), false).await else { return "(no log)".into() };
-        let lines = lines.take(20).filter_map(async |line| line.ok().map(|(_, line)| format!("  {}\n", line.msg)));
-        tokio::time::timeout(Duration::from_secs(5), lines.collect::<String>()).await.unwrap_or_default()
+        let Ok(lines) = self.host.log(id, Some(20), false).await else {
+            return "(no log)".into();
+        };
+        let lines = lines
+            .take(20)
+            .filter_map(async |line| line.ok().map(|(_, line)| format!("  {}\n", line.msg)));
+        tokio::time::timeout(Duration::from_secs(5), lines.collect::<String>())
+            .await
+            .unwrap_or_default()
     }
 
     /// Discoverd over mutual TLS, as this host.
     pub fn discoverd(&self) -> anyhow::Result<DiscoveryClient> {
         let identity = Identity::load(&crate::identities::host_dir(&self.dir))?;
         let url = format!("https://{}:{}", self.address, flynn_api::discovery::PORT);
-        Ok(DiscoveryClient::new(Http::new(&url)?.identity(&identity)?.timeout(Duration::from_secs(10))))
+        Ok(DiscoveryClient::new(
+            Http::new(&url)?
+                .identity(&identity)?
+                .timeout(Duration::from_secs(10)),
+        ))
     }
 
     /// Hands the CA to discoverd; from then on its leader signs.
     pub async fn hand_over_ca(&mut self) -> anyhow::Result<()> {
         let discoverd = self.discoverd()?;
-        self.wait("discoverd answers", async || discoverd.ping().await.map(Some)).await?;
+        self.wait("discoverd answers", async || discoverd.ping().await.map(Some))
+            .await?;
         if self.state.ca_key.is_empty() {
             return Ok(());
         }
         self.wait("discoverd takes the CA", async || {
-            discoverd.ensure_service(CA_SERVICE, &ServiceConfig::default()).await?;
+            discoverd
+                .ensure_service(CA_SERVICE, &ServiceConfig::default())
+                .await?;
             if discoverd.find_meta(CA_SERVICE).await?.is_none() {
-                let ca = ClusterCa { cert: self.state.ca_cert.clone(), key: self.state.ca_key.clone() };
+                let ca = ClusterCa {
+                    cert: self.state.ca_cert.clone(),
+                    key: self.state.ca_key.clone(),
+                };
                 let data = serde_json::to_value(ca).map_err(|why| Error::internal(why.to_string()))?;
-                discoverd.set_meta(CA_SERVICE, &ServiceMeta { data, index: 0, leader_id: None }).await?;
+                discoverd
+                    .set_meta(
+                        CA_SERVICE,
+                        &ServiceMeta {
+                            data,
+                            index: 0,
+                            leader_id: None,
+                        },
+                    )
+                    .await?;
             }
             Ok(Some(()))
         })
@@ -140,16 +180,33 @@ impl Bootstrap {
         let discoverd = self.discoverd()?;
         let lease = self
             .wait("this host holds a subnet", async || {
-                discoverd.ensure_service(HOST_SERVICE, &ServiceConfig::default()).await?;
+                discoverd
+                    .ensure_service(HOST_SERVICE, &ServiceConfig::default())
+                    .await?;
                 take_lease(&discoverd, self.network, &self.host_id, self.address).await
             })
             .await?;
-        let config = NetworkConfig { network: self.network.to_string(), subnet: lease.subnet.clone() };
-        self.host.configure_network(&config).await.context("cannot bring the host's network up")?;
-        let subnet: Ipv4Net = lease.subnet.parse().map_err(|why| anyhow::anyhow!("{}: {why}", lease.subnet))?;
+        let config = NetworkConfig {
+            network: self.network.to_string(),
+            subnet: lease.subnet.clone(),
+        };
+        self.host
+            .configure_network(&config)
+            .await
+            .context("cannot bring the host's network up")?;
+        let subnet: Ipv4Net = lease
+            .subnet
+            .parse()
+            .map_err(|why| anyhow::anyhow!("{}: {why}", lease.subnet))?;
         let gateway = Ipv4Addr::from(u32::from(subnet.network()) + 1);
-        let plain = DiscoveryClient::new(Http::new(&format!("http://{gateway}:{}", flynn_api::discovery::PORT))?);
-        self.wait("discoverd answers on the gateway address", async || plain.ping().await.map(Some)).await?;
+        let plain = DiscoveryClient::new(Http::new(&format!(
+            "http://{gateway}:{}",
+            flynn_api::discovery::PORT
+        ))?);
+        self.wait("discoverd answers on the gateway address", async || {
+            plain.ping().await.map(Some)
+        })
+        .await?;
         self.gateway = Some(plain);
         Ok(gateway)
     }
@@ -157,18 +214,28 @@ impl Bootstrap {
     /// Waits until a service has a leader.
     pub async fn wait_leader(&self, service: &str) -> anyhow::Result<()> {
         let discoverd = self.gateway.as_ref().context("the network is not up")?;
-        self.wait(&format!("{service} has a leader"), async || found(discoverd.leader(service).await)).await.map(drop)
+        self.wait(&format!("{service} has a leader"), async || {
+            found(discoverd.leader(service).await)
+        })
+        .await
+        .map(drop)
     }
 
     /// The controller, by the address that discoverd knows.
     pub async fn controller(&self) -> anyhow::Result<ControllerClient> {
         let discoverd = self.gateway.as_ref().context("the network is not up")?;
         let instance = self
-            .wait("the controller is found", async || found(discoverd.leader("controller").await))
+            .wait("the controller is found", async || {
+                found(discoverd.leader("controller").await)
+            })
             .await?;
-        let http = Http::new(&format!("http://{}", instance.addr))?.password(self.state.secret("CONTROLLER_KEY"));
+        let http =
+            Http::new(&format!("http://{}", instance.addr))?.password(self.state.secret("CONTROLLER_KEY"));
         let controller = ControllerClient::new(http);
-        self.wait("the controller answers", async || controller.ping().await.map(Some)).await?;
+        self.wait("the controller answers", async || {
+            controller.ping().await.map(Some)
+        })
+        .await?;
         Ok(controller)
     }
 
@@ -178,15 +245,27 @@ impl Bootstrap {
         let ids = self.state.ids(&app.name).clone();
         self.state.save(&self.dir)?;
         let context = || format!("cannot make {} known to the controller", app.name);
-        let artifact = controller.create_artifact(&manifest::artifact(&image)).await.with_context(context)?;
-        controller.create_app(&app.app(&ids)).await.with_context(context)?;
-        controller.create_release(&app.release(&ids, &artifact.id)).await.with_context(context)?;
+        let artifact = controller
+            .create_artifact(&manifest::artifact(&image))
+            .await
+            .with_context(context)?;
+        controller
+            .create_app(&app.app(&ids))
+            .await
+            .with_context(context)?;
+        controller
+            .create_release(&app.release(&ids, &artifact.id))
+            .await
+            .with_context(context)?;
         // A bootstrap that goes on must not undo what an operator has deployed since.
         let current = controller.app(&ids.app).await?.release_id;
         if current.is_some_and(|current| current != ids.release) {
             return Ok(());
         }
-        controller.set_app_release(&ids.app, &ids.release).await.with_context(context)?;
+        controller
+            .set_app_release(&ids.app, &ids.release)
+            .await
+            .with_context(context)?;
         let formation = Formation {
             app_id: ids.app.clone(),
             release_id: ids.release.clone(),
@@ -205,7 +284,9 @@ impl Bootstrap {
 
     /// Waits until the scheduler reports an app's jobs as up.
     pub async fn wait_up(&self, controller: &ControllerClient, app: &SystemApp) -> anyhow::Result<()> {
-        let Some(ids) = self.state.apps.get(&app.name) else { bail!("{} has no id", app.name) };
+        let Some(ids) = self.state.apps.get(&app.name) else {
+            bail!("{} has no id", app.name)
+        };
         self.wait(&format!("{} is up", app.name), async || {
             let mut up: BTreeMap<String, u32> = BTreeMap::new();
             for job in controller.jobs(&ids.app).await? {
@@ -213,7 +294,10 @@ impl Bootstrap {
                     *up.entry(job.process_type).or_default() += 1;
                 }
             }
-            let all = app.scale.iter().all(|(name, count)| up.get(name).is_some_and(|up| up >= count));
+            let all = app
+                .scale
+                .iter()
+                .all(|(name, count)| up.get(name).is_some_and(|up| up >= count));
             Ok(all.then_some(()))
         })
         .await
@@ -230,7 +314,10 @@ impl Bootstrap {
             let last = match ask().await {
                 Ok(Some(answer)) => return Ok(answer),
                 Ok(None) => None,
-                Err(error) if error.retry || matches!(error.code, ErrorCode::Conflict | ErrorCode::PreconditionFailed) => {
+                Err(error)
+                    if error.retry
+                        || matches!(error.code, ErrorCode::Conflict | ErrorCode::PreconditionFailed) =>
+                {
                     Some(error)
                 }
                 Err(error) => return Err(anyhow::Error::from(error).context(format!("waited until {what}"))),
@@ -271,11 +358,18 @@ pub(super) async fn take_lease(
     let current = discoverd.find_meta(HOST_SERVICE).await?;
     let (mut leases, index) = match current {
         Some(meta) => {
-            let leases: NetworkLeases = serde_json::from_value(meta.data)
-                .map_err(|why| Error::internal(format!("the network leases in discoverd cannot be read: {why}")))?;
+            let leases: NetworkLeases = serde_json::from_value(meta.data).map_err(|why| {
+                Error::internal(format!("the network leases in discoverd cannot be read: {why}"))
+            })?;
             (leases, meta.index)
         }
-        None => (NetworkLeases { network: network.to_string(), ..NetworkLeases::default() }, 0),
+        None => (
+            NetworkLeases {
+                network: network.to_string(),
+                ..NetworkLeases::default()
+            },
+            0,
+        ),
     };
     if let Some(lease) = leases.leases.get(host_id)
         && lease.address == address
@@ -285,20 +379,42 @@ pub(super) async fn take_lease(
     let subnet = match leases.leases.get(host_id) {
         Some(lease) => lease.subnet.clone(),
         None => free_subnet(network, &leases)
-            .ok_or_else(|| Error::new(ErrorCode::LimitExceeded, format!("{network} has no free subnet: remove hosts that are gone")))?
+            .ok_or_else(|| {
+                Error::new(
+                    ErrorCode::LimitExceeded,
+                    format!("{network} has no free subnet: remove hosts that are gone"),
+                )
+            })?
             .to_string(),
     };
     let lease = SubnetLease { subnet, address };
     leases.leases.insert(host_id.to_owned(), lease.clone());
     let data = serde_json::to_value(&leases).map_err(|why| Error::internal(why.to_string()))?;
-    discoverd.set_meta(HOST_SERVICE, &ServiceMeta { data, index, leader_id: None }).await?;
+    discoverd
+        .set_meta(
+            HOST_SERVICE,
+            &ServiceMeta {
+                data,
+                index,
+                leader_id: None,
+            },
+        )
+        .await?;
     Ok(Some(lease))
 }
 
 /// The lowest /24 of the network that nobody holds. The first is never given: it would hold the network's address.
 fn free_subnet(network: Ipv4Net, leases: &NetworkLeases) -> Option<Ipv4Net> {
-    let taken: Vec<&str> = leases.leases.values().map(|lease| lease.subnet.as_str()).collect();
-    network.subnets(24).ok()?.skip(1).find(|subnet| !taken.contains(&subnet.to_string().as_str()))
+    let taken: Vec<&str> = leases
+        .leases
+        .values()
+        .map(|lease| lease.subnet.as_str())
+        .collect();
+    network
+        .subnets(24)
+        .ok()?
+        .skip(1)
+        .find(|subnet| !taken.contains(&subnet.to_string().as_str()))
 }
 
 impl State {

@@ -1,0 +1,294 @@
+//! A job's cgroups, in every hierarchy that is there: v1, v2, or both side by side.
+//!
+//! Each job gets the group `flynn/<partition>/<job id>` below the daemon's own place in each hierarchy (a systemd unit
+//! at the end of that place is left out, so that the unit's end is not the jobs' end). A v2 group is made even where v2
+//! has no controllers: it is what programs are attached to and what `cgroup.kill` works on.
+//!
+//! This is not done with a library: the ones there are choose v1 or v2 for the whole machine, and a hybrid machine has
+//! its limits in the one and its kill switch in the other.
+
+mod hierarchy;
+
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use flynn_api::host::Partition;
+
+pub use hierarchy::{Hierarchies, Hierarchy};
+
+/// The group below which the supervisors themselves live.
+const SUPERVISORS: &str = "flynn/supervisor";
+
+/// What a job may have at most.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct Limits {
+    /// Bytes of memory, swap included.
+    pub memory: u64,
+    /// Thousandths of a core.
+    pub cpu: u64,
+    /// Processes and threads.
+    pub pids: u64,
+}
+
+/// The name of a partition's group.
+pub fn partition_name(partition: Partition) -> &'static str {
+    match partition {
+        Partition::System => "system",
+        Partition::Background => "background",
+        Partition::User => "user",
+    }
+}
+
+/// CPU weight of a partition on v2's scale (100 is usual); builds yield to apps, apps to the platform.
+fn weight(partition: Partition) -> u64 {
+    match partition {
+        Partition::System => 400,
+        Partition::Background => 50,
+        Partition::User => 100,
+    }
+}
+
+/// The groups of one job.
+#[derive(Clone, Debug)]
+pub struct Group {
+    dirs: Vec<(Hierarchy, PathBuf)>,
+}
+
+impl Group {
+    /// Makes the groups of a job, with its limits.
+    pub fn create(all: &Hierarchies, partition: Partition, id: &str, limits: Limits) -> io::Result<Self> {
+        let group = Self::of(all, partition, id);
+        for (hierarchy, dir) in &group.dirs {
+            create_path(hierarchy, dir)?;
+            if let Some(partition_dir) = dir.parent() {
+                set_weight(hierarchy, partition_dir, weight(partition));
+            }
+            apply(hierarchy, dir, limits)?;
+        }
+        Ok(group)
+    }
+
+    /// The groups of a job, whether they are there or not.
+    pub fn of(all: &Hierarchies, partition: Partition, id: &str) -> Self {
+        let name = format!("flynn/{}/{id}", partition_name(partition));
+        Self {
+            dirs: all
+                .iter()
+                .map(|hierarchy| (hierarchy.clone(), hierarchy.base.join(&name)))
+                .collect(),
+        }
+    }
+
+    /// Puts a process into all of them.
+    pub fn add(&self, pid: i32) -> io::Result<()> {
+        self.dirs
+            .iter()
+            .try_for_each(|(_, dir)| write(&dir.join("cgroup.procs"), &pid.to_string()))
+    }
+
+    /// How many processes have been killed for want of memory so far.
+    pub fn oom_kills(&self) -> u64 {
+        let count = |file: PathBuf| {
+            let text = fs::read_to_string(file).ok()?;
+            text.lines()
+                .find_map(|line| line.strip_prefix("oom_kill ")?.trim().parse::<u64>().ok())
+        };
+        self.dirs
+            .iter()
+            .filter_map(|(hierarchy, dir)| match hierarchy.is_v2() {
+                true => count(dir.join("memory.events")),
+                false if hierarchy.has("memory") => count(dir.join("memory.oom_control")),
+                false => None,
+            })
+            .max()
+            .unwrap_or(0)
+    }
+
+    /// Kills every process in the groups, those that fork while it happens included.
+    pub fn kill(&self) -> io::Result<()> {
+        let v2 = self
+            .dirs
+            .iter()
+            .find(|(hierarchy, dir)| hierarchy.is_v2() && dir.join("cgroup.kill").exists());
+        if let Some((_, dir)) = v2 {
+            return write(&dir.join("cgroup.kill"), "1");
+        }
+        // Older kernels: what is frozen cannot fork.
+        let freezer = self.dirs.iter().find(|(hierarchy, _)| hierarchy.has("freezer"));
+        if let Some((_, dir)) = freezer {
+            let _ = write(&dir.join("freezer.state"), "FROZEN");
+        }
+        for _ in 0..100 {
+            let pids = self.pids();
+            if pids.is_empty() {
+                break;
+            }
+            for pid in pids {
+                let _ = crate::sys::kill(pid, libc::SIGKILL);
+            }
+            if let Some((_, dir)) = freezer {
+                let _ = write(&dir.join("freezer.state"), "THAWED");
+            }
+            std::thread::sleep(Duration::from_millis(2));
+        }
+        Ok(())
+    }
+
+    /// The processes in the groups.
+    pub fn pids(&self) -> Vec<i32> {
+        let mut pids: Vec<i32> = self
+            .dirs
+            .iter()
+            .filter_map(|(_, dir)| fs::read_to_string(dir.join("cgroup.procs")).ok())
+            .flat_map(|text| {
+                text.lines()
+                    .filter_map(|line| line.parse().ok())
+                    .collect::<Vec<_>>()
+            })
+            .collect();
+        pids.sort_unstable();
+        pids.dedup();
+        pids
+    }
+
+    /// Removes the groups. The kernel needs a moment after the last process is gone; `patience` bounds the wait.
+    pub fn remove(&self, patience: Duration) -> io::Result<()> {
+        let deadline = Instant::now() + patience;
+        let mut result = Ok(());
+        for (_, dir) in &self.dirs {
+            loop {
+                match fs::remove_dir(dir) {
+                    Err(error) if error.raw_os_error() == Some(libc::EBUSY) && Instant::now() < deadline => {
+                        std::thread::sleep(Duration::from_millis(1));
+                    }
+                    Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                        result = Err(describe(dir, &error));
+                        break;
+                    }
+                    _ => break,
+                }
+            }
+        }
+        result
+    }
+
+    /// The v2 group, to which programs are attached.
+    pub fn v2_path(&self) -> Option<&Path> {
+        self.dirs
+            .iter()
+            .find(|(hierarchy, _)| hierarchy.is_v2())
+            .map(|(_, dir)| dir.as_path())
+    }
+}
+
+/// Moves this process, a supervisor, out of the daemon's groups: what is done to the daemon's unit is not done to it.
+pub fn enter_supervisors_group(all: &Hierarchies) -> io::Result<()> {
+    let pid = std::process::id().to_string();
+    all.iter().try_for_each(|hierarchy| {
+        let dir = hierarchy.base.join(SUPERVISORS);
+        create_path(hierarchy, &dir)?;
+        write(&dir.join("cgroup.procs"), &pid)
+    })
+}
+
+/// Makes `dir` and the groups between it and the hierarchy's base, each with what v1's cpusets and v2's controllers
+/// want from a parent.
+fn create_path(hierarchy: &Hierarchy, dir: &Path) -> io::Result<()> {
+    let relative = dir.strip_prefix(&hierarchy.base).map_err(io::Error::other)?;
+    let mut parent = hierarchy.base.clone();
+    for part in relative.components() {
+        if hierarchy.is_v2() {
+            enable_controllers(hierarchy, &parent);
+        }
+        let child = parent.join(part);
+        match fs::create_dir(&child) {
+            Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
+                return Err(describe(&child, &error));
+            }
+            _ => {}
+        }
+        if hierarchy.has("cpuset") {
+            for file in ["cpuset.cpus", "cpuset.mems"] {
+                if fs::read_to_string(child.join(file)).is_ok_and(|own| own.trim().is_empty()) {
+                    write(&child.join(file), fs::read_to_string(parent.join(file))?.trim())?;
+                }
+            }
+        }
+        parent = child;
+    }
+    Ok(())
+}
+
+/// Hands the controllers that limits need down to the children of a v2 group. A group that has processes of its own
+/// cannot do that: then the daemon, which is the one in it, moves to a leaf.
+fn enable_controllers(hierarchy: &Hierarchy, dir: &Path) {
+    let available = fs::read_to_string(dir.join("cgroup.controllers")).unwrap_or_default();
+    for controller in ["cpu", "memory", "pids"] {
+        if !available.split_whitespace().any(|name| name == controller) {
+            continue;
+        }
+        let file = dir.join("cgroup.subtree_control");
+        let enable = || write(&file, &format!("+{controller}"));
+        if enable().is_err_and(|error| error.raw_os_error() == Some(libc::EBUSY)) && dir == hierarchy.base {
+            let leaf = dir.join(hierarchy::DAEMON_LEAF);
+            let _ = fs::create_dir(&leaf);
+            let _ = write(&leaf.join("cgroup.procs"), &std::process::id().to_string());
+            let _ = enable();
+        }
+    }
+}
+
+fn set_weight(hierarchy: &Hierarchy, dir: &Path, weight: u64) {
+    if hierarchy.is_v2() {
+        let _ = write(&dir.join("cpu.weight"), &weight.to_string());
+    } else if hierarchy.has("cpu") {
+        let _ = write(&dir.join("cpu.shares"), &(weight * 1024 / 100).to_string());
+    }
+}
+
+/// Sets the limits that this hierarchy has the controllers for.
+fn apply(hierarchy: &Hierarchy, dir: &Path, limits: Limits) -> io::Result<()> {
+    const PERIOD: u64 = 100_000;
+    let set = |file: &str, value: String| write(&dir.join(file), &value);
+    // Where the kernel does not count swap the file is missing; then there is nothing to limit.
+    let set_if_there = |file: &str, value: String| match dir.join(file).exists() {
+        true => set(file, value),
+        false => Ok(()),
+    };
+    let quota = (limits.cpu * PERIOD / 1000).max(1000);
+    if hierarchy.is_v2() {
+        set_if_there("memory.max", limits.memory.to_string())?;
+        set_if_there("memory.swap.max", "0".into())?;
+        set_if_there("cpu.max", format!("{quota} {PERIOD}"))?;
+        return set_if_there("pids.max", limits.pids.to_string());
+    }
+    if hierarchy.has("memory") {
+        // The sum of memory and swap may never be below memory: it is lifted first and set last.
+        let _ = set("memory.memsw.limit_in_bytes", "-1".into());
+        set("memory.limit_in_bytes", limits.memory.to_string())?;
+        set_if_there("memory.memsw.limit_in_bytes", limits.memory.to_string())?;
+    }
+    if hierarchy.has("cpu") && dir.join("cpu.cfs_quota_us").exists() {
+        set("cpu.cfs_period_us", PERIOD.to_string())?;
+        set("cpu.cfs_quota_us", quota.to_string())?;
+    }
+    if hierarchy.has("pids") {
+        set("pids.max", limits.pids.to_string())?;
+    }
+    Ok(())
+}
+
+fn write(path: &Path, value: &str) -> io::Result<()> {
+    fs::write(path, value).map_err(|error| describe(path, &error))
+}
+
+/// Keeps the OS error, which callers look at, unless there is none; the path goes into the log.
+fn describe(path: &Path, error: &io::Error) -> io::Error {
+    tracing::debug!(path = %path.display(), %error, "cgroup");
+    error.raw_os_error().map_or_else(
+        || io::Error::new(error.kind(), format!("{}: {error}", path.display())),
+        io::Error::from_raw_os_error,
+    )
+}

@@ -1,0 +1,193 @@
+//! The container's init: pid 1. It runs in a fork of the supervisor, uses none of its descriptors but those handed to
+//! it, and leaves only through [`sys::exit_now`].
+
+use std::io::{self, IoSlice, Read};
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::path::Path;
+
+use rustix::event::{PollFd, PollFlags, poll};
+use rustix::net::{RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
+use rustix::process::{DumpableBehavior, Pid, Signal, WaitOptions, WaitStatus};
+use rustix::pty::OpenptFlags;
+
+use super::{EXITED, FAILED, GO, Place, RUNNING, SIGNAL, Stdio, TERMINAL, process, rootfs, send};
+use crate::launch::Launch;
+use crate::sys::{self, Cloned};
+
+/// What went wrong, for the job's owner.
+pub(super) type Failure = String;
+
+/// Puts what was attempted before an error.
+pub(super) trait Attempt<T> {
+    /// `what` reads after "cannot".
+    fn attempt(self, what: impl std::fmt::Display) -> Result<T, Failure>;
+}
+
+impl<T, E: std::fmt::Display> Attempt<T> for Result<T, E> {
+    fn attempt(self, what: impl std::fmt::Display) -> Result<T, Failure> {
+        self.map_err(|error| format!("cannot {what}: {error}"))
+    }
+}
+
+/// Runs init to its end.
+pub(super) fn run(
+    launch: &Launch,
+    job_dir: &Path,
+    place: &Place,
+    socket: &OwnedFd,
+    stdio: Option<&Stdio>,
+) -> ! {
+    let status = match live(launch, job_dir, place, socket, stdio) {
+        Ok(status) => {
+            let _ = send(socket, EXITED, &status.to_be_bytes());
+            status
+        }
+        Err(failure) => {
+            let _ = send(socket, FAILED, failure.as_bytes());
+            125
+        }
+    };
+    sys::exit_now(status & 0xff)
+}
+
+fn live(
+    launch: &Launch,
+    job_dir: &Path,
+    place: &Place,
+    socket: &OwnedFd,
+    stdio: Option<&Stdio>,
+) -> Result<i32, Failure> {
+    // If the supervisor dies, nobody holds the pipes or knows of us: the container goes with it.
+    rustix::process::set_parent_process_death_signal(Some(Signal::KILL))
+        .attempt("bind init to its supervisor")?;
+    rustix::process::set_dumpable_behavior(DumpableBehavior::NotDumpable).attempt("hide init")?;
+    let mut keep = vec![0, 1, 2, socket.as_raw_fd()];
+    if let Some(stdio) = stdio {
+        keep.extend([stdio.stdout.as_raw_fd(), stdio.stderr.as_raw_fd()]);
+        keep.extend(stdio.stdin.as_ref().map(AsRawFd::as_raw_fd));
+    }
+    // SAFETY: this fork never touches anything of the supervisor's but what is kept, and leaves without destructors.
+    unsafe { sys::close_all_but(&keep) };
+
+    // Before this packet init is not in its cgroups. None means that the supervisor died before the death signal was set.
+    let mut packet = [0; 8];
+    let received =
+        rustix::net::recv(socket, &mut packet, RecvFlags::empty()).attempt("hear from the supervisor")?;
+    if received.0 == 0 || packet[0] != GO {
+        sys::exit_now(125);
+    }
+    if launch.host_pid_namespace {
+        rustix::process::set_child_subreaper(Some(rustix::process::getpid())).attempt("become the reaper")?;
+    }
+    let env = rootfs::set_up(launch, job_dir, place)?;
+
+    let terminal = if launch.tty {
+        Some(open_terminal(launch, socket)?)
+    } else {
+        None
+    };
+    let (error_read, error_write) =
+        rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC).attempt("make a pipe")?;
+    let signals = sys::signal_fd().attempt("block signals")?;
+    // SAFETY: init is a fork with one thread and starts none.
+    let program = match unsafe { sys::clone_unchecked(0) }.attempt("fork")? {
+        Cloned::Child => process::run(launch, &env, stdio, terminal.as_ref(), &error_write),
+        Cloned::Parent { pid, .. } => pid,
+    };
+    drop((terminal, error_write));
+    let mut failure = String::new();
+    let _ = io::Read::take(std::fs::File::from(error_read), 1024).read_to_string(&mut failure);
+    if !failure.is_empty() {
+        return Err(failure);
+    }
+    send(socket, RUNNING, &[]).attempt("report")?;
+    // From here on init only forwards signals.
+    process::keep_only_kill().attempt("drop capabilities")?;
+    watch(socket, &signals, program)
+}
+
+/// Makes a terminal in the container's own devpts and hands its master side to the supervisor.
+fn open_terminal(launch: &Launch, socket: &OwnedFd) -> Result<OwnedFd, Failure> {
+    let master = rustix::fs::open(
+        "/dev/pts/ptmx",
+        rustix::fs::OFlags::RDWR | rustix::fs::OFlags::NOCTTY | rustix::fs::OFlags::CLOEXEC,
+        rustix::fs::Mode::empty(),
+    )
+    .attempt("open a terminal")?;
+    rustix::pty::unlockpt(&master).attempt("unlock the terminal")?;
+    let slave = rustix::pty::ioctl_tiocgptpeer(
+        &master,
+        OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC,
+    )
+    .attempt("open the terminal's other side")?;
+    if let Some(size) = launch.tty_size {
+        let size = rustix::termios::Winsize {
+            ws_row: size.lines,
+            ws_col: size.columns,
+            ws_xpixel: 0,
+            ws_ypixel: 0,
+        };
+        rustix::termios::tcsetwinsize(&master, size).attempt("size the terminal")?;
+    }
+    let fds = [master.as_fd()];
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut ancillary = SendAncillaryBuffer::new(&mut space);
+    ancillary.push(SendAncillaryMessage::ScmRights(&fds));
+    rustix::net::sendmsg(
+        socket,
+        &[IoSlice::new(&[TERMINAL])],
+        &mut ancillary,
+        SendFlags::NOSIGNAL,
+    )
+    .attempt("hand the terminal over")?;
+    Ok(slave)
+}
+
+/// Forwards signals and reaps until the program has ended; gives its status.
+fn watch(socket: &OwnedFd, signals: &OwnedFd, program: i32) -> Result<i32, Failure> {
+    loop {
+        // Before the wait, so that a child which died before signals were watched is seen as well.
+        while let Some((pid, status)) = reap() {
+            if pid.as_raw_nonzero().get() == program {
+                return Ok(exit_status(status));
+            }
+        }
+        let mut fds = [
+            PollFd::new(socket, PollFlags::IN),
+            PollFd::new(signals, PollFlags::IN),
+        ];
+        match poll(&mut fds, None) {
+            Err(rustix::io::Errno::INTR) | Ok(_) => {}
+            Err(error) => return Err(error).attempt("wait"),
+        }
+        let (from_supervisor, from_kernel) = (fds[0].revents(), fds[1].revents());
+        if !from_kernel.is_empty() {
+            sys::drain(signals.as_fd());
+        }
+        if !from_supervisor.is_empty() {
+            let mut packet = [0; 8];
+            match rustix::net::recv(socket, &mut packet, RecvFlags::DONTWAIT) {
+                // The supervisor is gone; the death signal is on its way.
+                Ok((_, 0)) => sys::exit_now(125),
+                Ok((_, 5)) if packet[0] == SIGNAL => {
+                    let signal = i32::from_be_bytes([packet[1], packet[2], packet[3], packet[4]]);
+                    let _ = sys::kill(program, signal);
+                }
+                _ => {}
+            }
+        }
+    }
+}
+
+fn reap() -> Option<(Pid, WaitStatus)> {
+    rustix::process::wait(WaitOptions::NOHANG).ok().flatten()
+}
+
+/// The shell's convention.
+fn exit_status(status: WaitStatus) -> i32 {
+    status
+        .exit_status()
+        .or_else(|| status.terminating_signal().map(|signal| 128 + signal))
+        .unwrap_or(255)
+}

@@ -1,0 +1,206 @@
+//! From init's child to the job's program.
+
+use std::ffi::CString;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
+
+use flynn_api::Env;
+use rustix::fs::{Mode, OFlags};
+use rustix::process::{Gid, Resource, Rlimit, Uid};
+use rustix::thread::{CapabilitySet, CapabilitySets};
+
+use super::init::{Attempt, Failure};
+use super::{Stdio, seccomp};
+use crate::caps::Set;
+use crate::launch::Launch;
+use crate::sys;
+
+/// The last capability that the kernel is asked about; unknown ones are refused, which is as good as dropped.
+const LAST_CAPABILITY: u32 = 63;
+
+/// Becomes the program. What goes wrong is written into `errors`, which exec closes.
+pub(super) fn run(
+    launch: &Launch,
+    env: &Env,
+    stdio: Option<&Stdio>,
+    terminal: Option<&OwnedFd>,
+    errors: &OwnedFd,
+) -> ! {
+    let failure = match become_program(launch, env, stdio, terminal) {
+        Ok(never) => match never {},
+        Err(failure) => failure,
+    };
+    let _ = rustix::io::write(errors, failure.as_bytes());
+    sys::exit_now(127)
+}
+
+fn become_program(
+    launch: &Launch,
+    env: &Env,
+    stdio: Option<&Stdio>,
+    terminal: Option<&OwnedFd>,
+) -> Result<std::convert::Infallible, Failure> {
+    sys::reset_signals();
+    rustix::process::setsid().attempt("start a session")?;
+    streams(launch, stdio, terminal)?;
+    sys::close_on_exec_from(3);
+    rustix::process::umask(Mode::WGRP | Mode::WOTH);
+    limits(launch)?;
+    privileges(launch)?;
+    rustix::process::chdir(&launch.working_dir).attempt(format_args!("enter {}", launch.working_dir))?;
+
+    let text = |text: &str| CString::new(text).attempt("pass a zero byte to a program");
+    let args = launch
+        .args
+        .iter()
+        .map(|arg| text(arg))
+        .collect::<Result<Vec<_>, _>>()?;
+    let variables = env
+        .iter()
+        .map(|(name, value)| text(&format!("{name}={value}")))
+        .collect::<Result<Vec<_>, _>>()?;
+    let name = launch
+        .args
+        .first()
+        .ok_or("there is no program to start: the job and its image name none")?;
+    let path = env.get("PATH").map_or("", String::as_str);
+    let program = find(name, path, |path| path.is_file())
+        .ok_or_else(|| format!("cannot start {name}: there is no such program in the image"))?;
+    let program_text = CString::new(program.as_os_str().as_bytes()).attempt("start a program")?;
+    let filter = seccomp::Filters::new(launch.capabilities).attempt("make the system call filter")?;
+    rustix::thread::set_no_new_privs(true).attempt("give up new privileges")?;
+    filter.apply().attempt("filter system calls")?;
+    let error = sys::exec(&program_text, &args, &variables);
+    Err(format!("cannot start {}: {error}", program.display()))
+}
+
+fn streams(launch: &Launch, stdio: Option<&Stdio>, terminal: Option<&OwnedFd>) -> Result<(), Failure> {
+    let own = |fd: &OwnedFd| {
+        rustix::fs::fchown(
+            fd,
+            Some(Uid::from_raw(launch.uid)),
+            Some(Gid::from_raw(launch.gid)),
+        )
+        .attempt("hand the standard streams over")
+    };
+    if let Some(terminal) = terminal {
+        own(terminal)?;
+        rustix::process::ioctl_tiocsctty(terminal).attempt("take the terminal")?;
+        return dup([terminal, terminal, terminal]);
+    }
+    let stdio = stdio.ok_or("neither pipes nor a terminal")?;
+    let null;
+    let stdin = match &stdio.stdin {
+        Some(stdin) => {
+            own(stdin)?;
+            stdin
+        }
+        None => {
+            null = rustix::fs::open("/dev/null", OFlags::RDONLY, Mode::empty()).attempt("open /dev/null")?;
+            &null
+        }
+    };
+    own(&stdio.stdout)?;
+    own(&stdio.stderr)?;
+    dup([stdin, &stdio.stdout, &stdio.stderr])
+}
+
+fn dup(streams: [&OwnedFd; 3]) -> Result<(), Failure> {
+    let [stdin, stdout, stderr] = streams.map(|fd| fd.as_fd());
+    rustix::stdio::dup2_stdin(stdin).attempt("set standard input")?;
+    rustix::stdio::dup2_stdout(stdout).attempt("set standard output")?;
+    rustix::stdio::dup2_stderr(stderr).attempt("set standard error")
+}
+
+fn limits(launch: &Launch) -> Result<(), Failure> {
+    // A process may not lift its hard limit everywhere: then it gets what there is.
+    let highest = rustix::process::getrlimit(Resource::Nofile).maximum;
+    let wanted = Some(launch.max_files);
+    let limit = |value| Rlimit {
+        current: value,
+        maximum: value,
+    };
+    rustix::process::setrlimit(Resource::Nofile, limit(wanted))
+        .or_else(|_| rustix::process::setrlimit(Resource::Nofile, limit(highest)))
+        .attempt("limit open files")?;
+    rustix::process::setrlimit(Resource::Core, limit(Some(0))).attempt("limit core dumps")
+}
+
+fn privileges(launch: &Launch) -> Result<(), Failure> {
+    let what = "drop privileges";
+    for number in (0..=LAST_CAPABILITY).filter(|number| !launch.capabilities.contains(*number)) {
+        if let Some(one) = capability(number) {
+            let held = rustix::thread::capability_is_in_bounding_set(one).unwrap_or(false);
+            if held {
+                rustix::thread::remove_capability_from_bounding_set(one).attempt(what)?;
+            }
+        }
+    }
+    let (uid, gid) = (Uid::from_raw(launch.uid), Gid::from_raw(launch.gid));
+    rustix::thread::set_thread_groups(&[gid]).attempt(what)?;
+    rustix::thread::set_thread_res_gid(gid, gid, gid).attempt(what)?;
+    rustix::thread::set_keep_capabilities(true).attempt(what)?;
+    rustix::thread::set_thread_res_uid(uid, uid, uid).attempt(what)?;
+    let held = CapabilitySet::from_bits_retain(
+        rustix::thread::capabilities(None).attempt(what)?.permitted.bits() & launch.capabilities.0,
+    );
+    let ambient = CapabilitySet::from_bits_retain(held.bits() & launch.ambient.0);
+    let kept = if launch.uid == 0 { held } else { ambient };
+    rustix::thread::set_capabilities(
+        None,
+        CapabilitySets {
+            effective: kept,
+            permitted: kept,
+            inheritable: ambient,
+        },
+    )
+    .attempt(what)?;
+    for one in ambient.iter() {
+        rustix::thread::configure_capability_in_ambient_set(one, true).attempt(what)?;
+    }
+    rustix::thread::set_keep_capabilities(false).attempt(what)
+}
+
+fn capability(number: u32) -> Option<CapabilitySet> {
+    1_u64.checked_shl(number).map(CapabilitySet::from_bits_retain)
+}
+
+/// Keeps nothing but the right to signal other users' processes.
+pub(super) fn keep_only_kill() -> rustix::io::Result<()> {
+    let kill = Set::of_names(&["KILL"]).unwrap_or_default();
+    let kept = CapabilitySet::from_bits_retain(kill.0) & rustix::thread::capabilities(None)?.permitted;
+    let none = CapabilitySet::empty();
+    rustix::thread::set_capabilities(
+        None,
+        CapabilitySets {
+            effective: kept,
+            permitted: kept,
+            inheritable: none,
+        },
+    )
+}
+
+/// Finds a program as a shell does.
+fn find(name: &str, path: &str, is_there: impl Fn(&Path) -> bool) -> Option<PathBuf> {
+    if name.contains('/') {
+        // The kernel says best what is wrong with it.
+        return Some(PathBuf::from(name));
+    }
+    path.split(':')
+        .map(|dir| Path::new(if dir.is_empty() { "." } else { dir }).join(name))
+        .find(|path| is_there(path))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn programs_are_found_in_the_path_or_taken_as_given() {
+        let there = |path: &Path| path == Path::new("/bin/sh");
+        assert_eq!(find("sh", "/usr/bin:/bin", there), Some("/bin/sh".into()));
+        assert_eq!(find("bash", "/usr/bin:/bin", there), None);
+        assert_eq!(find("./run", "/bin", there), Some("./run".into()));
+    }
+}

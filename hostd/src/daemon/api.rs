@@ -1,0 +1,419 @@
+//! The host API ([`flynn_api::host`]).
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::Router;
+use axum::body::Body;
+use axum::extract::{Path, Query, Request as HttpRequest, State};
+use axum::http::header::{CONNECTION, CONTENT_LENGTH, CONTENT_TYPE, UPGRADE};
+use axum::http::{HeaderMap, Method, StatusCode};
+use axum::middleware::{self, Next};
+use axum::response::{IntoResponse, Response};
+use axum::routing::{delete, get, post, put};
+use flynn_api::client::attach::write_frame;
+use flynn_api::host::{AttachRequest, Job, JobEvent, LogLine, NetworkConfig, attach};
+use flynn_api::server::{Json, Peer, StrictJson, events, wants_events};
+use flynn_api::tls::PeerIdentity;
+use flynn_api::{Digest, Error, ErrorCode, Result};
+use futures::{Stream, StreamExt};
+use hyper_util::rt::TokioIo;
+use serde::Deserialize;
+use tokio::sync::broadcast;
+use tokio::time::{sleep, timeout};
+
+use super::images::pieces;
+use super::table::Entry;
+use super::{Daemon, disk_error};
+use crate::control::{Connection, Request};
+use crate::disk;
+use crate::logs::Follower;
+use crate::paths::Paths;
+use crate::supervisor::frame_of;
+
+/// How long an attached client waits for its job to come.
+const ATTACH_WAIT: Duration = Duration::from_secs(10);
+
+type Shared = State<Arc<Daemon>>;
+
+/// The routes.
+pub(super) fn router(daemon: Arc<Daemon>) -> Router {
+    Router::new()
+        .route("/host/status", get(status))
+        .route("/host/jobs", get(jobs))
+        .route("/host/jobs/{id}", get(job).put(add_job).delete(stop_job))
+        .route("/host/jobs/{id}/signal/{signal}", put(signal_job))
+        .route("/host/jobs/{id}/discoverd-deregister", put(deregister_job))
+        .route("/host/jobs/{id}/log", get(log))
+        .route("/attach", post(attach_job))
+        .route("/host/network", get(network).put(configure_network))
+        .route("/host/layers/{digest}", get(layer).put(put_layer))
+        .route("/host/volumes", get(volumes))
+        .route("/host/volumes/{id}", delete(remove_volume))
+        .fallback(|| async { Error::new(ErrorCode::NotFound, "there is no such call in the host API") })
+        .layer(middleware::from_fn(authorize))
+        .with_state(daemon)
+}
+
+/// Root on this host may do everything. Of the cluster's components each may look, and those that run jobs may act.
+fn may(peer: &Peer, method: &Method) -> Result<()> {
+    if peer.unix {
+        return Ok(());
+    }
+    let Some(identity) = &peer.identity else {
+        return Err(Error::new(
+            ErrorCode::Unauthorized,
+            "the host API needs a certificate of the cluster",
+        ));
+    };
+    let looks = *method == Method::GET || *method == Method::HEAD;
+    match identity {
+        PeerIdentity::Host(_) => Ok(()),
+        PeerIdentity::Job(app) if looks || matches!(app.as_str(), "controller" | "scheduler") => Ok(()),
+        PeerIdentity::Job(app) => Err(Error::new(
+            ErrorCode::Forbidden,
+            format!(
+                "jobs of {app} may look at hosts but not act on them; the controller and the scheduler may"
+            ),
+        )),
+    }
+}
+
+async fn authorize(request: HttpRequest, next: Next) -> Response {
+    let nobody = Peer::default();
+    let peer = request.extensions().get::<Peer>().unwrap_or(&nobody);
+    match may(peer, request.method()) {
+        Ok(()) => next.run(request).await,
+        Err(error) => error.into_response(),
+    }
+}
+
+async fn status(State(daemon): Shared) -> Result<Response> {
+    Ok(Json(daemon.status()?).into_response())
+}
+
+async fn jobs(State(daemon): Shared, headers: HeaderMap) -> Response {
+    if wants_events(&headers) {
+        let (current, live) = daemon.table.subscribe();
+        let stream = futures::stream::iter(current).chain(job_events(live));
+        return events(stream.map(|event| (None, event)));
+    }
+    let all = daemon.table.all().into_iter();
+    let jobs: std::collections::BTreeMap<_, _> = all
+        .map(|entry| (entry.job.id.clone(), daemon.table.active(&entry)))
+        .collect();
+    Json(jobs).into_response()
+}
+
+/// Ends when the listener has fallen too far behind: it begins again with what is.
+fn job_events(live: broadcast::Receiver<JobEvent>) -> impl Stream<Item = JobEvent> {
+    futures::stream::unfold(live, |mut live| async move {
+        live.recv().await.ok().map(|event| (event, live))
+    })
+}
+
+fn find(daemon: &Daemon, id: &str) -> Result<Entry> {
+    daemon.table.get(id).ok_or_else(|| Error::not_found("job", id))
+}
+
+async fn job(State(daemon): Shared, Path(id): Path<String>) -> Result<Response> {
+    Ok(Json(daemon.table.active(&find(&daemon, &id)?)).into_response())
+}
+
+async fn add_job(
+    State(daemon): Shared,
+    Path(id): Path<String>,
+    StrictJson(job): StrictJson<Job>,
+) -> Result<Response> {
+    if job.id != id {
+        return Err(Error::invalid_field(
+            "id",
+            format!("the job says {:?}, the path {id:?}", job.id),
+        ));
+    }
+    done(daemon.add(job).await)
+}
+
+/// A full disk has a status of its own.
+fn done(result: Result<()>) -> Result<Response> {
+    match result {
+        Ok(()) => Ok(Json(serde_json::json!({})).into_response()),
+        Err(error) if disk::is_full(&error) => {
+            Ok((StatusCode::INSUFFICIENT_STORAGE, Json(error)).into_response())
+        }
+        Err(error) => Err(error),
+    }
+}
+
+async fn stop_job(State(daemon): Shared, Path(id): Path<String>) -> Result<Response> {
+    done(daemon.stop(&id).await)
+}
+
+async fn signal_job(State(daemon): Shared, Path((id, signal)): Path<(String, String)>) -> Result<Response> {
+    let signal = signal.parse().ok().filter(|signal| (1..=64).contains(signal));
+    let signal = signal.ok_or_else(|| Error::invalid_field("signal", "a number from 1 to 64 is wanted"))?;
+    done(daemon.tell(&id, &Request::Signal { signal }).await)
+}
+
+async fn deregister_job(State(daemon): Shared, Path(id): Path<String>) -> Result<Response> {
+    done(daemon.tell(&id, &Request::Deregister).await)
+}
+
+#[derive(Deserialize)]
+struct LogQuery {
+    lines: Option<usize>,
+    #[serde(default)]
+    follow: bool,
+}
+
+async fn log(
+    State(daemon): Shared,
+    Path(id): Path<String>,
+    query: std::result::Result<Query<LogQuery>, axum::extract::rejection::QueryRejection>,
+) -> Result<Response> {
+    let Query(query) =
+        query.map_err(|error| Error::validation(format!("lines=n and follow=true|false: {error}")))?;
+    find(&daemon, &id)?;
+    let follower = Follower::open(&daemon.paths.job(&id).join("log"), query.lines)
+        .map_err(|error| disk_error("read the log", &error))?;
+    let lines = log_lines(daemon, id, follower, query.follow);
+    Ok(events(lines.map(|line| (None, line))))
+}
+
+fn log_lines(
+    daemon: Arc<Daemon>,
+    id: String,
+    follower: Follower,
+    follow: bool,
+) -> impl Stream<Item = LogLine> {
+    let state = (daemon, id, follower, true);
+    let batches = futures::stream::unfold(state, move |(daemon, id, mut follower, first)| async move {
+        let mut first = first;
+        loop {
+            // Before reading: what is over has written all.
+            let over = daemon
+                .table
+                .get(&id)
+                .is_none_or(|entry| entry.status.state.is_terminal());
+            let lines = follower.read().ok()?;
+            let last = over || !follow;
+            if !lines.is_empty() || (last && first) {
+                return Some((lines, (daemon, id, follower, false)));
+            }
+            if last {
+                return None;
+            }
+            first = false;
+            // The end of a job does not show in its log: it is looked for now and then.
+            let _ = timeout(Duration::from_secs(1), follower.changed()).await;
+        }
+    });
+    batches.flat_map(futures::stream::iter)
+}
+
+async fn network(State(daemon): Shared) -> Result<Response> {
+    Ok(Json(daemon.network_status()?).into_response())
+}
+
+async fn configure_network(
+    State(daemon): Shared,
+    StrictJson(config): StrictJson<NetworkConfig>,
+) -> Result<Response> {
+    done(daemon.configure_network(config).await)
+}
+
+fn parse_digest(text: &str) -> Result<Digest> {
+    text.parse()
+        .map_err(|error| Error::invalid_field("digest", error))
+}
+
+async fn put_layer(
+    State(daemon): Shared,
+    Path(digest): Path<String>,
+    headers: HeaderMap,
+    body: Body,
+) -> Result<Response> {
+    let digest = parse_digest(&digest)?;
+    let length = headers
+        .get(CONTENT_LENGTH)
+        .and_then(|length| length.to_str().ok()?.parse().ok());
+    let stored = match disk::check(daemon.paths.state()) {
+        Ok(()) => daemon.store.put(digest, length, pieces(body)).await,
+        refused => refused,
+    };
+    done(stored)
+}
+
+async fn layer(State(daemon): Shared, Path(digest): Path<String>) -> Result<Response> {
+    let digest = parse_digest(&digest)?;
+    let file = tokio::fs::File::open(daemon.paths.layer(digest)).await;
+    let file = file.map_err(|_| Error::not_found("layer", digest))?;
+    let length = file
+        .metadata()
+        .await
+        .map_err(|error| disk_error("read the layer", &error))?
+        .len();
+    let chunks = futures::stream::unfold(file, |mut file| async move {
+        use tokio::io::AsyncReadExt;
+        let mut chunk = bytes::BytesMut::with_capacity(256 << 10);
+        match file.read_buf(&mut chunk).await {
+            Ok(0) => None,
+            Ok(_) => Some((Ok(chunk.freeze()), file)),
+            Err(error) => Some((Err(error), file)),
+        }
+    });
+    let headers = [
+        (CONTENT_LENGTH, length.to_string()),
+        (CONTENT_TYPE, "application/octet-stream".into()),
+    ];
+    Ok((headers, Body::from_stream(chunks)).into_response())
+}
+
+async fn volumes(State(daemon): Shared) -> Result<Response> {
+    Ok(Json(daemon.volumes()?).into_response())
+}
+
+async fn remove_volume(State(daemon): Shared, Path(id): Path<String>) -> Result<Response> {
+    done(daemon.remove_volume(&id))
+}
+
+async fn attach_job(State(daemon): Shared, request: HttpRequest) -> Result<Response> {
+    const PROTOCOL: &str = "flynn-attach/0";
+    if request
+        .headers()
+        .get(UPGRADE)
+        .is_none_or(|protocol| protocol != PROTOCOL)
+    {
+        return Err(Error::validation(format!(
+            "attaching needs Connection: Upgrade and Upgrade: {PROTOCOL}"
+        )));
+    }
+    let (parts, body) = request.into_parts();
+    let body = axum::body::to_bytes(body, 64 << 10)
+        .await
+        .map_err(|_| Error::validation("the body is cut short or longer than 64 KiB"))?;
+    let wish: AttachRequest = serde_json::from_slice(&body)
+        .map_err(|error| Error::validation(format!("the body is no attach request: {error}")))?;
+    let entry = wait_for(&daemon, &wish.job_id).await?;
+    let has = |stream: &str| wish.flags.iter().any(|flag| flag == stream);
+    let streams = [has("stdout"), has("stderr")];
+    let attach = Request::Attach {
+        stdin: has("stdin"),
+        stdout: streams[0],
+        stderr: streams[1],
+        tty_size: wish.tty_size,
+        lines: wish.lines,
+    };
+    let supervisor = match Connection::open(&Paths::socket(&wish.job_id)).await {
+        Ok(mut connection) => {
+            connection
+                .call(&attach)
+                .await
+                .map_err(|error| Error::unavailable(format!("cannot attach: {error}")))?;
+            Some(connection)
+        }
+        Err(_) if entry.status.state.is_terminal() => None,
+        Err(error) => {
+            return Err(Error::unavailable(format!(
+                "the job's supervisor does not answer: {error}"
+            )));
+        }
+    };
+    let mut request = HttpRequest::from_parts(parts, Body::empty());
+    let upgrade = hyper::upgrade::on(&mut request);
+    tokio::spawn(async move {
+        let Ok(upgraded) = upgrade.await else { return };
+        let mut client = TokioIo::new(upgraded);
+        let result = match supervisor {
+            Some(connection) => {
+                let mut supervisor = connection.into_stream();
+                tokio::io::copy_bidirectional(&mut client, &mut supervisor)
+                    .await
+                    .map(drop)
+            }
+            None => replay(&daemon, &wish, streams, &mut client).await,
+        };
+        if let Err(error) = result {
+            tracing::debug!(job = wish.job_id, %error, "attached connection");
+        }
+    });
+    let headers = [(CONNECTION, "Upgrade"), (UPGRADE, PROTOCOL)];
+    Ok((StatusCode::SWITCHING_PROTOCOLS, headers).into_response())
+}
+
+/// The job once its supervisor can be attached to. Clients may attach before they ask for the job.
+async fn wait_for(daemon: &Daemon, id: &str) -> Result<Entry> {
+    let ready = |entry: &Entry| entry.status.state.is_terminal() || Paths::socket(id).exists();
+    let waiting = async {
+        loop {
+            if let Some(entry) = daemon.table.get(id).filter(ready) {
+                return entry;
+            }
+            sleep(Duration::from_millis(10)).await;
+        }
+    };
+    timeout(ATTACH_WAIT, waiting)
+        .await
+        .map_err(|_| Error::not_found("job", id))
+}
+
+/// What an attached client would have seen of a job that is over.
+async fn replay(
+    daemon: &Daemon,
+    wish: &AttachRequest,
+    streams: [bool; 2],
+    client: &mut (impl tokio::io::AsyncWrite + Unpin),
+) -> std::io::Result<()> {
+    use tokio::io::AsyncWriteExt;
+    if wish.lines > 0 {
+        let last = usize::try_from(wish.lines).ok();
+        let lines = Follower::open(&daemon.paths.job(&wish.job_id).join("log"), last)?.read()?;
+        for frame in lines.iter().filter_map(|line| frame_of(line, streams)) {
+            write_frame(client, frame.kind, &frame.payload).await?;
+        }
+    }
+    let status = daemon.table.get(&wish.job_id).map(|entry| entry.status);
+    match status.as_ref().and_then(|status| status.exit_status) {
+        Some(exit) => write_frame(client, attach::EXIT, &exit.to_be_bytes()).await?,
+        None => {
+            let why = status
+                .and_then(|status| status.error)
+                .unwrap_or_else(|| "the job was stopped".into());
+            write_frame(client, attach::ERROR, why.as_bytes()).await?;
+        }
+    }
+    client.shutdown().await
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_those_who_run_jobs_may_act() {
+        let over_tls = |identity| Peer {
+            identity: Some(identity),
+            ..Peer::default()
+        };
+        let job = |app: &str| over_tls(PeerIdentity::Job(app.into()));
+        let root = Peer {
+            unix: true,
+            ..Peer::default()
+        };
+        let host = over_tls(PeerIdentity::Host("one".into()));
+        for peer in [&root, &host, &job("controller"), &job("scheduler")] {
+            assert!(may(peer, &Method::PUT).is_ok() && may(peer, &Method::GET).is_ok());
+        }
+        assert!(may(&job("router"), &Method::GET).is_ok());
+        for method in [Method::PUT, Method::POST, Method::DELETE] {
+            assert_eq!(
+                may(&job("router"), &method).unwrap_err().code,
+                ErrorCode::Forbidden
+            );
+        }
+        assert_eq!(
+            may(&Peer::default(), &Method::GET).unwrap_err().code,
+            ErrorCode::Unauthorized
+        );
+    }
+}

@@ -1,0 +1,249 @@
+//! The daemon: `flynn-host daemon`.
+//!
+//! It holds nothing that is not on the disk or in the supervisors, so that it can be killed at any moment.
+
+mod api;
+mod exe;
+mod images;
+mod keep;
+mod network;
+mod serve;
+mod store;
+mod table;
+
+use std::collections::BTreeMap;
+use std::io;
+use std::net::Ipv4Addr;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use flynn_api::host::{HostStatus, NetworkConfig};
+use flynn_api::{Error, Result};
+use tokio::sync::Semaphore;
+
+use self::exe::Executable;
+use self::network::Networking;
+use self::table::Table;
+use crate::cgroup::Hierarchies;
+use crate::config::{HostConfig, Overrides};
+use crate::layers::{Mounts, Store};
+use crate::paths::Paths;
+use crate::status::boot_id;
+use crate::{disk, prepare};
+
+/// Jobs that are prepared and started at once.
+const STARTS: usize = 4;
+
+/// How the daemon is started.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// The state directory.
+    pub state: PathBuf,
+    /// What the command line says about the host.
+    pub overrides: Overrides,
+}
+
+/// The daemon's state.
+struct Daemon {
+    paths: Paths,
+    host_id: String,
+    config: Mutex<HostConfig>,
+    table: Table,
+    store: Store,
+    mounts: Mutex<Mounts>,
+    network: Networking,
+    hierarchies: Hierarchies,
+    executable: Executable,
+    starts: Semaphore,
+    /// What this host cannot do, and what was found broken.
+    notices: Mutex<Vec<String>>,
+}
+
+/// Runs the daemon until it is told to stop. Jobs go on.
+pub async fn run(options: Options) -> anyhow::Result<()> {
+    use anyhow::Context;
+    let paths = Paths::create(&options.state)
+        .with_context(|| format!("cannot use the state directory {}", options.state.display()))?;
+    let _lock = lock(&paths)?;
+    let config = HostConfig::load(paths.state(), &options.overrides)?;
+    let hierarchies = Hierarchies::find().context("cannot find the cgroup hierarchies")?;
+    let mut notices = hierarchies.notices();
+    notices.extend(crate::notices::of_kernel());
+    let (stored, broken) = store::load(&paths).context("cannot read the jobs")?;
+    broken.iter().for_each(|notice| tracing::error!("{notice}"));
+    notices.extend(broken);
+    let daemon = Arc::new(Daemon {
+        host_id: config.id.clone(),
+        table: Table::new(config.id.clone()),
+        store: Store::open(&paths)?,
+        config: Mutex::new(config),
+        mounts: Mutex::default(),
+        network: Networking::default(),
+        hierarchies,
+        executable: Executable::own().context("cannot open this program's own file")?,
+        starts: Semaphore::new(STARTS),
+        notices: Mutex::new(notices),
+        paths,
+    });
+    daemon.restore_network(&stored).await;
+    daemon.adopt(stored);
+    daemon
+        .mounts
+        .lock()
+        .unwrap_or_else(PoisonError::into_inner)
+        .sweep()?;
+    serve::run(daemon).await
+}
+
+/// Two daemons on one state directory would fight over its jobs.
+fn lock(paths: &Paths) -> anyhow::Result<std::fs::File> {
+    let path = paths.state().join("lock");
+    let file = std::fs::File::create(&path)?;
+    file.try_lock().map_err(|_| {
+        anyhow::anyhow!(
+            "another flynn-host daemon uses {}: stop it first",
+            paths.state().display()
+        )
+    })?;
+    Ok(file)
+}
+
+impl Daemon {
+    fn config(&self) -> HostConfig {
+        self.config.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    fn as_host(&self) -> prepare::Host<'_> {
+        prepare::Host {
+            id: &self.host_id,
+            address: self.config().address,
+        }
+    }
+
+    /// Brings the network up that this host had before. A failure is said, and tried again when bootstrap or join
+    /// come by; jobs in the host's network start without.
+    async fn restore_network(&self, stored: &[store::Stored]) {
+        let Some(config) = self.config().network else {
+            return;
+        };
+        let boot = boot_id();
+        let in_use: Vec<Ipv4Addr> = stored
+            .iter()
+            .filter(|stored| {
+                stored.status.boot_id == boot
+                    && stored
+                        .status
+                        .supervisor
+                        .is_some_and(crate::status::ProcessId::is_alive)
+            })
+            .filter_map(|stored| stored.status.address)
+            .collect();
+        if let Err(error) = self.network.configure(&config, &in_use).await {
+            tracing::error!(%error, "the network is not up");
+            self.notice(format!("the network is not up: {error}"));
+        }
+    }
+
+    fn notice(&self, notice: String) {
+        self.notices
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .push(notice);
+    }
+
+    /// Brings the network up, remembers it, and tells those who wait for it.
+    async fn configure_network(&self, wanted: NetworkConfig) -> Result<()> {
+        let in_use: Vec<Ipv4Addr> = self
+            .table
+            .addresses()
+            .into_iter()
+            .map(|(address, _)| address)
+            .collect();
+        if self.network.configure(&wanted, &in_use).await? {
+            let saved = {
+                let mut config = self.config.lock().unwrap_or_else(PoisonError::into_inner);
+                config.network = Some(wanted);
+                config.save(self.paths.state())
+            };
+            saved.map_err(|error| disk_error("remember the network", &error))?;
+            self.notices
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner)
+                .retain(|notice| !notice.starts_with("the network is not up"));
+            self.announce_gateway().await;
+        }
+        Ok(())
+    }
+
+    fn status(&self) -> Result<HostStatus> {
+        let config = self.config();
+        let (disk_free, _) = crate::sys::disk_space(self.paths.state())
+            .map_err(|error| Error::internal(format!("cannot look at the disk: {error}")))?;
+        let up = self.network.peek();
+        let (cpu, memory) = crate::notices::machine();
+        Ok(HostStatus {
+            id: config.id,
+            pid: std::process::id(),
+            version: env!("CARGO_PKG_VERSION").into(),
+            url: format!("{}:{}", config.address, flynn_api::host::PORT),
+            tags: config.tags,
+            subnet: up.as_ref().map(|up| up.subnet().to_owned()),
+            gateway: up.as_ref().map(|up| up.gateway()),
+            cpu,
+            memory,
+            disk_free,
+            notices: self
+                .notices
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner)
+                .clone(),
+            boot_id: boot_id(),
+        })
+    }
+
+    fn network_status(&self) -> Result<flynn_api::host::NetworkStatus> {
+        let jobs: BTreeMap<Ipv4Addr, String> = self.table.addresses().into_iter().collect();
+        self.network.status(&jobs)
+    }
+
+    fn volumes(&self) -> Result<Vec<flynn_api::host::Volume>> {
+        let users = |id: &str| {
+            let mut jobs = self.table.all();
+            jobs.retain(|entry| !entry.status.state.is_terminal());
+            let has = |entry: &table::Entry| {
+                entry
+                    .job
+                    .config
+                    .volumes
+                    .iter()
+                    .any(|volume| volume.volume_id == id)
+            };
+            jobs.into_iter()
+                .filter(has)
+                .map(|entry| entry.job.id.clone())
+                .collect()
+        };
+        crate::volumes::list(&self.paths, users)
+            .map_err(|error| Error::internal(format!("cannot list the volumes: {error}")))
+    }
+
+    fn remove_volume(&self, id: &str) -> Result<()> {
+        let volume = self.volumes()?.into_iter().find(|volume| volume.id == id);
+        let volume = volume.ok_or_else(|| Error::not_found("volume", id))?;
+        if let Some(job) = volume.jobs.first() {
+            return Err(Error::conflict(format!(
+                "volume {id} is used by job {job}: stop it first"
+            )));
+        }
+        crate::volumes::remove(&self.paths, id).map_err(|error| disk_error("remove the volume", &error))?;
+        Ok(())
+    }
+}
+
+/// An I/O error as an answer.
+fn disk_error(what: &str, error: &io::Error) -> Error {
+    match error.kind() {
+        io::ErrorKind::StorageFull => disk::full(format!("cannot {what}: the disk is full")),
+        _ => Error::internal(format!("cannot {what}: {error}")),
+    }
+}

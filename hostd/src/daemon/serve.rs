@@ -1,0 +1,161 @@
+//! The daemon's listeners, and the host's own instance in discoverd.
+
+use std::net::SocketAddr;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use flynn_api::client::Http;
+use flynn_api::client::discovery::DiscoveryClient;
+use flynn_api::discovery::{self, HOST_SERVICE, Instance, ServiceConfig};
+use flynn_api::host;
+use flynn_api::server::{CancellationToken, Listener, serve, shutdown};
+use flynn_api::tls::{ClientAuth, Identity};
+use tokio::time::sleep;
+
+use super::{Daemon, api};
+use crate::identities;
+
+/// Between looks at the certificate.
+const CERTIFICATE_CHECK: Duration = Duration::from_secs(1);
+
+/// Serves until SIGTERM.
+pub(super) async fn run(daemon: Arc<Daemon>) -> anyhow::Result<()> {
+    let stop = shutdown();
+    let socket = Listener::unix(Path::new(host::SOCKET))?;
+    tracing::info!(id = daemon.host_id, socket = host::SOCKET, "ready");
+    let tls = tokio::spawn(listen_tls(Arc::clone(&daemon), stop.clone()));
+    let registration = tokio::spawn(register(Arc::clone(&daemon), stop.clone()));
+    serve(socket, api::router(daemon), stop.cancelled()).await?;
+    let _ = tokio::join!(tls, registration);
+    let _ = std::fs::remove_file(host::SOCKET);
+    tracing::info!("stopped; jobs go on");
+    Ok(())
+}
+
+/// Serves on the host's address once it has a certificate, and anew when that has been renewed.
+async fn listen_tls(daemon: Arc<Daemon>, stop: CancellationToken) {
+    let mut said = None;
+    loop {
+        let (identity, version) = (daemon.identity(), daemon.certificate_version());
+        if let Some(identity) = identity {
+            let address = SocketAddr::from((daemon.config().address, host::PORT));
+            match listener(&identity, address).await {
+                Ok(listener) => {
+                    tracing::info!(%address, "listening");
+                    let renewed = CancellationToken::new();
+                    let watcher =
+                        tokio::spawn(watch_certificate(Arc::clone(&daemon), version, renewed.clone()));
+                    let ended = async {
+                        tokio::select! {
+                            () = renewed.cancelled() => {}
+                            () = stop.cancelled() => {}
+                        }
+                    };
+                    if let Err(error) = serve(listener, api::router(Arc::clone(&daemon)), ended).await {
+                        tracing::error!(%error, "the host API");
+                    }
+                    watcher.abort();
+                }
+                Err(error) => {
+                    let text = error.to_string();
+                    if said.as_ref() != Some(&text) {
+                        tracing::error!(%error, %address, "cannot listen; trying on");
+                        said = Some(text);
+                    }
+                }
+            }
+        }
+        tokio::select! {
+            () = stop.cancelled() => return,
+            () = sleep(CERTIFICATE_CHECK) => {}
+        }
+    }
+}
+
+async fn listener(identity: &Identity, address: SocketAddr) -> anyhow::Result<Listener> {
+    let config = identity.server_config(ClientAuth::Required)?;
+    Ok(Listener::tls(address, config).await?)
+}
+
+async fn watch_certificate(daemon: Arc<Daemon>, version: Option<SystemTime>, renewed: CancellationToken) {
+    while daemon.certificate_version() == version {
+        sleep(CERTIFICATE_CHECK).await;
+    }
+    renewed.cancel();
+}
+
+impl Daemon {
+    fn certificate_version(&self) -> Option<SystemTime> {
+        let path = identities::host_dir(self.paths.state()).join("cert.pem");
+        std::fs::metadata(path)
+            .and_then(|metadata| metadata.modified())
+            .ok()
+    }
+
+    fn identity(&self) -> Option<Identity> {
+        self.certificate_version()?;
+        match Identity::load(&identities::host_dir(self.paths.state())) {
+            Ok(identity) => Some(identity),
+            Err(error) => {
+                tracing::error!(%error, "cannot read the host's certificate");
+                None
+            }
+        }
+    }
+}
+
+/// Keeps the host registered as an instance of its service. It is not taken out at the end: a daemon that is started
+/// anew is the same host, and one that is not runs out.
+async fn register(daemon: Arc<Daemon>, stop: CancellationToken) {
+    let heartbeat = async {
+        let mut client: Option<(Option<SystemTime>, DiscoveryClient)> = None;
+        loop {
+            let version = daemon.certificate_version();
+            if client.as_ref().is_none_or(|(made_of, _)| *made_of != version) {
+                client = daemon.discovery().map(|client| (version, client));
+            }
+            let pause = match &client {
+                Some((_, client)) => match beat(&daemon, client).await {
+                    Ok(()) => Duration::from_secs(discovery::HEARTBEAT_SECS),
+                    Err(error) => {
+                        tracing::debug!(%error, "cannot register this host");
+                        Duration::from_millis(500)
+                    }
+                },
+                None => CERTIFICATE_CHECK,
+            };
+            sleep(pause).await;
+        }
+    };
+    tokio::select! {
+        () = heartbeat => {}
+        () = stop.cancelled() => {}
+    }
+}
+
+async fn beat(daemon: &Daemon, client: &DiscoveryClient) -> flynn_api::Result<()> {
+    let config = daemon.config();
+    let mut meta = config.tags;
+    meta.insert("id".into(), config.id);
+    let instance = Instance::new("https", format!("{}:{}", config.address, host::PORT), meta);
+    match client.register(HOST_SERVICE, &instance).await {
+        Err(error) if error.code == flynn_api::ErrorCode::NotFound => {
+            client
+                .ensure_service(HOST_SERVICE, &ServiceConfig::default())
+                .await?;
+            client.register(HOST_SERVICE, &instance).await
+        }
+        result => result,
+    }
+}
+
+impl Daemon {
+    /// The discoverd of this host, over mutual TLS; none before the host has a certificate.
+    fn discovery(&self) -> Option<DiscoveryClient> {
+        let identity = self.identity()?;
+        let http = Http::new(&format!("https://{}:{}", self.config().address, discovery::PORT)).ok()?;
+        let http = http.identity(&identity).ok()?.timeout(Duration::from_secs(2));
+        Some(DiscoveryClient::new(http))
+    }
+}

@@ -1,0 +1,133 @@
+//! Jobs on the disk: one directory each, no database.
+
+use std::fs;
+use std::io;
+use std::path::Path;
+
+use flynn_api::host::Job;
+
+use crate::files;
+use crate::launch::{self, Launch};
+use crate::paths::Paths;
+use crate::status::Status;
+
+const JOB: &str = "job.json";
+
+/// What the names of directories begin with that are not jobs (yet, or any more).
+const NEW: &str = ".new-";
+const BROKEN: &str = ".broken-";
+
+/// A job as it was found.
+pub(super) struct Stored {
+    pub(super) job: Job,
+    pub(super) status: Status,
+    /// None when the daemon died before it was worked out.
+    pub(super) launch: Option<Launch>,
+}
+
+/// Makes a job's directory: it is there whole, or not at all.
+pub(super) fn create(paths: &Paths, job: &Job, status: &Status) -> io::Result<()> {
+    let new = paths.jobs().join(format!("{NEW}{}", job.id));
+    files::remove_all(&new)?;
+    files::private_dir(&new)?;
+    let written = files::write_json(&new.join(JOB), job)
+        .and_then(|()| status.write(&new))
+        .and_then(|()| fs::rename(&new, paths.job(&job.id)))
+        .and_then(|()| files::sync_dir(&paths.jobs()));
+    if written.is_err() {
+        let _ = files::remove_all(&new);
+    }
+    written
+}
+
+/// Reads all jobs. Those that cannot be read are set aside, each with a notice of what and why.
+pub(super) fn load(paths: &Paths) -> io::Result<(Vec<Stored>, Vec<String>)> {
+    let (mut jobs, mut notices) = (Vec::new(), Vec::new());
+    for entry in fs::read_dir(paths.jobs())? {
+        let path = entry?.path();
+        let Some(name) = path.file_name().and_then(|name| name.to_str()) else {
+            continue;
+        };
+        if name.starts_with(NEW) {
+            files::remove_all(&path)?;
+        } else if name.starts_with(BROKEN) {
+            notices.push(format!(
+                "{} was set aside earlier: look at it, then remove it",
+                path.display()
+            ));
+        } else {
+            match read(&path, name) {
+                Ok(stored) => jobs.push(stored),
+                Err(error) => {
+                    let aside = paths.jobs().join(format!("{BROKEN}{name}"));
+                    files::remove_all(&aside)?;
+                    fs::rename(&path, &aside)?;
+                    notices.push(format!(
+                        "the record of job {name} cannot be read ({error}); it was set aside as {}",
+                        aside.display()
+                    ));
+                }
+            }
+        }
+    }
+    Ok((jobs, notices))
+}
+
+fn read(dir: &Path, name: &str) -> io::Result<Stored> {
+    let missing = |file: &str| io::Error::new(io::ErrorKind::NotFound, format!("{file} is missing"));
+    let job: Job = files::read_json(&dir.join(JOB))?.ok_or_else(|| missing(JOB))?;
+    if job.id != name {
+        return Err(io::Error::other(format!("it is the record of job {:?}", job.id)));
+    }
+    let status = Status::read(dir)?.ok_or_else(|| missing(crate::status::FILE))?;
+    let launch = files::read_json(&dir.join(launch::FILE))?;
+    Ok(Stored { job, status, launch })
+}
+
+/// Removes what only a living container needs.
+pub(super) fn tidy(paths: &Paths, id: &str) {
+    for name in ["upper", "work", "root", launch::FILE] {
+        if let Err(error) = files::remove_all(&paths.job(id).join(name)) {
+            tracing::warn!(job = id, name, %error, "cannot tidy up");
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use jiff::Timestamp;
+
+    use super::*;
+
+    #[test]
+    fn broken_records_are_set_aside_and_harm_no_other() {
+        let dir = tempfile::tempdir().unwrap();
+        let paths = Paths::at(dir.path());
+        fs::create_dir(paths.jobs()).unwrap();
+        let status = Status::new(Timestamp::UNIX_EPOCH, "boot".into());
+        for id in ["one-1", "one-2", "one-3", "one-4"] {
+            create(
+                &paths,
+                &Job {
+                    id: id.into(),
+                    ..Job::default()
+                },
+                &status,
+            )
+            .unwrap();
+        }
+        fs::write(paths.job("one-2").join(JOB), "{\"id\":").unwrap();
+        fs::remove_file(paths.job("one-3").join(crate::status::FILE)).unwrap();
+        fs::create_dir(paths.jobs().join(".new-one-5")).unwrap();
+        let (jobs, notices) = load(&paths).unwrap();
+        let mut ids: Vec<_> = jobs.into_iter().map(|stored| stored.job.id).collect();
+        ids.sort();
+        assert_eq!(
+            (ids, notices.len()),
+            (vec!["one-1".to_owned(), "one-4".into()], 2)
+        );
+        assert!(!paths.jobs().join(".new-one-5").exists());
+        let (jobs, notices) = load(&paths).unwrap();
+        assert_eq!((jobs.len(), notices.len()), (2, 2));
+    }
+}

@@ -1,0 +1,43 @@
+//! What this machine has, and what it cannot do.
+
+use std::path::Path;
+
+/// What the kernel lacks, and what that means.
+pub(crate) fn of_kernel() -> Vec<String> {
+    let filesystems = std::fs::read_to_string("/proc/filesystems").unwrap_or_default();
+    let has = |name: &str| {
+        filesystems
+            .lines()
+            .any(|line| line.split_whitespace().last() == Some(name))
+    };
+    let mut notices = Vec::new();
+    // A module may come when it is asked for; then mounting it will say more.
+    for name in ["overlay", "squashfs"]
+        .iter()
+        .filter(|name| !has(name) && !module_can_come(name))
+    {
+        notices.push(format!("no containers: the kernel has no {name} file system"));
+    }
+    notices.push("temp_disk limits are not enforced: that needs project quotas".into());
+    notices
+}
+
+fn module_can_come(name: &str) -> bool {
+    let release = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
+    let modules = Path::new("/lib/modules").join(release.trim()).join("modules.dep");
+    std::fs::read_to_string(modules).is_ok_and(|list| list.contains(&format!("/{name}.ko")))
+}
+
+/// Thousandths of cores, and bytes of memory.
+pub(crate) fn machine() -> (u64, u64) {
+    let cores = std::thread::available_parallelism().map_or(1, usize::from) as u64;
+    let memory = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
+    let kib = memory.lines().find_map(|line| {
+        line.strip_prefix("MemTotal:")?
+            .split_whitespace()
+            .next()?
+            .parse::<u64>()
+            .ok()
+    });
+    (cores * 1000, kib.unwrap_or(0) * 1024)
+}

@@ -1,0 +1,156 @@
+//! What has happened to a job, as its supervisor writes it down.
+
+use std::net::Ipv4Addr;
+use std::path::Path;
+
+use flynn_api::host::JobState;
+use jiff::Timestamp;
+use serde::{Deserialize, Serialize};
+
+/// The file's name in the job's directory.
+pub const FILE: &str = "status.json";
+
+/// The last known state of a job. Written by the daemon before the supervisor is there and after it is gone, and by
+/// the supervisor in between.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Status {
+    /// The form of this file.
+    pub version: u32,
+    /// Where it stands.
+    pub state: JobState,
+    /// When it was taken.
+    pub created_at: Timestamp,
+    /// When its process was started last.
+    pub started_at: Option<Timestamp>,
+    /// When it was over.
+    pub ended_at: Option<Timestamp>,
+    /// The pid of the container's first process.
+    pub pid: Option<i32>,
+    /// The supervisor.
+    pub supervisor: Option<ProcessId>,
+    /// The boot in which all that was.
+    pub boot_id: String,
+    /// The container's own address.
+    pub address: Option<Ipv4Addr>,
+    /// Exit status; 128 + n after signal n.
+    pub exit_status: Option<i32>,
+    /// Why it failed.
+    pub error: Option<String>,
+    /// How often it was started again.
+    pub restarts: u32,
+    /// Killed by its memory limit.
+    pub oom_killed: bool,
+    /// Whether all its services are healthy.
+    pub healthy: bool,
+    /// Somebody asked it to stop: it is not started again, whatever happens.
+    pub stop_requested: bool,
+}
+
+impl Status {
+    /// Of a job that was just taken.
+    pub fn new(created_at: Timestamp, boot_id: String) -> Self {
+        Self {
+            version: 1,
+            state: JobState::Starting,
+            created_at,
+            started_at: None,
+            ended_at: None,
+            pid: None,
+            supervisor: None,
+            boot_id,
+            address: None,
+            exit_status: None,
+            error: None,
+            restarts: 0,
+            oom_killed: false,
+            healthy: false,
+            stop_requested: false,
+        }
+    }
+
+    /// Notes the end.
+    pub fn end(&mut self, state: JobState, now: Timestamp) {
+        self.state = state;
+        self.ended_at = Some(now);
+        self.pid = None;
+        self.healthy = false;
+    }
+
+    /// Writes it so that it survives a crash at any moment.
+    pub fn write(&self, job_dir: &Path) -> std::io::Result<()> {
+        crate::files::write_json(&job_dir.join(FILE), self)
+    }
+
+    /// Reads it; none when it was never written.
+    pub fn read(job_dir: &Path) -> std::io::Result<Option<Self>> {
+        crate::files::read_json(&job_dir.join(FILE))
+    }
+}
+
+/// A process that cannot be mistaken for a later one with the same pid.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ProcessId {
+    /// Its pid.
+    pub pid: i32,
+    /// When it was started, in clock ticks since boot.
+    pub start: u64,
+}
+
+impl ProcessId {
+    /// Of this process.
+    pub fn own() -> Self {
+        let pid = std::process::id().cast_signed();
+        Self {
+            pid,
+            start: start_time(pid).unwrap_or_default(),
+        }
+    }
+
+    /// Whether the process is still there (a zombie is not).
+    pub fn is_alive(self) -> bool {
+        start_time(self.pid) == Some(self.start)
+    }
+}
+
+/// The start time of a living process: field 22 of its `stat`, after the name, which may hold anything.
+fn start_time(pid: i32) -> Option<u64> {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    let (_, rest) = stat.rsplit_once(") ")?;
+    let mut fields = rest.split(' ');
+    let state = fields.next()?;
+    if matches!(state, "Z" | "X") {
+        return None;
+    }
+    fields.nth(18)?.parse().ok()
+}
+
+/// The kernel's id of the present boot.
+pub fn boot_id() -> String {
+    std::fs::read_to_string("/proc/sys/kernel/random/boot_id")
+        .map(|id| id.trim().to_owned())
+        .unwrap_or_default()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn knows_the_living_from_the_dead() {
+        let own = ProcessId::own();
+        assert!(own.start > 0 && own.is_alive());
+        assert!(
+            !ProcessId {
+                start: own.start + 1,
+                ..own
+            }
+            .is_alive()
+        );
+        let mut child = std::process::Command::new("true").spawn().unwrap();
+        let pid = child.id().cast_signed();
+        while start_time(pid).is_some() {
+            std::thread::yield_now();
+        }
+        child.wait().unwrap();
+    }
+}

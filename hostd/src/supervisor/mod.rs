@@ -1,0 +1,276 @@
+//! The process that keeps one job: `flynn-host supervise <job directory>`.
+//!
+//! It has a session, a cgroup and (unless the job is in the host's network) a network namespace of its own, which
+//! outlives restarts of the container. It waits on the job's socket for the daemon to say go, makes the container,
+//! carries its output, watches its health, and leaves once the job is over and its status is on the disk.
+
+mod backoff;
+mod output;
+mod run;
+mod server;
+mod services;
+mod streams;
+
+use std::io;
+use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use flynn_api::client::attach::Frame;
+use flynn_api::host::{JobState, attach};
+use jiff::Timestamp;
+use tokio::net::UnixListener;
+use tokio::sync::{mpsc, watch};
+use tokio::time::{Instant, sleep, timeout};
+
+pub use self::backoff::Backoff;
+pub use output::frame_of;
+
+use self::output::Output;
+use self::run::{End, Run};
+use self::server::{Command, Server};
+use crate::cgroup::{Group, Hierarchies};
+use crate::container::Place;
+use crate::launch::Launch;
+use crate::status::{ProcessId, Status, boot_id};
+use crate::sys;
+
+/// How long a job that is over waits for the client that it was made for.
+const LINGER: Duration = Duration::from_secs(10);
+
+/// How long connections have to take what is meant for them at the end.
+const FAREWELL: Duration = Duration::from_secs(5);
+
+/// Runs the supervisor of the job in `job_dir` to its end.
+pub fn supervise(job_dir: &Path) -> io::Result<()> {
+    // Fails where the caller has made us a session's leader already.
+    let _ = rustix::process::setsid();
+    rustix::thread::set_name(c"flynn-supervise")?;
+    let launch = Launch::read(job_dir)?;
+    let hierarchies = Hierarchies::find()?;
+    crate::cgroup::enter_supervisors_group(&hierarchies)?;
+    for signal in [libc::SIGHUP, libc::SIGINT, libc::SIGPIPE] {
+        sys::ignore_signal(signal);
+    }
+    if !launch.host_network {
+        sys::unshare_network()?;
+        sys::loopback_up()?;
+        // Programs that are not root may bind low ports and ping: the namespace is theirs alone.
+        for (name, value) in [
+            ("ip_unprivileged_port_start", "0"),
+            ("ping_group_range", "0 2147483647"),
+        ] {
+            let _ = std::fs::write(format!("/proc/sys/net/ipv4/{name}"), value);
+        }
+    }
+    let group = Group::create(&hierarchies, launch.partition, &launch.job_id, launch.limits)?;
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_io()
+        .enable_time()
+        .build()?;
+    runtime.block_on(Supervisor::start(launch, job_dir, group))
+}
+
+/// What the loop and the runs share.
+struct Supervisor {
+    launch: Launch,
+    job_dir: Arc<Path>,
+    group: Group,
+    output: Arc<Output>,
+    input: streams::Input,
+    status: watch::Sender<Status>,
+    place: watch::Sender<Place>,
+    commands: mpsc::Receiver<Command>,
+    /// The host is going down: a stop that nobody asked for.
+    terminate: tokio::signal::unix::Signal,
+    terminated: bool,
+}
+
+impl Supervisor {
+    async fn start(launch: Launch, job_dir: &Path, group: Group) -> io::Result<()> {
+        let job_dir: Arc<Path> = job_dir.into();
+        let mut status = Status::read(&job_dir)?.unwrap_or_else(|| Status::new(Timestamp::now(), boot_id()));
+        status.supervisor = Some(ProcessId::own());
+        status.boot_id = boot_id();
+        status.write(&job_dir)?;
+
+        let listener = listen(&launch.socket)?;
+        let (stdin, input) = mpsc::channel(16);
+        let output = Arc::new(Output::new(&launch, &job_dir, stdin));
+        let (commands_in, commands) = mpsc::channel(16);
+        let status = watch::Sender::new(status);
+        let (open, mut closed) = mpsc::channel::<()>(1);
+        let server = Server {
+            job_dir: Arc::clone(&job_dir),
+            commands: commands_in,
+            status: status.subscribe(),
+            output: Arc::clone(&output),
+        };
+        let accepting = tokio::spawn(server.run(listener, open));
+        let socket = launch.socket.clone();
+        let mut supervisor = Self {
+            launch,
+            job_dir,
+            group,
+            output,
+            input: Arc::new(tokio::sync::Mutex::new(input)),
+            status,
+            place: watch::Sender::new(Place::default()),
+            commands,
+            terminate: tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate())?,
+            terminated: false,
+        };
+        let end = supervisor.keep().await;
+        supervisor.finish(end).await;
+        accepting.abort();
+        let _ = accepting.await;
+        let _ = std::fs::remove_file(&socket);
+        let Self {
+            output,
+            status,
+            commands,
+            ..
+        } = supervisor;
+        drop((output, status, commands));
+        // Connections hold the sender; the channel ends with the last of them.
+        let _ = timeout(FAREWELL, closed.recv()).await;
+        Ok(())
+    }
+
+    /// Starts the program, and again while it is to be kept; gives how it ended.
+    async fn keep(&mut self) -> End {
+        if let Some(end) = self.wait_for_go().await {
+            return end;
+        }
+        let mut backoff = Backoff::default();
+        loop {
+            let began = Instant::now();
+            let end = Run::new(self).await;
+            if !self.launch.resurrect || self.over() {
+                return end;
+            }
+            let pause = backoff.after(began.elapsed());
+            let why = end.describe();
+            self.output
+                .say(format!("{why}; starting it again in {} ms", pause.as_millis()));
+            self.change(|status| {
+                status.state = JobState::Starting;
+                status.pid = None;
+                status.healthy = false;
+                status.error = Some(why);
+                status.exit_status = end.status();
+                status.oom_killed = end.oom_killed();
+                status.restarts += 1;
+            })
+            .await;
+            let wake = Instant::now() + pause;
+            while Instant::now() < wake && !self.over() {
+                tokio::select! {
+                    () = tokio::time::sleep_until(wake) => {}
+                    Some(command) = self.commands.recv() => self.without_program(command).await,
+                    _ = self.terminate.recv() => self.terminated = true,
+                }
+            }
+            if self.over() {
+                return end;
+            }
+        }
+    }
+
+    /// Whether the job is not to be started again.
+    fn over(&self) -> bool {
+        self.terminated || self.status.borrow().stop_requested
+    }
+
+    async fn wait_for_go(&mut self) -> Option<End> {
+        while !self.over() {
+            tokio::select! {
+                command = self.commands.recv() => match command? {
+                    Command::Go(place) => {
+                        self.place.send_replace(place.clone());
+                        self.change(|status| status.address = place.address).await;
+                        return None;
+                    }
+                    other => self.without_program(other).await,
+                },
+                _ = self.terminate.recv() => self.terminated = true,
+            }
+        }
+        Some(End::Stopped)
+    }
+
+    /// Answers a command while there is no program.
+    async fn without_program(&mut self, command: Command) {
+        match command {
+            Command::Go(place) => drop(self.place.send_replace(place)),
+            Command::Stop => self.change(|status| status.stop_requested = true).await,
+            Command::Signal(_, reply) => drop(reply.send(Some("the job's program is not running".into()))),
+            Command::Deregister(reply) => drop(reply.send(None)),
+        }
+    }
+
+    /// Changes the status: on the disk first, then for those who watch.
+    async fn change(&self, change: impl FnOnce(&mut Status)) {
+        let mut status = self.status.borrow().clone();
+        change(&mut status);
+        // A full disk must not lose a state: it is kept here until there is room.
+        let mut said = false;
+        while let Err(error) = status.write(&self.job_dir) {
+            if !std::mem::replace(&mut said, true) {
+                tracing::error!(%error, "cannot write the job's status; trying on");
+            }
+            self.status.send_replace(status.clone());
+            sleep(Duration::from_secs(1)).await;
+        }
+        self.status.send_replace(status);
+    }
+
+    /// Notes the end, and gives everyone who is connected the time to hear of it.
+    async fn finish(&mut self, end: End) {
+        let _ = self.group.kill();
+        let _ = self.group.remove(Duration::from_secs(2));
+        let stop_requested = self.status.borrow().stop_requested;
+        let (state, mut error) = match &end {
+            End::Stopped => (JobState::Done, None),
+            End::Failed(why) => (JobState::Failed, Some(why.clone())),
+            End::Exited { status: 0, .. } => (JobState::Done, None),
+            End::Exited { .. } if stop_requested => (JobState::Done, None),
+            End::Exited { oom_killed: true, .. } => (JobState::Crashed, Some(end.describe())),
+            End::Exited { why, .. } => (JobState::Crashed, why.clone()),
+        };
+        if self.terminated {
+            error = Some("the host was shut down".into());
+        }
+        let exit_status = end.status();
+        let oom_killed = end.oom_killed();
+        self.change(|status| {
+            status.end(state, Timestamp::now());
+            status.exit_status = exit_status;
+            status.error.clone_from(&error);
+            status.oom_killed = oom_killed;
+        })
+        .await;
+        let last = match exit_status {
+            Some(exit) => Frame::new(attach::EXIT, exit.to_be_bytes()),
+            None => Frame::new(
+                attach::ERROR,
+                error.unwrap_or_else(|| "the job was stopped".into()),
+            ),
+        };
+        self.output.finish(last).await;
+        if self.launch.interactive() && !self.over() {
+            let _ = timeout(LINGER, self.output.first_client()).await;
+        }
+    }
+}
+
+fn listen(socket: &Path) -> io::Result<UnixListener> {
+    if let Some(dir) = socket.parent() {
+        crate::files::private_dir(dir)?;
+    }
+    crate::files::remove_all(socket)?;
+    let listener = UnixListener::bind(socket)?;
+    std::fs::set_permissions(socket, std::fs::Permissions::from_mode(0o600))?;
+    Ok(listener)
+}

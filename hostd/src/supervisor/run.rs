@@ -1,0 +1,315 @@
+//! One run of a job's program, from clone to the death of everything in the container.
+
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
+use std::time::Duration;
+
+use flynn_api::host::JobState;
+use jiff::Timestamp;
+use rustix::process::{WaitId, WaitIdOptions};
+use tokio::sync::mpsc;
+use tokio::time::Instant;
+
+use super::Supervisor;
+use super::server::Command;
+use super::services::{HealthEvent, Services};
+use super::streams::Streams;
+use crate::container::{self, Container, FromInit};
+use crate::files;
+use crate::sys::{Polled, polled};
+
+/// How long output may still come when everything in the container is dead.
+const LAST_WORDS: Duration = Duration::from_secs(2);
+
+/// How a run has ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum End {
+    /// It was stopped before there was a program.
+    Stopped,
+    /// The program could not be started: why.
+    Failed(String),
+    /// The program ended.
+    Exited {
+        /// 128 + n after signal n.
+        status: i32,
+        /// By its memory limit.
+        oom_killed: bool,
+        /// Why we ended it, if we did.
+        why: Option<String>,
+    },
+}
+
+impl End {
+    pub(super) fn status(&self) -> Option<i32> {
+        match self {
+            Self::Exited { status, .. } => Some(*status),
+            _ => None,
+        }
+    }
+
+    pub(super) fn oom_killed(&self) -> bool {
+        matches!(self, Self::Exited { oom_killed: true, .. })
+    }
+
+    /// In words.
+    pub(super) fn describe(&self) -> String {
+        match self {
+            Self::Stopped => "stopped".into(),
+            Self::Failed(why) => why.clone(),
+            Self::Exited { oom_killed: true, .. } => {
+                "killed for want of memory: the job's memory limit was reached; raise the limit or use less"
+                    .into()
+            }
+            Self::Exited { why: Some(why), .. } => why.clone(),
+            Self::Exited { status, .. } if *status > 128 => format!("ended by signal {}", status - 128),
+            Self::Exited { status, .. } => format!("ended with status {status}"),
+        }
+    }
+}
+
+/// What a run keeps while it lasts.
+pub(super) struct Run<'a> {
+    supervisor: &'a mut Supervisor,
+    init: Polled,
+    streams: Option<Streams>,
+    services: Option<Services>,
+    unhealthy: Vec<bool>,
+    health_in: mpsc::UnboundedSender<HealthEvent>,
+    running: bool,
+    kill_at: Option<Instant>,
+    exited: Option<i32>,
+    failed: Option<String>,
+    why: Option<String>,
+}
+
+impl<'a> Run<'a> {
+    /// Runs the program once.
+    #[expect(clippy::new_ret_no_self, reason = "a run is made and lived through in one go")]
+    pub(super) async fn new(supervisor: &'a mut Supervisor) -> End {
+        match Run::live(&mut *supervisor).await {
+            Ok(end) => end,
+            Err(error) => {
+                let _ = supervisor.group.kill();
+                End::Failed(format!("cannot make the container: {error}"))
+            }
+        }
+    }
+
+    async fn live(supervisor: &'a mut Supervisor) -> io::Result<End> {
+        let job_dir = Arc::clone(&supervisor.job_dir);
+        // Each run begins with the image as it is.
+        for name in ["upper", "work"] {
+            files::remove_all(&job_dir.join(name))?;
+            std::fs::create_dir(job_dir.join(name))?;
+        }
+        // The upper directory becomes the container's root directory.
+        std::fs::set_permissions(
+            job_dir.join("upper"),
+            std::os::unix::fs::PermissionsExt::from_mode(0o755),
+        )?;
+        files::private_dir(&job_dir.join("root"))?;
+        let oom_kills = supervisor.group.oom_kills();
+        let place = supervisor.place.borrow().clone();
+        let container = Container::create(&supervisor.launch, &job_dir, &place)?;
+        supervisor.group.add(container.pid)?;
+        container.go()?;
+        let Container {
+            pid,
+            pidfd,
+            init,
+            pipes,
+        } = container;
+        let pidfd = polled(pidfd)?;
+        let streams = match pipes {
+            Some(pipes) => Some(Streams::of_pipes(pipes, &supervisor.output, &supervisor.input)?),
+            None => None,
+        };
+        let (health_in, mut health) = mpsc::unbounded_channel();
+        let unhealthy = vec![true; supervisor.launch.services.len()];
+        let mut run = Self {
+            supervisor,
+            init: polled(init)?,
+            streams,
+            services: None,
+            unhealthy,
+            health_in,
+            running: false,
+            kill_at: None,
+            exited: None,
+            failed: None,
+            why: None,
+        };
+        run.supervisor.change(|status| status.pid = Some(pid)).await;
+        loop {
+            let kill_at = run.kill_at;
+            tokio::select! {
+                biased;
+                message = receive(&run.init), if run.exited.is_none() && run.failed.is_none() => run.hear(message?).await?,
+                dead = pidfd.readable() => {
+                    drop(dead?);
+                    break;
+                }
+                Some(command) = run.supervisor.commands.recv() => run.obey(command).await,
+                Some(event) = health.recv() => run.health(event).await,
+                _ = run.supervisor.terminate.recv() => {
+                    run.supervisor.terminated = true;
+                    run.stop().await;
+                }
+                () = tokio::time::sleep_until(kill_at.unwrap_or_else(Instant::now)), if kill_at.is_some() => {
+                    run.kill_at = None;
+                    run.supervisor.group.kill()?;
+                }
+            }
+        }
+        run.end(pidfd.get_ref(), oom_kills).await
+    }
+
+    /// Takes what init says.
+    async fn hear(&mut self, message: Option<FromInit>) -> io::Result<()> {
+        match message {
+            Some(FromInit::Terminal(fd)) => {
+                let streams = Streams::of_terminal(fd, &self.supervisor.output, &self.supervisor.input)?;
+                self.streams = Some(streams);
+            }
+            Some(FromInit::Running) => {
+                self.running = true;
+                let supervisor = &self.supervisor;
+                self.services = Some(Services::start(
+                    &supervisor.launch,
+                    &supervisor.place.subscribe(),
+                    &self.health_in,
+                ));
+                let healthy = self.unhealthy.is_empty();
+                supervisor
+                    .change(|status| {
+                        status.state = JobState::Running;
+                        status.started_at = Some(Timestamp::now());
+                        status.healthy = healthy;
+                        status.error = None;
+                    })
+                    .await;
+            }
+            Some(FromInit::Failed(why)) => self.failed = Some(why),
+            Some(FromInit::Exited(status)) => self.exited = Some(status),
+            // Init died without a word: its pidfd says the rest.
+            None => self.exited = Some(128 + libc::SIGKILL),
+        }
+        Ok(())
+    }
+
+    async fn obey(&mut self, command: Command) {
+        match command {
+            Command::Go(place) => drop(self.supervisor.place.send_replace(place)),
+            Command::Stop => {
+                if !self.supervisor.status.borrow().stop_requested {
+                    self.supervisor
+                        .change(|status| status.stop_requested = true)
+                        .await;
+                    self.stop().await;
+                }
+            }
+            Command::Signal(signal, reply) => {
+                let error = match self.running {
+                    true => container::signal(self.init.get_ref(), signal)
+                        .err()
+                        .map(|error| error.to_string()),
+                    false => Some("the job's program is not running yet".into()),
+                };
+                let _ = reply.send(error);
+            }
+            Command::Deregister(reply) => {
+                if let Some(services) = self.services.take() {
+                    services.deregister().await;
+                }
+                let _ = reply.send(None);
+            }
+        }
+    }
+
+    /// Asks the program to end: out of discoverd first, then SIGTERM, and SIGKILL when its time is up.
+    async fn stop(&mut self) {
+        if let Some(services) = self.services.take() {
+            services.deregister().await;
+        }
+        if self.running {
+            let _ = container::signal(self.init.get_ref(), libc::SIGTERM);
+            let patience = Duration::from_secs(self.supervisor.launch.stop_timeout.into());
+            self.kill_at = Some(Instant::now() + patience);
+        } else {
+            self.kill_at = Some(Instant::now());
+        }
+    }
+
+    async fn health(&mut self, event: HealthEvent) {
+        match event {
+            HealthEvent::Changed(index, healthy) => {
+                if let Some(slot) = self.unhealthy.get_mut(index) {
+                    *slot = !healthy;
+                }
+                let healthy = !self.unhealthy.contains(&true);
+                let changed = self.supervisor.status.borrow().healthy != healthy;
+                if changed {
+                    self.supervisor.change(|status| status.healthy = healthy).await;
+                }
+            }
+            HealthEvent::KillDown(why) => {
+                self.supervisor.output.say(format!("{why}: killing the job"));
+                self.why = Some(why);
+                self.stop().await;
+            }
+        }
+    }
+
+    /// Everything in the container is dead, or, in the host's pid namespace, init is.
+    async fn end(mut self, pidfd: &OwnedFd, oom_kills: u64) -> io::Result<End> {
+        // What init said last may still be in its socket.
+        while let Ok(Some(message)) = container::receive(self.init.get_ref()) {
+            self.hear(Some(message)).await?;
+        }
+        let waited = rustix::process::waitid(WaitId::PidFd(pidfd.as_fd()), WaitIdOptions::EXITED)?;
+        let by_kernel = waited.and_then(|status| {
+            status
+                .exit_status()
+                .or_else(|| status.terminating_signal().map(|signal| 128 + signal))
+        });
+        if self.supervisor.launch.host_pid_namespace {
+            self.supervisor.group.kill()?;
+        }
+        if let Some(services) = self.services.take() {
+            services.deregister().await;
+        }
+        self.supervisor.output.set_terminal(None);
+        if let Some(streams) = self.streams.take() {
+            streams.finish(LAST_WORDS).await;
+        }
+        if let Some(why) = self.failed.take() {
+            return Ok(End::Failed(why));
+        }
+        let status = self.exited.or(by_kernel).unwrap_or(255);
+        let oom_killed = status == 128 + libc::SIGKILL && self.supervisor.group.oom_kills() > oom_kills;
+        if !self.running {
+            return Ok(match self.supervisor.over() {
+                true => End::Stopped,
+                false => End::Failed("the container's init was killed before the program was started".into()),
+            });
+        }
+        Ok(End::Exited {
+            status,
+            oom_killed,
+            why: self.why.take(),
+        })
+    }
+}
+
+async fn receive(init: &Polled) -> io::Result<Option<FromInit>> {
+    loop {
+        let mut guard = init.readable().await?;
+        match guard.try_io(|init| container::receive(init.get_ref())) {
+            // A reset stands for an end: init died with a packet of ours unread.
+            Ok(Err(error)) if error.kind() == io::ErrorKind::ConnectionReset => return Ok(None),
+            Ok(result) => return result,
+            Err(_would_block) => {}
+        }
+    }
+}

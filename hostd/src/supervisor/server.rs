@@ -1,0 +1,181 @@
+//! The job's control socket, inside the supervisor.
+
+use std::io;
+use std::path::Path;
+use std::sync::Arc;
+
+use flynn_api::client::attach::{read_frame, write_frame};
+use flynn_api::host::{TtySize, attach};
+use tokio::io::{AsyncWriteExt, BufReader};
+use tokio::net::{UnixListener, UnixStream};
+use tokio::sync::{mpsc, oneshot, watch};
+
+use super::output::{Output, Subscription};
+use crate::container::Place;
+use crate::control::{Reply, Request, read_line, write_line};
+use crate::status::Status;
+
+/// Clients at once. Each is root on this host or comes through the daemon.
+const CLIENTS: usize = 64;
+
+/// What the server asks of the supervisor's loop.
+#[derive(Debug)]
+pub(super) enum Command {
+    Go(Place),
+    Stop,
+    Signal(i32, oneshot::Sender<Option<String>>),
+    Deregister(oneshot::Sender<Option<String>>),
+}
+
+/// What a connection needs.
+#[derive(Clone, Debug)]
+pub(super) struct Server {
+    pub(super) job_dir: Arc<Path>,
+    pub(super) commands: mpsc::Sender<Command>,
+    pub(super) status: watch::Receiver<Status>,
+    pub(super) output: Arc<Output>,
+}
+
+impl Server {
+    /// Accepts until the listener fails. `open` is held by each connection, so that the supervisor can wait for them.
+    pub(super) async fn run(self, listener: UnixListener, open: mpsc::Sender<()>) {
+        let slots = Arc::new(tokio::sync::Semaphore::new(CLIENTS));
+        loop {
+            let Ok(slot) = Arc::clone(&slots).acquire_owned().await else {
+                return;
+            };
+            let stream = match listener.accept().await {
+                Ok((stream, _)) => stream,
+                Err(error) => {
+                    tracing::warn!(%error, "accept");
+                    tokio::time::sleep(std::time::Duration::from_millis(100)).await;
+                    continue;
+                }
+            };
+            let (server, open) = (self.clone(), open.clone());
+            tokio::spawn(async move {
+                if let Err(error) = server.serve(stream).await {
+                    tracing::debug!(%error, "control connection");
+                }
+                drop((slot, open));
+            });
+        }
+    }
+
+    async fn serve(mut self, stream: UnixStream) -> io::Result<()> {
+        let mut stream = BufReader::with_capacity(4096, stream);
+        while let Some(request) = read_line::<Request>(&mut stream).await? {
+            let error = match request {
+                Request::Watch => return self.watch(stream).await,
+                Request::Attach {
+                    stdin,
+                    stdout,
+                    stderr,
+                    tty_size,
+                    lines,
+                } => {
+                    if let Some(size) = tty_size {
+                        self.output.resize(size);
+                    }
+                    let subscription = self.output.subscribe(stdout, stderr, &self.job_dir, lines);
+                    write_line(stream.get_mut(), &Reply::default()).await?;
+                    return self.attached(stream, subscription, stdin).await;
+                }
+                Request::Go(place) => self.send(Command::Go(place)).await,
+                Request::Stop => self.send(Command::Stop).await,
+                Request::Signal { signal } => self.ask(|reply| Command::Signal(signal, reply)).await,
+                Request::Deregister => self.ask(Command::Deregister).await,
+            };
+            write_line(stream.get_mut(), &Reply { error }).await?;
+        }
+        Ok(())
+    }
+
+    async fn send(&self, command: Command) -> Option<String> {
+        self.commands
+            .send(command)
+            .await
+            .err()
+            .map(|_| "the job is over".to_owned())
+    }
+
+    async fn ask(&self, command: impl FnOnce(oneshot::Sender<Option<String>>) -> Command) -> Option<String> {
+        let (reply, answer) = oneshot::channel();
+        match self.send(command(reply)).await {
+            None => answer
+                .await
+                .unwrap_or_else(|_| Some("the job is over".to_owned())),
+            error => error,
+        }
+    }
+
+    async fn watch(&mut self, mut stream: BufReader<UnixStream>) -> io::Result<()> {
+        loop {
+            let status = self.status.borrow_and_update().clone();
+            write_line(stream.get_mut(), &status).await?;
+            if status.state.is_terminal() || self.status.changed().await.is_err() {
+                return Ok(());
+            }
+        }
+    }
+
+    async fn attached(
+        self,
+        stream: BufReader<UnixStream>,
+        subscription: Subscription,
+        stdin: bool,
+    ) -> io::Result<()> {
+        let (mut read, mut write) = tokio::io::split(stream);
+        let Self { commands, output, .. } = self;
+        // Dropped with the connection; a frame cut off half way has then nobody to go to.
+        let reader = tokio::spawn(async move {
+            while let Ok(Some(frame)) = read_frame(&mut read).await {
+                match frame.kind {
+                    attach::STDIN if stdin => {
+                        if output.stdin.send(frame.payload).await.is_err() {
+                            return;
+                        }
+                    }
+                    attach::RESIZE => {
+                        if let Ok(size) = serde_json::from_slice::<TtySize>(&frame.payload) {
+                            output.resize(size);
+                        }
+                    }
+                    attach::SIGNAL => {
+                        if let Ok(number) = <[u8; 4]>::try_from(frame.payload) {
+                            let (reply, _) = oneshot::channel();
+                            let _ = commands
+                                .send(Command::Signal(i32::from_be_bytes(number), reply))
+                                .await;
+                        }
+                    }
+                    _ => {}
+                }
+            }
+        });
+        let Subscription { past, mut queue } = subscription;
+        let mut past = past.into_iter();
+        let result = loop {
+            let next = match past.next() {
+                Some(frame) => Some(frame),
+                None => queue.recv().await,
+            };
+            let Some(frame) = next else {
+                break write_frame(
+                    &mut write,
+                    attach::ERROR,
+                    b"the client was too slow for the job's output",
+                )
+                .await;
+            };
+            if let Err(error) = write_frame(&mut write, frame.kind, &frame.payload).await {
+                break Err(error);
+            }
+            if matches!(frame.kind, attach::EXIT | attach::ERROR) {
+                break write.shutdown().await;
+            }
+        };
+        reader.abort();
+        result
+    }
+}

@@ -1,0 +1,332 @@
+//! The few system calls that no crate offers in the form needed here. All but one of this crate's `unsafe` is in this
+//! file.
+
+use std::ffi::{CStr, CString};
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::path::Path;
+use std::sync::Arc;
+
+use tokio::io::unix::AsyncFd;
+
+/// What [`clone`] comes to: like `fork`, it returns twice.
+pub enum Cloned {
+    /// In the new process.
+    Child,
+    /// In the caller: the child's pid and a pidfd of it.
+    Parent {
+        /// The child's pid, as the caller sees it.
+        pid: i32,
+        /// Readable once the child is dead.
+        pidfd: OwnedFd,
+    },
+}
+
+fn check(result: libc::c_long) -> io::Result<libc::c_long> {
+    if result < 0 {
+        Err(io::Error::last_os_error())
+    } else {
+        Ok(result)
+    }
+}
+
+/// Clones this process into new namespaces (`CLONE_NEW*` in `namespaces`).
+///
+/// Refused in a process with more than one thread: the child's copy of a lock that another thread holds would never
+/// be released.
+pub fn clone(namespaces: libc::c_int) -> io::Result<Cloned> {
+    if std::fs::read_dir("/proc/self/task")?.count() != 1 {
+        return Err(io::Error::other(
+            "a process with several threads must not be cloned without exec",
+        ));
+    }
+    // SAFETY: this process has one thread, seen just now, and only that thread could have made more.
+    unsafe { clone_unchecked(namespaces) }
+}
+
+/// [`clone`] without the look at the number of threads, for where `/proc` is out of reach.
+///
+/// # Safety
+///
+/// The process must have one thread only.
+pub unsafe fn clone_unchecked(namespaces: libc::c_int) -> io::Result<Cloned> {
+    /// `struct clone_args` up to `tls`, the first version.
+    #[repr(C)]
+    #[derive(Default)]
+    struct CloneArgs {
+        flags: u64,
+        pidfd: u64,
+        child_tid: u64,
+        parent_tid: u64,
+        exit_signal: u64,
+        stack: u64,
+        stack_size: u64,
+        tls: u64,
+    }
+    let mut pidfd: RawFd = -1;
+    let flags = u64::from((namespaces | libc::CLONE_PIDFD).cast_unsigned());
+    let args = CloneArgs {
+        flags,
+        pidfd: (&raw mut pidfd) as u64,
+        exit_signal: u64::from(libc::SIGCHLD.cast_unsigned()),
+        ..CloneArgs::default()
+    };
+    // SAFETY: the arguments live until the call returns and their size is given; without CLONE_VM and with no stack
+    // of its own the child goes on with a copy of everything, as after fork.
+    let pid = check(unsafe { libc::syscall(libc::SYS_clone3, &raw const args, size_of::<CloneArgs>()) })?;
+    if pid == 0 {
+        return Ok(Cloned::Child);
+    }
+    // SAFETY: CLONE_PIDFD has stored a fresh descriptor, which nobody else owns.
+    let pidfd = unsafe { OwnedFd::from_raw_fd(pidfd) };
+    Ok(Cloned::Parent {
+        pid: i32::try_from(pid).unwrap_or_default(),
+        pidfd,
+    })
+}
+
+/// Leaves the process at once, without destructors or exit handlers: the only way out of a cloned child.
+pub fn exit_now(status: i32) -> ! {
+    // SAFETY: _exit takes any status and does not return.
+    unsafe { libc::_exit(status) }
+}
+
+/// Puts the process into a new network namespace.
+pub fn unshare_network() -> io::Result<()> {
+    // SAFETY: CLONE_NEWNET changes which network is seen; no memory and no descriptor table is affected.
+    check(unsafe { libc::unshare(libc::CLONE_NEWNET) }.into()).map(drop)
+}
+
+/// Brings the loopback device of the current network namespace up.
+pub fn loopback_up() -> io::Result<()> {
+    let socket = rustix::net::socket(
+        rustix::net::AddressFamily::INET,
+        rustix::net::SocketType::DGRAM,
+        None,
+    )?;
+    // SAFETY: all-zero bytes are a valid ifreq.
+    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+    for (to, from) in request.ifr_name.iter_mut().zip(b"lo") {
+        *to = from.cast_signed();
+    }
+    request.ifr_ifru.ifru_flags = (libc::IFF_UP | libc::IFF_RUNNING) as i16;
+    // SAFETY: SIOCSIFFLAGS reads an ifreq, which lives until the call returns.
+    check(unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCSIFFLAGS, &raw const request) }.into()).map(drop)
+}
+
+/// Sends a signal to the process that a pidfd stands for.
+pub fn pidfd_signal(pidfd: BorrowedFd<'_>, signal: i32) -> io::Result<()> {
+    // SAFETY: no memory is passed.
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_pidfd_send_signal,
+            pidfd.as_raw_fd(),
+            signal,
+            std::ptr::null::<u8>(),
+            0,
+        )
+    };
+    check(result).map(drop)
+}
+
+/// Sends a signal to a process by its pid. Only for children that have not been waited for.
+pub fn kill(pid: i32, signal: i32) -> io::Result<()> {
+    // SAFETY: no memory is passed.
+    check(unsafe { libc::kill(pid, signal) }.into()).map(drop)
+}
+
+/// Blocks every signal and gives a descriptor from which SIGCHLD and those that were sent to us can be read.
+pub fn signal_fd() -> io::Result<OwnedFd> {
+    // SAFETY: all-zero bytes are a valid sigset_t, and sigfillset initialises it whole.
+    let mut set: libc::sigset_t = unsafe { std::mem::zeroed() };
+    // SAFETY: the set lives until the calls return.
+    let fd = unsafe {
+        libc::sigfillset(&raw mut set);
+        check(libc::sigprocmask(libc::SIG_SETMASK, &raw const set, std::ptr::null_mut()).into())?;
+        check(libc::signalfd(-1, &raw const set, libc::SFD_CLOEXEC | libc::SFD_NONBLOCK).into())?
+    };
+    // SAFETY: signalfd has returned a fresh descriptor.
+    Ok(unsafe { OwnedFd::from_raw_fd(RawFd::try_from(fd).unwrap_or(-1)) })
+}
+
+/// Reads and forgets what is queued in a [`signal_fd`].
+pub fn drain(fd: BorrowedFd<'_>) {
+    let mut buffer = [0_u8; 4096];
+    while rustix::io::read(fd, &mut buffer).is_ok_and(|count| count > 0) {}
+}
+
+/// Unblocks every signal and resets those that may be ignored to their default action, for a program about to start.
+pub fn reset_signals() {
+    // SAFETY: the set is initialised by sigemptyset; SIG_DFL is valid for every signal (those that cannot be changed
+    // are refused, which does not matter).
+    unsafe {
+        let mut set: libc::sigset_t = std::mem::zeroed();
+        libc::sigemptyset(&raw mut set);
+        libc::sigprocmask(libc::SIG_SETMASK, &raw const set, std::ptr::null_mut());
+        for signal in 1..=64 {
+            libc::signal(signal, libc::SIG_DFL);
+        }
+    }
+}
+
+/// Ignores a signal in this process.
+pub fn ignore_signal(signal: i32) {
+    // SAFETY: SIG_IGN installs no handler.
+    unsafe {
+        libc::signal(signal, libc::SIG_IGN);
+    }
+}
+
+/// Replaces the program. Returns only when that failed.
+pub fn exec(program: &CStr, args: &[CString], env: &[CString]) -> io::Error {
+    let pointers = |list: &[CString]| -> Vec<*const libc::c_char> {
+        list.iter()
+            .map(|item| item.as_ptr())
+            .chain([std::ptr::null()])
+            .collect()
+    };
+    let (args, env) = (pointers(args), pointers(env));
+    // SAFETY: all strings end with a zero byte, both lists end with a null pointer, and all live until the call
+    // returns.
+    unsafe { libc::execve(program.as_ptr(), args.as_ptr(), env.as_ptr()) };
+    io::Error::last_os_error()
+}
+
+/// Marks every descriptor from `first` on as closed by exec.
+pub fn close_on_exec_from(first: u32) {
+    // SAFETY: CLOSE_RANGE_CLOEXEC only sets a flag; what is open stays valid.
+    unsafe { libc::syscall(libc::SYS_close_range, first, u32::MAX, libc::CLOSE_RANGE_CLOEXEC) };
+}
+
+/// Closes every descriptor but those in `keep`.
+///
+/// # Safety
+///
+/// Nothing in the process may use a descriptor outside `keep` afterwards; its owner must never be dropped.
+pub unsafe fn close_all_but(keep: &[RawFd]) {
+    let mut keep: Vec<u32> = keep.iter().filter_map(|fd| u32::try_from(*fd).ok()).collect();
+    keep.sort_unstable();
+    let mut first = 0_u32;
+    for fd in keep.into_iter().chain([u32::MAX]) {
+        if fd > first {
+            // SAFETY: the caller promises that nobody uses what is closed here.
+            unsafe { libc::syscall(libc::SYS_close_range, first, fd - 1, 0) };
+        }
+        first = fd.saturating_add(1);
+    }
+}
+
+/// Sets attributes of the mount at the top of `mount` (`MOUNT_ATTR_*`).
+pub fn set_mount_attributes(mount: BorrowedFd<'_>, attributes: u64, recursive: bool) -> io::Result<()> {
+    let attr = libc::mount_attr {
+        attr_set: attributes,
+        attr_clr: 0,
+        propagation: 0,
+        userns_fd: 0,
+    };
+    let flags = libc::AT_EMPTY_PATH | if recursive { libc::AT_RECURSIVE } else { 0 };
+    // SAFETY: the path is an empty string, the attributes live until the call returns and their size is given.
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_mount_setattr,
+            mount.as_raw_fd(),
+            c"".as_ptr(),
+            flags,
+            &raw const attr,
+            size_of::<libc::mount_attr>(),
+        )
+    };
+    check(result).map(drop)
+}
+
+const LOOP_CTL_GET_FREE: libc::c_ulong = 0x4C82;
+const LOOP_CONFIGURE: libc::c_ulong = 0x4C0A;
+const LO_FLAGS_READ_ONLY: u32 = 1;
+const LO_FLAGS_AUTOCLEAR: u32 = 4;
+
+/// Makes a read-only loop device of `file` which goes away with its last user. Gives the open device and its path.
+pub fn loop_device(file: &File) -> io::Result<(File, String)> {
+    #[repr(C)]
+    struct LoopInfo64 {
+        device: u64,
+        inode: u64,
+        rdevice: u64,
+        offset: u64,
+        sizelimit: u64,
+        number: u32,
+        encrypt_type: u32,
+        encrypt_key_size: u32,
+        flags: u32,
+        file_name: [u8; 64],
+        crypt_name: [u8; 64],
+        encrypt_key: [u8; 32],
+        init: [u64; 2],
+    }
+    #[repr(C)]
+    struct LoopConfig {
+        fd: u32,
+        block_size: u32,
+        info: LoopInfo64,
+        reserved: [u64; 8],
+    }
+    let control = File::options().read(true).write(true).open("/dev/loop-control")?;
+    // Another process may take the free device between the two calls: then the next one is tried.
+    for _ in 0..64 {
+        // SAFETY: LOOP_CTL_GET_FREE takes no argument.
+        let number = check(unsafe { libc::ioctl(control.as_raw_fd(), LOOP_CTL_GET_FREE) }.into())?;
+        let path = format!("/dev/loop{number}");
+        let device = match File::open(&path) {
+            Ok(device) => device,
+            // Without a devtmpfs nobody makes the node of a new device.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                make_block_node(&path, 7, u32::try_from(number).unwrap_or_default())?;
+                File::open(&path)?
+            }
+            Err(error) => return Err(error),
+        };
+        // SAFETY: all-zero bytes are a valid loop_config.
+        let mut config: LoopConfig = unsafe { std::mem::zeroed() };
+        config.fd = u32::try_from(file.as_raw_fd()).unwrap_or_default();
+        config.info.flags = LO_FLAGS_READ_ONLY | LO_FLAGS_AUTOCLEAR;
+        // SAFETY: LOOP_CONFIGURE reads a loop_config, which lives until the call returns.
+        match check(unsafe { libc::ioctl(device.as_raw_fd(), LOOP_CONFIGURE, &raw const config) }.into()) {
+            Ok(_) => return Ok((device, path)),
+            Err(error) if error.raw_os_error() == Some(libc::EBUSY) => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Err(io::Error::other("no free loop device in 64 attempts"))
+}
+
+fn make_block_node(path: &str, major: u32, minor: u32) -> io::Result<()> {
+    use rustix::fs::{CWD, FileType, Mode, makedev, mknodat};
+    Ok(mknodat(
+        CWD,
+        path,
+        FileType::BlockDevice,
+        Mode::RUSR | Mode::WUSR,
+        makedev(major, minor),
+    )?)
+}
+
+/// The free bytes of the file system of `path` that a root process can use, and its size.
+pub fn disk_space(path: &Path) -> io::Result<(u64, u64)> {
+    let stat = rustix::fs::statvfs(path)?;
+    Ok((stat.f_bavail * stat.f_frsize, stat.f_blocks * stat.f_frsize))
+}
+
+/// A descriptor's `/proc/self/fd` path, for calls that take paths only.
+pub fn fd_path(fd: impl AsFd) -> String {
+    format!("/proc/self/fd/{}", fd.as_fd().as_raw_fd())
+}
+
+/// A descriptor under the runtime's watch.
+pub type Polled = AsyncFd<Arc<OwnedFd>>;
+
+/// Puts a descriptor under the runtime's watch, and makes it non-blocking.
+pub fn polled(fd: OwnedFd) -> io::Result<Polled> {
+    rustix::io::ioctl_fionbio(&fd, true)?;
+    // SAFETY: the descriptor is owned by what is registered, stays the same and stays open for as long.
+    Ok(unsafe { AsyncFd::register(Arc::new(fd)) }?)
+}
