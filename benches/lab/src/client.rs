@@ -4,7 +4,7 @@ use crate::clean::clean;
 use crate::config::{LabConfig, host_address, host_address6, host_name};
 use crate::keeper::{KeeperPlan, program, socket};
 use crate::protocol::{HostStatus, LabStatus, Request, Response};
-use crate::stage::Stage;
+use crate::stage::{Stage, hand};
 use anyhow::{Context, Result, bail};
 use std::ffi::OsStr;
 use std::fs::{self, File};
@@ -73,13 +73,14 @@ impl Lab {
         };
         let mut keeper = Stage::Keeper
             .command(&program(dir))
-            .arg(serde_json::to_string(&plan)?)
             .current_dir("/")
-            .stdin(if detached { Stdio::null() } else { Stdio::piped() })
+            .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .stderr(log)
             .spawn()
             .context("cannot start the lab's keeper")?;
+        // It is dropped, and the keeper told to end by that, together with the child.
+        hand(keeper.stdin.as_mut().context("no stdin")?, &plan)?;
         let mut line = String::new();
         BufReader::new(keeper.stdout.take().context("no stdout")?).read_line(&mut line)?;
         if line.trim() != "up" {

@@ -4,7 +4,7 @@ use crate::cgroup::Group;
 use crate::config::{LabConfig, Service, host_address, host_address6, host_name};
 use crate::disk::Pool;
 use crate::protocol::HostStatus;
-use crate::stage::{HostPlan, Stage};
+use crate::stage::{HostPlan, Stage, hand};
 use crate::switch::Switch;
 use anyhow::{Context, Result, bail};
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
@@ -95,17 +95,18 @@ impl MachineHost {
         };
         let mut monitor = Stage::Monitor
             .command(&self.program)
-            .arg(serde_json::to_string(&plan)?)
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .spawn()
             .context("cannot start the monitor")?;
+        let mut stdin = monitor.stdin.take().context("no stdin")?;
+        hand(&mut stdin, &plan)?;
         let mut said = BufReader::new(monitor.stdout.take().context("no stdout")?);
         if hear(&mut said)? != "ready" {
             bail!("its monitor failed: {}; the lab's log says why", monitor.wait()?);
         }
         switch.plug(self.number, monitor.id())?;
-        monitor.stdin.take().context("no stdin")?.write_all(b"go\n")?;
+        stdin.write_all(b"go\n")?;
         let answer = hear(&mut said)?;
         let Some(init) = answer.strip_prefix("init ") else {
             bail!("its monitor failed: {}; the lab's log says why", monitor.wait()?);

@@ -5,13 +5,12 @@ use crate::config::{LabConfig, host_address};
 use crate::disk::Pool;
 use crate::host::MachineHost;
 use crate::protocol::{LabStatus, Request, Response};
-use crate::stage::{ForwardPlan, Stage, plan};
+use crate::stage::{ForwardPlan, Stage, hand, plan};
 use crate::switch::Switch;
 use anyhow::{Context, Result, bail};
 use rustix::mount::{MountPropagationFlags, mount_change};
 use rustix::thread::UnshareFlags;
 use serde::{Deserialize, Serialize};
-use std::ffi::OsString;
 use std::fs;
 use std::io::{BufRead, BufReader, Write};
 use std::net::SocketAddr;
@@ -56,8 +55,8 @@ struct Keeper {
 /// A wish and whom to answer.
 type Wish = (Request, oneshot::Sender<Response>);
 
-pub(crate) fn main(args: &[OsString]) -> Result<i32> {
-    let KeeperPlan { config, detached } = plan(args)?;
+pub(crate) fn main() -> Result<i32> {
+    let KeeperPlan { config, detached } = plan()?;
     if detached {
         rustix::process::setsid().context("cannot make a session")?;
     }
@@ -134,11 +133,11 @@ impl Keeper {
             };
             let mut child = Stage::Forward
                 .command(&program(&self.config.dir))
-                .arg(serde_json::to_string(&plan)?)
-                .stdin(Stdio::null())
+                .stdin(Stdio::piped())
                 .stdout(Stdio::piped())
                 .spawn()
                 .context("cannot start a forwarder")?;
+            hand(&mut child.stdin.take().context("no stdin")?, &plan)?;
             let mut line = String::new();
             BufReader::new(child.stdout.take().context("no stdout")?).read_line(&mut line)?;
             let Ok(address) = line.trim().parse() else {

@@ -5,11 +5,12 @@ mod forward;
 mod host;
 mod init;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 use std::ffi::{OsStr, OsString};
+use std::io::{BufRead, Write};
 use std::os::unix::process::CommandExt;
 use std::path::Path;
-use std::process::Command;
+use std::process::{ChildStdin, Command};
 
 pub(crate) use forward::ForwardPlan;
 pub(crate) use host::HostPlan;
@@ -61,13 +62,12 @@ pub fn reexec() {
     let Some(stage) = args.next().and_then(|name| named(&name)) else {
         return;
     };
-    let args: Vec<OsString> = args.collect();
     let outcome = match stage {
-        Stage::Keeper => crate::keeper::main(&args),
-        Stage::Monitor => host::main(&args),
-        Stage::Init => init::main(&args),
-        Stage::Exec => exec::main(&args),
-        Stage::Forward => forward::main(&args),
+        Stage::Keeper => crate::keeper::main(),
+        Stage::Monitor => host::main(),
+        Stage::Init => init::main(),
+        Stage::Exec => exec::main(&args.collect::<Vec<OsString>>()),
+        Stage::Forward => forward::main(),
     };
     std::process::exit(match outcome {
         Ok(code) => code,
@@ -83,12 +83,23 @@ fn named(name: &OsStr) -> Option<Stage> {
     Stage::ALL.into_iter().find(|stage| stage.word() == word)
 }
 
-/// The one argument that is a plan in JSON.
-pub(crate) fn plan<T: serde::de::DeserializeOwned>(args: &[OsString]) -> Result<T> {
-    let [plan] = args else {
-        bail!("one argument is wanted, not {}", args.len())
-    };
-    serde_json::from_str(plan.to_str().context("the plan is not UTF-8")?).context("the plan cannot be read")
+/// Hands a process of ours its plan, on stdin, where no other user can read it.
+pub(crate) fn hand(stdin: &mut ChildStdin, plan: &impl serde::Serialize) -> Result<()> {
+    let mut line = serde_json::to_vec(plan)?;
+    line.push(b'\n');
+    stdin
+        .write_all(&line)
+        .context("a process of the lab does not listen")
+}
+
+/// The plan that this process was handed.
+pub(crate) fn plan<T: serde::de::DeserializeOwned>() -> Result<T> {
+    let mut line = String::new();
+    std::io::stdin()
+        .lock()
+        .read_line(&mut line)
+        .context("cannot hear the plan")?;
+    serde_json::from_str(&line).context("the plan cannot be read")
 }
 
 /// Has the kernel kill this process when the one that started it dies; it may be dead already.

@@ -6,7 +6,6 @@
 use anyhow::{Context, Result};
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 use serde::{Deserialize, Serialize};
-use std::ffi::OsString;
 use std::fs::File;
 use std::io::Write;
 use std::net::{SocketAddr, TcpListener};
@@ -29,8 +28,8 @@ pub(crate) struct ForwardPlan {
     pub(crate) namespace: PathBuf,
 }
 
-pub(super) fn main(args: &[OsString]) -> Result<i32> {
-    let plan: ForwardPlan = super::plan(args)?;
+pub(super) fn main() -> Result<i32> {
+    let plan: ForwardPlan = super::plan()?;
     super::die_with_parent()?;
     let listener = TcpListener::bind(plan.listen).with_context(|| {
         format!(

@@ -13,7 +13,7 @@ use rustix::mount::{
 };
 use rustix::thread::UnshareFlags;
 use serde::{Deserialize, Serialize};
-use std::ffi::{CString, OsString};
+use std::ffi::CString;
 use std::fs::{self, File};
 use std::io::{BufRead, Write};
 use std::os::unix::ffi::OsStrExt;
@@ -41,8 +41,8 @@ pub(crate) struct HostPlan {
     pub(crate) binds: Vec<Bind>,
 }
 
-pub(super) fn main(args: &[OsString]) -> Result<i32> {
-    let plan: HostPlan = super::plan(args)?;
+pub(super) fn main() -> Result<i32> {
+    let plan: HostPlan = super::plan()?;
     super::die_with_parent()?;
     plan.group.enter()?;
     crate::unshare(
@@ -115,6 +115,7 @@ fn furnish(plan: &HostPlan, root: &Path) -> Result<()> {
     tmpfs(&root.join("var/tmp"), "mode=1777")?;
     fs::create_dir_all(root.join("run/lock"))?;
 
+    // A disk that has taken a write has it, as far as a power cut goes, so it needs no flushes to be told to.
     let state = root.join("var/lib/flynn");
     fs::create_dir_all(&state)?;
     tool::run(

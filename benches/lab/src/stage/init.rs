@@ -4,10 +4,9 @@ use super::host::BOOT_ID;
 use anyhow::{Context, Result};
 use rustix::mount::{MountFlags, UnmountFlags, mount, mount_bind, unmount};
 use rustix::process::{WaitOptions, wait};
-use std::ffi::OsString;
 use std::io::Write;
 
-pub(super) fn main(_: &[OsString]) -> Result<i32> {
+pub(super) fn main() -> Result<i32> {
     super::die_with_parent()?;
     // A session of its own, so that no terminal's signals reach the host.
     rustix::process::setsid().context("cannot make a session")?;
