@@ -112,7 +112,7 @@ impl Dataplane {
         self.links.hook()
     }
 
-    /// Forgets everything: unpins programs and maps. Nothing is left of them once their interfaces are gone.
+    /// Forgets everything: detaches all programs, and unpins them and the maps.
     pub fn unpin(self) -> Result<()> {
         self.links.unpin()
     }

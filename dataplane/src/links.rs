@@ -79,7 +79,10 @@ impl Links {
         Pins::remove(&self.pins.link(program, interface)).map(drop)
     }
 
-    pub(crate) fn unpin(self) -> Result<()> {
+    pub(crate) fn unpin(mut self) -> Result<()> {
+        for (program, interface) in self.list()? {
+            self.detach(program, &interface)?;
+        }
         self.pins.remove_all()
     }
 

@@ -40,6 +40,7 @@ const OUTSIDE6: Ipv6Addr = Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 1);
 fn main() {
     support::main(
         &["ip"],
+        |_| None,
         &[
             (
                 "nothing_passes_before_the_network_is_known",

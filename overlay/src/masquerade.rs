@@ -106,7 +106,8 @@ async fn nft(commands: &[Value]) -> Result<()> {
         },
     };
     let mut child = Command::new("nft")
-        .args(["--json", "--file", "-"])
+        // By this name, and not as "-", it needs no /dev.
+        .args(["--json", "--file", "/proc/self/fd/0"])
         .stdin(Stdio::piped())
         .stdout(Stdio::null())
         .stderr(Stdio::piped())

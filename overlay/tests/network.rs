@@ -28,6 +28,7 @@ const MEGABYTES: usize = 8 << 20;
 fn main() {
     support::main(
         &["ip", "nft"],
+        |_| None,
         &[
             ("containers_reach_one_another", containers_reach_one_another),
             (
@@ -316,7 +317,8 @@ fn frames_that_are_not_carried() {
         ] {
             let before = drops(&network, reason);
             a.namespace.run(move || send_frame("eth0", &frame));
-            eventually(reason.name(), || drops(&network, reason) == before + 1);
+            // More than one where the kernel itself has something to tell a group.
+            eventually(reason.name(), || drops(&network, reason) > before);
         }
     });
 }

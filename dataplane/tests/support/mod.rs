@@ -14,30 +14,38 @@ use rustix::{
 };
 use tempfile::TempDir;
 
-/// Runs tests by their names, if this machine lets them; else they are reported as ignored, with the reason as their kind.
-pub(crate) fn main(tools: &[&str], tests: &[(&str, fn())]) -> ! {
-    let obstacle = obstacle(tools);
-    if let Some(obstacle) = &obstacle {
-        eprintln!("skipped: every test here {obstacle}");
-    }
+/// Runs tests by their names. Those which this machine does not let run are reported as ignored, with what they need as
+/// their kind: all of them without root and these tools, and those for which `needs` says so.
+pub(crate) fn main(
+    tools: &[&str],
+    needs: impl Fn(&str) -> Option<&'static str>,
+    tests: &[(&str, fn())],
+) -> ! {
+    let all_need = if rustix::process::geteuid().is_root() {
+        missing(tools)
+    } else {
+        Some("root")
+    };
     let trial = |&(name, run): &(&str, fn())| {
         let trial = Trial::test(name, move || {
             run();
             Ok(())
         });
+        let needed = all_need
+            .or_else(|| needs(name))
+            .map(|what| format!("needs {what}"));
         trial
-            .with_ignored_flag(obstacle.is_some())
-            .with_kind(obstacle.clone().unwrap_or_default())
+            .with_ignored_flag(needed.is_some())
+            .with_kind(needed.unwrap_or_default())
     };
     libtest_mimic::run(&Arguments::from_args(), tests.iter().map(trial).collect()).exit()
 }
 
-fn obstacle(tools: &[&str]) -> Option<String> {
-    if !rustix::process::geteuid().is_root() {
-        return Some("needs root".into());
-    }
-    let missing = |tool: &&&str| Command::new(tool).arg("-V").output().is_err();
-    tools.iter().find(missing).map(|tool| format!("needs {tool}"))
+fn missing<'t>(tools: &[&'t str]) -> Option<&'t str> {
+    tools
+        .iter()
+        .copied()
+        .find(|tool| Command::new(tool).arg("-V").output().is_err())
 }
 
 /// Runs a test in a place of its own, with a directory that a BPF file system is mounted on.
