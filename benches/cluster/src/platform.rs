@@ -168,7 +168,7 @@ impl Platform {
             .env("HOME", self.home.path())
             .current_dir(self.home.path())
             .stdin(Stdio::null());
-        for name in ["FLYNN_APP", "FLYNN_CLUSTER", "XDG_CONFIG_HOME"] {
+        for name in ["FLYNN_APP", "FLYNN_CLUSTER", "FLYNNRC"] {
             command.env_remove(name);
         }
         command
@@ -180,9 +180,7 @@ impl Platform {
         command.args(args);
         let shown: Vec<_> = command.get_args().map(OsStr::to_string_lossy).collect();
         let shown = shown.join(" ");
-        if !shown.starts_with("cluster add") {
-            eprintln!("    $ flynn {shown}");
-        }
+        eprintln!("    $ flynn {shown}");
         command.output().context("cannot run the command line")
     }
 
@@ -212,9 +210,10 @@ impl Platform {
 
     /// Makes an app of the example and waits until it answers.
     pub fn push_example(&self, app: &str) -> Result<()> {
-        self.run(["create", app])?;
+        self.run(["create", "--remote", "", app])?;
         let archive = self.artifacts.example.display().to_string();
         self.run(["-a", app, "docker", "push", "--archive", &archive])?;
+        self.run(["-a", app, "scale", "app=1"])?;
         self.answers(app, Duration::from_mins(1)).map(drop)
     }
 

@@ -1,2 +1,87 @@
-//! .
-fn main() {}
+//! `flynn-bench`: measures the platform, beside peers where there are any (`cargo xtask bench` builds and runs it).
+//!
+//! Flows in: what was built and the images ([`flynn_cluster_tests::Artifacts`]), peers from the machine's packages. Flows
+//! out: a table on standard error, and with `--json` one object per row on standard output; nothing else is there.
+//!
+//! - [`row`]: what a measurement comes to; [`samples`]: taking turns and medians
+//! - [`suites`]: which suites there are; [`spine`]: the first
+//! - [`inside`]: the parts that run on a host of the lab
+//!
+//! Invariants: we and the peer are measured in one run, in turns, several times, and medians are compared. A row that
+//! cannot be taken is there all the same and says why. No row asserts: goals are told, not enforced.
+
+mod inside;
+mod row;
+mod samples;
+mod spine;
+mod suites;
+
+use std::io::Write as _;
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+use crate::inside::Inside;
+use crate::suites::{Suite, Thoroughness};
+
+/// Measures the platform beside its peers.
+#[derive(Parser)]
+#[command(
+    name = "flynn-bench",
+    version,
+    subcommand_negates_reqs = true,
+    args_conflicts_with_subcommands = true
+)]
+struct Cli {
+    /// The suite
+    #[arg(required = true)]
+    suite: Option<Suite>,
+    /// Fewer samples: within five minutes
+    #[arg(long)]
+    quick: bool,
+    /// One JSON object per row on standard output
+    #[arg(long)]
+    json: bool,
+    #[command(subcommand)]
+    command: Option<Command>,
+}
+
+/// What the benchmark runs on hosts.
+#[derive(Subcommand)]
+enum Command {
+    /// Measures on the host that it runs on; for the benchmark itself
+    #[command(hide = true, subcommand)]
+    Inside(Inside),
+}
+
+fn main() -> ExitCode {
+    flynn_lab::reexec();
+    match run(Cli::parse()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(cli: Cli) -> anyhow::Result<()> {
+    if let Some(Command::Inside(inside)) = cli.command {
+        return inside::run(&inside);
+    }
+    let Some(suite) = cli.suite else { return Ok(()) };
+    let rows = suite.run(if cli.quick {
+        Thoroughness::Quick
+    } else {
+        Thoroughness::Full
+    })?;
+    eprintln!("\n{}", row::table(&rows));
+    if cli.json {
+        let mut stdout = std::io::stdout();
+        for row in &rows {
+            serde_json::to_writer(&mut stdout, row)?;
+            stdout.write_all(b"\n")?;
+        }
+    }
+    Ok(())
+}

@@ -28,8 +28,16 @@ struct Cli {
 /// The components.
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
 enum Component {
+    /// Registry of services, leaders and metadata, and DNS
+    Discoverd,
+    /// Apps, releases, formations, deployments
+    Controller,
+    /// Makes jobs of formations
+    Scheduler,
     /// Stores blobs in a directory
     Blobstore,
+    /// Receives images
+    Tarreceive,
     /// Keeps a PostgreSQL server and its place in the cluster
     Postgres,
 }
@@ -37,15 +45,25 @@ enum Component {
 impl Component {
     const fn name(self) -> &'static str {
         match self {
+            Self::Discoverd => "discoverd",
+            Self::Controller => "controller",
+            Self::Scheduler => "scheduler",
             Self::Blobstore => "blobstore",
+            Self::Tarreceive => "tarreceive",
             Self::Postgres => "postgres",
         }
     }
 
     async fn run(self, shutdown: CancellationToken) -> anyhow::Result<()> {
-        let stop = shutdown.cancelled_owned();
+        let stop = shutdown.clone().cancelled_owned();
         match self {
+            Self::Discoverd => flynn_discovery::run(flynn_discovery::Options::from_env()?, shutdown).await?,
+            Self::Controller => {
+                flynn_controller::run(flynn_controller::Options::from_env()?, shutdown).await?
+            }
+            Self::Scheduler => flynn_scheduler::run(flynn_scheduler::Options::from_env()?, stop).await?,
             Self::Blobstore => flynn_blobs::run(flynn_blobs::Options::from_env()?, stop).await?,
+            Self::Tarreceive => flynn_builds::run(flynn_builds::Options::from_env()?, stop).await?,
             Self::Postgres => flynn_postgres::run(flynn_postgres::Options::from_env()?, stop).await?,
         }
         Ok(())

@@ -127,16 +127,16 @@ pub(crate) fn archives(cluster: &mut Cluster) -> Result<()> {
 
 pub(crate) fn names(cluster: &mut Cluster) -> Result<()> {
     let platform = cluster.app()?;
-    let said = platform.refused(["create", APP])?;
+    let said = platform.refused(["create", "--remote", "", APP])?;
     ensure!(said.contains(APP), "{said}");
-    platform.run(["create", "other"])?;
+    platform.run(["create", "--remote", "", "other"])?;
     let domain = format!("{APP}.{DOMAIN}");
     let said = platform.refused(["-a", "other", "route", "add", "http", &domain])?;
     ensure!(said.contains(&domain), "the taken domain is not named: {said}");
     platform.run(["-a", "other", "delete", "-y"])?;
     let said = platform.refused(["-a", "nowhere", "ps"])?;
     ensure!(said.contains("nowhere"), "{said}");
-    platform.refused(["-a", APP, "scale", "web=many"])?;
+    platform.refused(["-a", APP, "scale", "app=many"])?;
     unharmed(platform)
 }
 

@@ -1,0 +1,78 @@
+//! The memory of each process, shared pages by the share.
+
+use std::fs;
+use std::path::Path;
+
+use anyhow::Result;
+use serde::{Deserialize, Serialize};
+
+/// A process.
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) struct Process {
+    /// Its program, and what it runs as.
+    pub(crate) name: String,
+    /// Bytes.
+    pub(crate) pss: u64,
+    /// It is the platform's: neither PostgreSQL's, nor an app's, nor the lab's.
+    pub(crate) platform: bool,
+}
+
+/// All processes of the host but this one.
+pub(crate) fn measure() -> Result<Vec<Process>> {
+    let mut processes = Vec::new();
+    for entry in fs::read_dir("/proc")? {
+        let path = entry?.path();
+        let pid = path
+            .file_name()
+            .and_then(|name| name.to_str())
+            .and_then(|name| name.parse::<u32>().ok());
+        if pid.is_some_and(|pid| pid != std::process::id()) {
+            processes.extend(process(&path));
+        }
+    }
+    Ok(processes)
+}
+
+/// `None` for kernel threads and for what ended meanwhile.
+fn process(path: &Path) -> Option<Process> {
+    let exe = fs::read_link(path.join("exe")).ok()?;
+    let program = exe.file_name()?.to_str()?.to_owned();
+    let line = fs::read(path.join("cmdline")).ok()?;
+    let mut words = line
+        .split(|byte| *byte == 0)
+        .map(|word| String::from_utf8_lossy(word).into_owned());
+    let first = words.next().unwrap_or_default();
+    let platform = program.starts_with("flynn-host") || program.starts_with("flynn-system");
+    let name = match words.next() {
+        Some(role) if platform => format!("{program} {role}"),
+        _ if platform => format!("{program} {first}"),
+        _ => program,
+    };
+    let rollup = fs::read_to_string(path.join("smaps_rollup")).ok()?;
+    Some(Process {
+        name,
+        pss: pss(&rollup)?,
+        platform,
+    })
+}
+
+/// The line `Pss:` of a `smaps_rollup`, in bytes.
+fn pss(rollup: &str) -> Option<u64> {
+    let line = rollup.lines().find_map(|line| line.strip_prefix("Pss:"))?;
+    let kilobytes: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
+    Some(kilobytes * 1024)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_share_is_read() {
+        let rollup =
+            "55ce-7ffd ---p 00000000 00:00 0    [rollup]\nRss:  1524 kB\nPss:   304 kB\nPss_Dirty: 100 kB\n";
+        assert_eq!(pss(rollup), Some(304 * 1024));
+        assert_eq!(pss(""), None);
+        assert!(measure().is_ok());
+    }
+}

@@ -1,0 +1,42 @@
+//! The parts that run on a host of the lab, each saying what it measured as JSON on standard output.
+
+pub(crate) mod containers;
+pub(crate) mod memory;
+pub(crate) mod router;
+
+/// What to measure.
+#[derive(clap::Subcommand)]
+pub(crate) enum Inside {
+    /// The memory of each process
+    Memory,
+    /// Containers from start to exit
+    Containers {
+        #[arg(long)]
+        rounds: u32,
+    },
+    /// The router and its peers
+    Router(router::Args),
+}
+
+/// Measures.
+pub(crate) fn run(inside: &Inside) -> anyhow::Result<()> {
+    let json = match inside {
+        Inside::Memory => serde_json::to_string(&memory::measure()?)?,
+        Inside::Containers { rounds } => serde_json::to_string(&containers::measure(*rounds)?)?,
+        Inside::Router(args) => serde_json::to_string(&router::measure(args)?)?,
+    };
+    println!("{json}");
+    Ok(())
+}
+
+/// The host's daemon.
+fn daemon() -> anyhow::Result<flynn_api::client::host::HostClient> {
+    let http = flynn_api::client::Http::new(&format!("unix:{}", flynn_api::host::SOCKET))?;
+    Ok(flynn_api::client::host::HostClient::new(http))
+}
+
+fn runtime() -> anyhow::Result<tokio::runtime::Runtime> {
+    Ok(tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()?)
+}

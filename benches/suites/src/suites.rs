@@ -1,0 +1,39 @@
+//! Which suites there are.
+
+use crate::row::Row;
+use crate::spine;
+
+/// A suite.
+#[derive(Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub(crate) enum Suite {
+    /// One host: bootstrap, idle memory, container start, the router
+    Spine,
+}
+
+/// How much is measured.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Thoroughness {
+    /// Within five minutes of a built tree.
+    Quick,
+    /// As often as medians want it.
+    Full,
+}
+
+impl Thoroughness {
+    /// One number or the other.
+    pub(crate) fn pick<T>(self, quick: T, full: T) -> T {
+        match self {
+            Self::Quick => quick,
+            Self::Full => full,
+        }
+    }
+}
+
+impl Suite {
+    /// Takes all its rows.
+    pub(crate) fn run(self, thoroughness: Thoroughness) -> anyhow::Result<Vec<Row>> {
+        match self {
+            Self::Spine => spine::run(thoroughness),
+        }
+    }
+}
