@@ -77,22 +77,33 @@ pub(crate) fn bootstrap() -> Result<Cluster> {
 /// Tells the CLI of the cluster.
 pub(crate) fn add(cluster: &Cluster, profile: build::Profile) -> Result<()> {
     let domain = format!("{DOMAIN}:{HTTPS}");
+    let mut child = flynn(profile)
+        .args([
+            "cluster",
+            "add",
+            "--force",
+            "--default",
+            "--tls-pin",
+            &cluster.tls_pin,
+            "lab",
+            &domain,
+            "-",
+        ])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::null())
+        .spawn()
+        .context("cannot run flynn")?;
     // The key is not on the command line, where every user of the machine could read it.
-    exec::quiet(
-        flynn(profile)
-            .args([
-                "cluster",
-                "add",
-                "--force",
-                "--default",
-                "--tls-pin",
-                &cluster.tls_pin,
-                "lab",
-                &domain,
-            ])
-            .env("FLYNN_CONTROLLER_KEY", &cluster.controller_key),
-    )
-    .map(drop)
+    child
+        .stdin
+        .take()
+        .context("no stdin")?
+        .write_all(cluster.controller_key.as_bytes())?;
+    let status = child.wait()?;
+    if !status.success() {
+        bail!("`flynn cluster add` failed: {status}");
+    }
+    Ok(())
 }
 
 /// Deploys the example from its docker-archive and waits until it answers.

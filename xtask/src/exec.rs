@@ -62,7 +62,16 @@ pub(crate) fn cargo() -> Command {
     let program = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
     let mut command = Command::new(program);
     command.current_dir(crate::workspace::root());
+    if is_ci() {
+        // Nothing there is built twice.
+        command.env("CARGO_INCREMENTAL", "0");
+    }
     command
+}
+
+/// Whether a machine calls, of which nobody can ask anything.
+pub(crate) fn is_ci() -> bool {
+    std::env::var_os("CI").is_some_and(|ci| ci == "true")
 }
 
 /// A command as a person would type it.

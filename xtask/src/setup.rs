@@ -8,7 +8,7 @@ mod ebpf;
 mod packages;
 mod tools;
 
-use crate::ui;
+use crate::{exec, ui};
 use anyhow::{Result, bail};
 use std::fmt::Write as _;
 use std::io::{BufRead, IsTerminal, Write};
@@ -113,7 +113,7 @@ fn missing(needs: &[Need]) -> Result<Vec<Missing>> {
 
 /// Asks for a yes on the terminal, unless it was given.
 fn consent(yes: bool) -> Result<()> {
-    if yes || std::env::var_os("CI").is_some_and(|ci| ci == "true") {
+    if yes || exec::is_ci() {
         return Ok(());
     }
     let stdin = std::io::stdin();
