@@ -81,6 +81,20 @@ pub enum Command {
     },
 }
 
+impl Command {
+    /// Whether applying it twice is the same as applying it once, also to whoever is told of the outcome.
+    pub fn may_repeat(&self) -> bool {
+        matches!(
+            self,
+            Self::PutInstance { .. }
+                | Self::Expire { .. }
+                | Self::SetLeader { .. }
+                | Self::AddToken { .. }
+                | Self::UseToken { .. }
+        )
+    }
+}
+
 /// Names one registration of one instance.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct Registration {

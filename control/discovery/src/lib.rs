@@ -60,7 +60,7 @@ const ROUND: Duration = Duration::from_secs(1);
 /// again.
 pub async fn run(options: Options, shutdown: CancellationToken) -> anyhow::Result<()> {
     let identity = Identity::load(&options.tls).context("cannot read this job's certificate")?;
-    let dialer = Dialer::new(Some(identity.client_config()?));
+    let dialer = Dialer::new(identity.client_config()?);
     let node = Node::start(&options.data.join("raft"), dialer, options.timing).await?;
     let addr = SocketAddr::from((options.host_ip, options.api_port));
     let listener = Listener::tls(addr, identity.server_config(ClientAuth::Optional)?)
@@ -157,9 +157,8 @@ async fn chores(node: &Node, options: &Options) -> anyhow::Result<()> {
             node.expire().await?;
             members::reconcile(node).await
         };
-        match tokio::time::timeout(ROUND, work).await {
-            Ok(Err(error)) => tracing::warn!(%error, "a chore could not be done"),
-            Ok(Ok(())) | Err(_) => {}
+        if let Ok(Err(error)) = tokio::time::timeout(ROUND, work).await {
+            tracing::warn!(%error, "a chore could not be done");
         }
     }
 }

@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::Context as _;
-use flynn_api::discovery::{Instance, Peer, TTL_SECS};
+use flynn_api::discovery::{Instance, Peer};
 use flynn_api::{Error, ErrorCode};
 use openraft::errors::{ClientWriteError, LinearizableReadError, RaftError};
 use openraft::raft::ReadPolicy;
@@ -77,16 +77,6 @@ pub struct Heartbeat {
 impl Node {
     /// Opens the store in `dir` and starts the member, which may not belong to a cluster yet.
     pub async fn start(dir: &Path, dialer: Dialer, timing: Timing) -> anyhow::Result<Self> {
-        Self::start_with_ttl(dir, dialer, timing, Duration::from_secs(TTL_SECS)).await
-    }
-
-    /// [`Node::start`] with another lease for instances.
-    pub async fn start_with_ttl(
-        dir: &Path,
-        dialer: Dialer,
-        timing: Timing,
-        ttl: Duration,
-    ) -> anyhow::Result<Self> {
         std::fs::create_dir_all(dir)
             .with_context(|| format!("cannot make the data directory {}", dir.display()))?;
         let lock = lock(dir)?;
@@ -104,7 +94,7 @@ impl Node {
             id,
             dialer,
             disk_full,
-            liveness: Arc::new(Mutex::new(Liveness::new(millis(ttl)))),
+            liveness: Arc::new(Mutex::new(Liveness::new(millis(timing.lease)))),
             began: Instant::now(),
             _lock: Arc::new(lock),
         })
@@ -183,9 +173,12 @@ impl Node {
                     Forwarded::NotLeader => {}
                 }
                 if let Some((id, member)) = self.leader().filter(|(id, _)| *id != self.id) {
-                    let answer = self.call(id, &member, "write", &command).await?;
-                    if let Forwarded::Taken(outcome) = answer {
-                        break Ok(outcome);
+                    match self.call(id, &member, "write", &command).await {
+                        Ok(Forwarded::Taken(outcome)) => break Ok(outcome),
+                        Ok(Forwarded::NotLeader) => {}
+                        // It may be dead, and another be elected soon.
+                        Err(error) if error.code == ErrorCode::Unavailable && command.may_repeat() => {}
+                        Err(error) => break Err(error),
                     }
                 }
                 self.election(deadline).await?;
@@ -242,10 +235,12 @@ impl Node {
                     Forwarded::Taken(index) => break Ok(index),
                     Forwarded::NotLeader => {}
                 }
-                if let Some((id, member)) = self.leader().filter(|(id, _)| *id != self.id)
-                    && let Forwarded::Taken(index) = self.call(id, &member, "read-index", &()).await?
-                {
-                    break Ok(index);
+                if let Some((id, member)) = self.leader().filter(|(id, _)| *id != self.id) {
+                    match self.call(id, &member, "read-index", &()).await {
+                        Ok(Forwarded::Taken(index)) => break Ok(index),
+                        // It may be dead, and another be elected soon.
+                        Ok(Forwarded::NotLeader) | Err(_) => {}
+                    }
                 }
                 self.election(deadline).await?;
             }

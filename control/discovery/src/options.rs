@@ -33,7 +33,7 @@ pub struct Options {
     pub api_port: u16,
     /// The port of DNS.
     pub dns_port: u16,
-    /// How members keep time.
+    /// Times and sizes that members keep to.
     pub timing: Timing,
 }
 

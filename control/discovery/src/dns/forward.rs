@@ -83,7 +83,7 @@ impl Forwarder {
 /// Cuts an answer down to what the client takes.
 fn fit(query: &[u8], mut answer: Vec<u8>, transport: Transport) -> Vec<u8> {
     let taken = hickory_proto::op::Message::from_vec(query).map_or(512, |query| query.max_payload());
-    if transport == Transport::Udp && answer.len() > usize::from(taken.min(MAX_UDP_PAYLOAD).max(512)) {
+    if transport == Transport::Udp && answer.len() > usize::from(taken.clamp(512, MAX_UDP_PAYLOAD)) {
         let end = question_end(&answer).unwrap_or(HEADER);
         answer.truncate(end);
         answer[2] |= TRUNCATED;

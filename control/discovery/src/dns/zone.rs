@@ -171,7 +171,7 @@ impl Found<'_> {
         };
         match self {
             Self::Top if matches!(wanted, RecordType::SOA | RecordType::ANY) => {
-                answer.answers.extend(soa(index))
+                answer.answers.extend(soa(index));
             }
             Self::Top | Self::Branch => {}
             Self::Addresses(instances) => {
@@ -181,7 +181,7 @@ impl Found<'_> {
                     .collect();
                 records.retain(|record| wanted == RecordType::ANY || record.record_type() == wanted);
                 // Instances of one address and several ports are one address.
-                records.sort_by(|a, b| a.data.ip_addr().cmp(&b.data.ip_addr()));
+                records.sort_by_key(|record| record.data.ip_addr());
                 records.dedup();
                 records.shuffle(rng);
                 records.truncate(limit);

@@ -79,8 +79,7 @@ fn at_cluster(identity: Option<&PeerIdentity>, action: &Action<'_>) -> Result<()
     let of_cluster = identity.is_host() || identity.is_job("discoverd");
     let allowed = match action {
         Action::MakeToken => identity.is_host(),
-        Action::Raft | Action::ChangeMembers => of_cluster,
-        Action::Read(CA_SERVICE) => of_cluster,
+        Action::Raft | Action::ChangeMembers | Action::Read(CA_SERVICE) => of_cluster,
         Action::CreateService(service)
         | Action::DeleteService(service)
         | Action::Govern(service)

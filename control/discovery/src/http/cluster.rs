@@ -11,7 +11,6 @@ use flynn_api::discovery::{
 use flynn_api::server::{Json, Peer, StrictJson};
 use flynn_api::tls::{Ca, PeerIdentity};
 use flynn_api::{Digest, Error, ErrorCode};
-use rand::RngCore as _;
 use serde::de::DeserializeOwned;
 
 use super::auth::{Action, Door};
@@ -21,7 +20,7 @@ use crate::members::{self, MemberChange};
 use crate::node::{Node, wall_clock};
 
 /// How long a join token is good for.
-const TOKEN_LIFE: Duration = Duration::from_secs(3600);
+const TOKEN_LIFE: Duration = Duration::from_hours(1);
 /// The longest signing request.
 const MAX_CSR: usize = 16 << 10;
 
@@ -74,9 +73,8 @@ pub(super) async fn make_token(
         .await?
         .fingerprint()
         .map_err(|error| ca_fault(&error))?;
-    let mut secret = [0; 32];
-    rand::rng().fill_bytes(&mut secret);
-    let secret: String = secret.iter().map(|byte| format!("{byte:02x}")).collect();
+    let (high, low): (u128, u128) = rand::random();
+    let secret = format!("{high:032x}{low:032x}");
     let now = wall_clock();
     let expires = now + u64::try_from(TOKEN_LIFE.as_millis()).unwrap_or(u64::MAX);
     node.write(Command::AddToken {

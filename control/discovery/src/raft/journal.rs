@@ -3,8 +3,8 @@
 //! The file is a header and then frames; a frame is one batch of records under one checksum, written at once:
 //!
 //! ```text
-//! header:  "flynnlog"  version u32  0 u32
-//! frame:   "FRAM"  length u32  crc32 u32  0 u32  synced u64  payload[length]
+//! header:  "flynnlog"  version u32
+//! frame:   "FRAM"  length u32  crc32 u32  synced u64  payload[length]
 //! payload: (kind u8  length u32  JSON[length])*
 //! ```
 //!
@@ -32,9 +32,9 @@ use super::{Entry, LogId, Vote};
 
 const MAGIC: &[u8; 8] = b"flynnlog";
 const VERSION: u32 = 1;
-const HEADER: usize = 16;
+const HEADER: usize = 12;
 const FRAME: &[u8; 4] = b"FRAM";
-const FRAME_HEADER: usize = 24;
+const FRAME_HEADER: usize = 20;
 /// The longest frame that is written or read.
 const MAX_FRAME: usize = 1 << 30;
 /// Bytes that are gathered into one frame.
@@ -239,7 +239,7 @@ impl Writer {
                 done(
                     result
                         .as_ref()
-                        .map(|()| ())
+                        .copied()
                         .map_err(|why| io::Error::new(why.kind(), why.to_string())),
                 );
             }
@@ -340,7 +340,6 @@ fn frame(payload: &[u8], synced: u64) -> io::Result<Vec<u8>> {
     frame.extend_from_slice(FRAME);
     frame.extend_from_slice(&length.to_le_bytes());
     frame.extend_from_slice(&checksum(length, synced, payload).to_le_bytes());
-    frame.extend_from_slice(&[0; 4]);
     frame.extend_from_slice(&synced.to_le_bytes());
     frame.extend_from_slice(payload);
     Ok(frame)
@@ -359,7 +358,7 @@ fn parse(bytes: &[u8]) -> Option<(u64, &[u8])> {
     let (head, rest) = bytes.split_first_chunk::<FRAME_HEADER>()?;
     let number = |at: usize| head[at..at + 4].try_into().map(u32::from_le_bytes).ok();
     let length = number(4)?;
-    let synced = u64::from_le_bytes(head[16..24].try_into().ok()?);
+    let synced = u64::from_le_bytes(head[12..20].try_into().ok()?);
     let payload = rest.get(..length as usize)?;
     (&head[..4] == FRAME && number(8)? == checksum(length, synced, payload)).then_some((synced, payload))
 }

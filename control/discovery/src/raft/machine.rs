@@ -111,7 +111,7 @@ impl RaftStateMachine<TypeConfig> for Machine {
                 last_log_id: self.applied,
                 last_membership: self.membership.clone(),
             },
-            state: self.view.read(|state| state.clone()),
+            state: self.view.read(State::clone),
         }
     }
 

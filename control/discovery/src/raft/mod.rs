@@ -15,6 +15,7 @@ pub mod snapshot;
 use std::sync::Arc;
 use std::time::Duration;
 
+use flynn_api::discovery::TTL_SECS;
 use openraft::{Config, SnapshotPolicy};
 use serde::{Deserialize, Serialize};
 
@@ -53,7 +54,7 @@ pub struct Member {
     pub host: String,
 }
 
-/// How members keep time.
+/// Times and sizes that members keep to.
 #[derive(Clone, Copy, Debug)]
 pub struct Timing {
     /// Between a leader's heartbeats.
@@ -62,6 +63,8 @@ pub struct Timing {
     pub election: Duration,
     /// Log entries after which a snapshot is made.
     pub snapshot_after: u64,
+    /// An instance without a heartbeat for this long is gone.
+    pub lease: Duration,
 }
 
 impl Default for Timing {
@@ -70,6 +73,7 @@ impl Default for Timing {
             heartbeat: Duration::from_millis(100),
             election: Duration::from_millis(400),
             snapshot_after: 2000,
+            lease: Duration::from_secs(TTL_SECS),
         }
     }
 }

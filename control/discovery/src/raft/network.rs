@@ -22,7 +22,7 @@ use super::{Member, Snapshot, SnapshotMeta, TypeConfig, Vote, snapshot};
 /// How other members are reached. Clones share connections.
 #[derive(Clone)]
 pub struct Dialer {
-    tls: Option<Arc<rustls::ClientConfig>>,
+    tls: Arc<rustls::ClientConfig>,
     clients: Arc<Mutex<HashMap<String, Http>>>,
 }
 
@@ -36,8 +36,8 @@ impl std::fmt::Debug for Dialer {
 }
 
 impl Dialer {
-    /// With mutual TLS; `None` speaks plainly, for tests on loopback.
-    pub fn new(tls: Option<Arc<rustls::ClientConfig>>) -> Self {
+    /// With this TLS configuration.
+    pub fn new(tls: Arc<rustls::ClientConfig>) -> Self {
         Self {
             tls,
             clients: Arc::default(),
@@ -50,10 +50,7 @@ impl Dialer {
         if let Some(http) = clients.get(addr) {
             return Ok(http.clone());
         }
-        let http = match &self.tls {
-            Some(tls) => Http::new(&format!("https://{addr}"))?.tls(Arc::clone(tls)),
-            None => Http::new(&format!("http://{addr}"))?,
-        };
+        let http = Http::new(&format!("https://{addr}"))?.tls(Arc::clone(&self.tls));
         if clients.len() >= MAX_CLIENTS {
             clients.clear();
         }

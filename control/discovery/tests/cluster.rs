@@ -1,0 +1,215 @@
+//! One and three members, killed and brought back.
+
+#![expect(clippy::unwrap_used, reason = "a test may panic")]
+
+mod common;
+
+use common::{Cluster, block_on, eventually, instance};
+use flynn_api::ErrorCode;
+use flynn_api::discovery::{EventKind, ServiceConfig, ServiceMeta};
+use futures::StreamExt as _;
+use serde_json::json;
+
+#[test]
+fn one_member_keeps_what_it_acknowledged() {
+    block_on(async {
+        let mut cluster = Cluster::one();
+        cluster.ready(0).await;
+        let client = cluster.client(0);
+        client
+            .create_service("web", &ServiceConfig::default())
+            .await
+            .unwrap();
+        client.register("web", &instance("10.0.0.1:80")).await.unwrap();
+        let meta = ServiceMeta {
+            data: json!({"a": 1}),
+            index: 0,
+            leader_id: None,
+        };
+        let meta = client.set_meta("web", &meta).await.unwrap();
+        cluster.members[0].kill();
+        cluster.members[0].start();
+        cluster.ready(0).await;
+        assert_eq!(client.meta("web").await.unwrap(), meta);
+        assert_eq!(client.instances("web").await.unwrap().len(), 1);
+        assert_eq!(client.leader("web").await.unwrap().addr, "10.0.0.1:80");
+        let again = client
+            .create_service("web", &ServiceConfig::default())
+            .await
+            .unwrap_err();
+        assert_eq!(again.code, ErrorCode::ObjectExists);
+    });
+}
+
+#[test]
+fn three_members_elect_another_leader() {
+    block_on(async {
+        let mut cluster = Cluster::one();
+        cluster.ready(0).await;
+        let client = cluster.client(0);
+        client
+            .create_service("web", &ServiceConfig::default())
+            .await
+            .unwrap();
+        cluster.add();
+        cluster.add();
+        eventually("three voters", async || {
+            let peers = client.peers().await.ok()?;
+            (peers.iter().filter(|peer| peer.voter).count() == 3).then_some(())
+        })
+        .await;
+        let leader = cluster.ready(0).await;
+        let (a, b) = ((leader + 1) % 3, (leader + 2) % 3);
+
+        // A follower takes writes and reads, and reads what it wrote.
+        let follower = cluster.client(a);
+        eventually("a follower that knows the leader", async || {
+            cluster.leader(a).await
+        })
+        .await;
+        follower.register("web", &instance("10.0.0.1:80")).await.unwrap();
+        assert_eq!(follower.instances("web").await.unwrap().len(), 1);
+        let meta = ServiceMeta {
+            data: json!(1),
+            index: 0,
+            leader_id: None,
+        };
+        follower.set_meta("web", &meta).await.unwrap();
+        assert_eq!(cluster.client(b).meta("web").await.unwrap().data, json!(1));
+        // Its heartbeats reach the leader.
+        follower.register("web", &instance("10.0.0.1:80")).await.unwrap();
+
+        cluster.members[leader].kill();
+        let next = eventually("another leader", async || {
+            cluster.leader(a).await.filter(|next| *next != leader)
+        })
+        .await;
+        for port in 1..=150 {
+            cluster
+                .client(a)
+                .register("web", &instance(&format!("10.0.0.2:{port}")))
+                .await
+                .unwrap();
+        }
+        assert_eq!(cluster.client(next).instances("web").await.unwrap().len(), 151);
+
+        // The one that was killed comes back, to a log that a snapshot has replaced meanwhile.
+        cluster.members[leader].start();
+        eventually("the one that was killed has caught up", async || {
+            let instances = cluster.client(leader).instances("web").await.ok()?;
+            (instances.len() >= 150).then_some(())
+        })
+        .await;
+    });
+}
+
+#[test]
+fn a_newcomer_gets_a_snapshot_and_answers_alone() {
+    block_on(async {
+        let mut cluster = Cluster::one();
+        cluster.ready(0).await;
+        let client = cluster.client(0);
+        client
+            .create_service("web", &ServiceConfig::default())
+            .await
+            .unwrap();
+        for port in 1..=400 {
+            let meta = ServiceMeta {
+                data: json!(port),
+                index: client
+                    .find_meta("web")
+                    .await
+                    .unwrap()
+                    .map_or(0, |meta| meta.index),
+                leader_id: None,
+            };
+            client.set_meta("web", &meta).await.unwrap();
+        }
+        client.register("web", &instance("10.0.0.1:80")).await.unwrap();
+        cluster.add();
+        let newcomer = cluster.client(1);
+        eventually("the newcomer has the state", async || {
+            newcomer
+                .instances("web")
+                .await
+                .ok()
+                .filter(|instances| !instances.is_empty())
+        })
+        .await;
+        // Both are gone, and only the learner comes back: it answers by its last good view, but takes no writes.
+        cluster.members[0].kill();
+        cluster.members[1].kill();
+        cluster.members[1].start();
+        eventually("the learner answers", async || {
+            newcomer
+                .instances("web")
+                .await
+                .ok()
+                .filter(|instances| instances.len() == 1)
+        })
+        .await;
+        assert_eq!(
+            newcomer.meta("web").await.unwrap_err().code,
+            ErrorCode::Unavailable
+        );
+        cluster.members[0].start();
+        cluster.ready(1).await;
+        assert_eq!(newcomer.meta("web").await.unwrap().data, json!(400));
+    });
+}
+
+#[test]
+fn the_silent_expire_and_the_living_stay() {
+    block_on(async {
+        let cluster = Cluster::one();
+        cluster.ready(0).await;
+        let client = cluster.client(0);
+        client
+            .create_service("web", &ServiceConfig::default())
+            .await
+            .unwrap();
+        let mut watch = client.watch("web").await.unwrap();
+        client.register("web", &instance("10.0.0.1:80")).await.unwrap();
+        client.register("web", &instance("10.0.0.2:80")).await.unwrap();
+        let index = client.instances("web").await.unwrap()[1].index;
+        let heartbeats = async {
+            loop {
+                client.register("web", &instance("10.0.0.2:80")).await.unwrap();
+                tokio::time::sleep(std::time::Duration::from_millis(300)).await;
+            }
+        };
+        let mut seen = Vec::new();
+        let watching = async {
+            while let Some(event) = watch.next().await {
+                let (_, event) = event.unwrap();
+                let addr = event.instance.map(|instance| instance.addr);
+                seen.push((event.kind, addr));
+                if event.kind == EventKind::Leader && seen.len() > 3 {
+                    break;
+                }
+            }
+        };
+        tokio::select! {
+            () = heartbeats => unreachable!(),
+            () = watching => {}
+        }
+        let (first, second) = (Some("10.0.0.1:80".to_owned()), Some("10.0.0.2:80".to_owned()));
+        assert_eq!(
+            seen,
+            [
+                (EventKind::Current, None),
+                (EventKind::Up, first.clone()),
+                (EventKind::Leader, first.clone()),
+                (EventKind::Up, second.clone()),
+                (EventKind::Down, first),
+                (EventKind::Leader, second),
+            ]
+        );
+        let left = client.instances("web").await.unwrap();
+        assert_eq!(
+            (left.len(), left[0].index),
+            (1, index),
+            "heartbeats are not written to the log"
+        );
+    });
+}

@@ -1,0 +1,227 @@
+//! Members of a cluster in this process, each with a runtime of its own, on loopback addresses of its own.
+#![allow(
+    dead_code,
+    unreachable_pub,
+    clippy::allow_attributes,
+    reason = "each test binary uses a part"
+)]
+
+use std::future::Future;
+use std::net::{Ipv4Addr, SocketAddr, TcpListener};
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use flynn_api::client::Http;
+use flynn_api::client::discovery::DiscoveryClient;
+use flynn_api::discovery::Instance;
+use flynn_api::server::CancellationToken;
+use flynn_api::tls::{self, Ca, Identity, PeerIdentity};
+use flynn_discovery::Options;
+use flynn_discovery::dns::Upstreams;
+use flynn_discovery::raft::Timing;
+use tempfile::TempDir;
+use tokio::runtime::Runtime;
+
+/// A cluster's CA and its members.
+pub struct Cluster {
+    pub ca: Ca,
+    pub members: Vec<Member>,
+    base: [u8; 2],
+}
+
+/// One member.
+pub struct Member {
+    pub options: Options,
+    pub dir: TempDir,
+    running: Option<(Runtime, CancellationToken)>,
+}
+
+/// Short times, so that tests are.
+pub fn timing() -> Timing {
+    Timing {
+        heartbeat: Duration::from_millis(50),
+        election: Duration::from_millis(250),
+        snapshot_after: 100,
+        lease: Duration::from_secs(2),
+    }
+}
+
+impl Cluster {
+    /// A CA and no members.
+    pub fn new() -> Self {
+        tls::install_provider();
+        let base = [rand::random_range(1..255), rand::random_range(1..255)];
+        Self {
+            ca: Ca::create("test cluster").unwrap(),
+            members: Vec::new(),
+            base,
+        }
+    }
+
+    /// A running cluster of one.
+    pub fn one() -> Self {
+        let mut cluster = Self::new();
+        cluster.add();
+        cluster
+    }
+
+    /// Adds a member that makes the cluster, or joins it, and starts it.
+    pub fn add(&mut self) -> usize {
+        let at = self.members.len();
+        let host_ip = Ipv4Addr::new(127, self.base[0], self.base[1], u8::try_from(at).unwrap() + 1);
+        let dir = tempfile::tempdir().unwrap();
+        let identity = self
+            .ca
+            .issue(&PeerIdentity::Job("discoverd".into()), &[host_ip.to_string()])
+            .unwrap();
+        identity.save(&dir.path().join("tls")).unwrap();
+        let api_port = self
+            .members
+            .first()
+            .map_or_else(|| free_port(host_ip), |first| first.options.api_port);
+        let dns_port = self
+            .members
+            .first()
+            .map_or_else(|| free_port(host_ip), |first| first.options.dns_port);
+        let options = Options {
+            data: dir.path().join("data"),
+            host_id: format!("h{at}"),
+            host_ip,
+            tls: dir.path().join("tls"),
+            init: at == 0,
+            join: self
+                .members
+                .iter()
+                .map(|member| member.addr().to_string())
+                .collect(),
+            upstreams: Upstreams::default(),
+            api_port,
+            dns_port,
+            timing: timing(),
+        };
+        self.members.push(Member {
+            options,
+            dir,
+            running: None,
+        });
+        self.members[at].start();
+        at
+    }
+
+    /// A client with this identity.
+    pub fn client_as(&self, at: usize, identity: &PeerIdentity) -> DiscoveryClient {
+        DiscoveryClient::new(self.http_as(at, Some(identity)))
+    }
+
+    /// A client with a host's identity.
+    pub fn client(&self, at: usize) -> DiscoveryClient {
+        self.client_as(at, &PeerIdentity::Host("tester".into()))
+    }
+
+    /// A transport with this identity, or with none.
+    pub fn http_as(&self, at: usize, identity: Option<&PeerIdentity>) -> Http {
+        let http = Http::new(&format!("https://{}", self.members[at].addr())).unwrap();
+        match identity {
+            Some(identity) => http.identity(&self.ca.issue(identity, &[]).unwrap()).unwrap(),
+            None => http.tls(tls::joining_client_config(self.ca.fingerprint().unwrap())),
+        }
+        .timeout(Duration::from_secs(15))
+    }
+
+    /// Who leads, by what `at` says.
+    pub async fn leader(&self, at: usize) -> Option<usize> {
+        let peers = self.client(at).peers().await.ok()?;
+        let leader = peers.into_iter().find(|peer| peer.leader)?;
+        self.members
+            .iter()
+            .position(|member| member.addr().to_string() == leader.addr)
+    }
+
+    /// Waits until `at` answers and knows a leader.
+    pub async fn ready(&self, at: usize) -> usize {
+        eventually("a leader", async || self.leader(at).await).await
+    }
+}
+
+impl Member {
+    /// Its cluster listener.
+    pub fn addr(&self) -> SocketAddr {
+        SocketAddr::from((self.options.host_ip, self.options.api_port))
+    }
+
+    /// Starts it.
+    pub fn start(&mut self) {
+        assert!(self.running.is_none());
+        let runtime = tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(1)
+            .enable_all()
+            .build()
+            .unwrap();
+        let stop = CancellationToken::new();
+        let (options, stopped) = (self.options.clone(), stop.clone());
+        runtime.spawn(async move {
+            let host = options.host_id.clone();
+            if let Err(error) = flynn_discovery::run(options, stopped).await {
+                eprintln!("{host} ended: {error:#}");
+            }
+        });
+        self.running = Some((runtime, stop));
+    }
+
+    /// Ends it without any notice.
+    pub fn kill(&mut self) {
+        if let Some((runtime, _)) = self.running.take() {
+            // Not from within the test's own runtime.
+            std::thread::spawn(move || runtime.shutdown_timeout(Duration::from_secs(5)))
+                .join()
+                .unwrap();
+        }
+    }
+}
+
+impl Drop for Member {
+    fn drop(&mut self) {
+        if let Some((runtime, _)) = self.running.take() {
+            runtime.shutdown_background();
+        }
+    }
+}
+
+fn free_port(ip: Ipv4Addr) -> u16 {
+    TcpListener::bind((ip, 0)).unwrap().local_addr().unwrap().port()
+}
+
+/// Asks again until there is an answer; fails the test after 20 s.
+pub async fn eventually<T>(what: &str, ask: impl AsyncFn() -> Option<T>) -> T {
+    let began = Instant::now();
+    loop {
+        if let Some(answer) = ask().await {
+            return answer;
+        }
+        assert!(
+            began.elapsed() < Duration::from_secs(20),
+            "waited too long for {what}"
+        );
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+}
+
+/// An instance at this address.
+pub fn instance(addr: &str) -> Instance {
+    Instance::new("http", addr, flynn_api::Meta::new())
+}
+
+/// The identity in a directory.
+pub fn identity(dir: &Path) -> Identity {
+    Identity::load(dir).unwrap()
+}
+
+/// Runs a test's future.
+pub fn block_on<T>(future: impl Future<Output = T>) -> T {
+    tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(1)
+        .enable_all()
+        .build()
+        .unwrap()
+        .block_on(future)
+}

@@ -1,0 +1,214 @@
+//! The log store and the journal: openraft's own suite, torn ends, damage, shortening.
+
+#![expect(clippy::unwrap_used, reason = "a test may panic")]
+
+use std::io::{Read as _, Seek as _, SeekFrom, Write as _};
+use std::path::Path;
+use std::sync::{Arc, mpsc};
+
+use flynn_discovery::raft::journal::{Encoded, Journal, Record};
+use flynn_discovery::raft::log::LogStore;
+use flynn_discovery::raft::machine::Machine;
+use flynn_discovery::raft::snapshot::SnapshotFile;
+use flynn_discovery::raft::{LogId, TypeConfig, Vote};
+use flynn_discovery::view::View;
+use openraft::testing::log::{StoreBuilder, Suite};
+use openraft::vote::leader_id_adv::LeaderId;
+use proptest::prelude::*;
+use tempfile::TempDir;
+
+struct Builder;
+
+impl StoreBuilder<TypeConfig, LogStore, Machine, TempDir> for Builder {
+    async fn build(&self) -> Result<(TempDir, LogStore, Machine), openraft::StorageError<TypeConfig>> {
+        let dir = tempfile::tempdir().unwrap();
+        let log = LogStore::open(dir.path()).unwrap();
+        let machine = Machine::new(Arc::new(View::default()), SnapshotFile::new(dir.path()));
+        Ok((dir, log, machine))
+    }
+}
+
+#[tokio::test]
+async fn openraft_suite() {
+    Suite::test_all(Builder).await.unwrap();
+}
+
+fn vote(term: u64) -> Record {
+    Record::Vote(Vote::new(term, 7))
+}
+
+fn committed(index: u64) -> Record {
+    Record::Committed(Some(LogId::new(LeaderId { term: 1, node_id: 7 }, index)))
+}
+
+fn read(path: &Path) -> std::io::Result<Vec<Record>> {
+    let mut records = Vec::new();
+    Journal::open(path, |record| records.push(record))?;
+    Ok(records)
+}
+
+fn append(journal: &Journal, record: &Record, sync: bool) {
+    let mut encoded = Encoded::default();
+    encoded.push(record).unwrap();
+    let (sender, receiver) = mpsc::channel();
+    let done: Option<Box<dyn FnOnce(std::io::Result<()>) + Send>> = if sync {
+        Some(Box::new(move |result| sender.send(result).unwrap()))
+    } else {
+        None
+    };
+    journal.append(encoded, done).unwrap();
+    if sync {
+        receiver.recv().unwrap().unwrap();
+    }
+}
+
+/// A journal of these records, each synced, and the length of the file after each.
+fn journal(path: &Path, records: &[Record]) -> Vec<u64> {
+    let journal = Journal::open(path, |_| ()).unwrap();
+    let mut lengths = vec![journal.length()];
+    for record in records {
+        append(&journal, record, true);
+        lengths.push(journal.length());
+    }
+    lengths
+}
+
+#[test]
+fn what_was_written_is_read_again() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("journal");
+    let records = [vote(1), committed(3), vote(2)];
+    journal(&path, &records);
+    assert_eq!(read(&path).unwrap(), records);
+    // What is not synced is written all the same when the journal is closed in an orderly way.
+    let journal = Journal::open(&path, |_| ()).unwrap();
+    append(&journal, &committed(4), false);
+    drop(journal);
+    assert_eq!(
+        read(&path).unwrap(),
+        [vote(1), committed(3), vote(2), committed(4)]
+    );
+}
+
+#[test]
+fn a_torn_end_is_cut_off_wherever_it_is_torn() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("journal");
+    let lengths = journal(&path, &[vote(1), vote(2)]);
+    let whole = std::fs::read(&path).unwrap();
+    for length in 0..=whole.len() {
+        std::fs::write(&path, &whole[..length]).unwrap();
+        let want = [vote(1), vote(2)].into_iter().zip(&lengths[1..]);
+        let want: Vec<_> = want
+            .filter(|(_, end)| **end <= length as u64)
+            .map(|(record, _)| record)
+            .collect();
+        assert_eq!(read(&path).unwrap(), want, "cut to {length}");
+        // It goes on from there.
+        append(&Journal::open(&path, |_| ()).unwrap(), &vote(9), true);
+        assert_eq!(read(&path).unwrap().last(), Some(&vote(9)), "cut to {length}");
+    }
+}
+
+#[test]
+fn a_torn_end_may_also_hold_zeros() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("journal");
+    journal(&path, &[vote(1)]);
+    let mut file = std::fs::OpenOptions::new().append(true).open(&path).unwrap();
+    file.write_all(&[0; 5000]).unwrap();
+    assert_eq!(read(&path).unwrap(), [vote(1)]);
+}
+
+#[test]
+fn damage_to_what_was_synced_is_named_and_not_served() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("journal");
+    let lengths = journal(&path, &[vote(1), vote(2), vote(3)]);
+    let whole = std::fs::read(&path).unwrap();
+    // Every byte up to the end of the second of three.
+    for at in 0..usize::try_from(lengths[2]).unwrap() {
+        let mut damaged = whole.clone();
+        damaged[at] ^= 0x55;
+        std::fs::write(&path, &damaged).unwrap();
+        let error = read(&path).unwrap_err();
+        assert!(error.to_string().contains("damaged at byte"), "{error}");
+        assert_eq!(std::fs::read(&path).unwrap(), damaged, "evidence is kept");
+    }
+}
+
+#[test]
+fn a_rewritten_journal_holds_the_same_and_goes_on() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("journal");
+    let journal = Journal::open(&path, |_| ()).unwrap();
+    for term in 0..100 {
+        append(&journal, &vote(term), true);
+    }
+    let long = journal.length();
+    let mut short = Encoded::default();
+    short.push(&vote(99)).unwrap();
+    journal.rewrite(short).unwrap();
+    append(&journal, &vote(100), true);
+    assert!(journal.length() < long);
+    drop(journal);
+    assert_eq!(read(&path).unwrap(), [vote(99), vote(100)]);
+    assert!(!path.with_extension("new").exists());
+}
+
+#[test]
+fn a_newer_version_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("journal");
+    journal(&path, &[vote(1)]);
+    let mut file = std::fs::OpenOptions::new()
+        .read(true)
+        .write(true)
+        .open(&path)
+        .unwrap();
+    file.seek(SeekFrom::Start(8)).unwrap();
+    file.write_all(&9_u32.to_le_bytes()).unwrap();
+    assert!(read(&path).unwrap_err().to_string().contains("newer release"));
+}
+
+#[test]
+fn a_damaged_snapshot_is_named() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = SnapshotFile::new(dir.path());
+    assert!(file.read().unwrap().is_none());
+    file.write(&openraft::SnapshotMeta::default(), b"{\"version\":1}")
+        .unwrap();
+    assert_eq!(file.read().unwrap().unwrap().snapshot, b"{\"version\":1}");
+    let path = dir.path().join("snapshot");
+    let mut whole = Vec::new();
+    std::fs::File::open(&path)
+        .unwrap()
+        .read_to_end(&mut whole)
+        .unwrap();
+    for at in (0..whole.len()).filter(|at| *at != 8) {
+        let mut damaged = whole.clone();
+        damaged[at] ^= 1;
+        std::fs::write(&path, &damaged).unwrap();
+        let error = file.read().unwrap_err().to_string();
+        assert!(error.contains("damaged"), "byte {at}: {error}");
+        std::fs::write(&path, &whole[..at]).unwrap();
+        assert!(file.read().is_err());
+    }
+}
+
+proptest! {
+    #[test]
+    fn any_file_is_opened_or_refused(bytes: Vec<u8>, with_header: bool) {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("journal");
+        let mut file = Vec::new();
+        if with_header {
+            file.extend_from_slice(b"flynnlog\x01\0\0\0FRAM");
+        }
+        file.extend_from_slice(&bytes);
+        std::fs::write(&path, &file).unwrap();
+        if let Ok(records) = read(&path) {
+            prop_assert!(records.is_empty());
+        }
+    }
+}
