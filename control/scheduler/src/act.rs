@@ -4,12 +4,13 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use flynn_api::ErrorCode;
+use flynn_api::client::Retry;
 use flynn_api::host::Job as Spec;
 use tokio::sync::Semaphore;
 use uuid::Uuid;
 
 use crate::plan::{Plan, Start, Stop};
-use crate::shared::{Retry, Shared};
+use crate::shared::Shared;
 use crate::start::spec_of;
 use crate::view::{Job, State};
 

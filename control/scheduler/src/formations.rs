@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use flynn_api::Result;
+use flynn_api::client::Retry;
 use flynn_api::client::controller::ControllerClient;
 use flynn_api::client::discovery::DiscoveryClient;
 use flynn_api::controller::Job;
@@ -14,7 +15,7 @@ use jiff::Timestamp;
 
 use crate::plan::Desired;
 use crate::report;
-use crate::shared::{Retry, Shared};
+use crate::shared::Shared;
 
 /// Between lists when nothing happens.
 const LIST: Duration = Duration::from_secs(30);

@@ -6,16 +6,16 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context as _;
-use flynn_api::client::Http;
 use flynn_api::client::discovery::DiscoveryClient;
 use flynn_api::client::host::HostClient;
+use flynn_api::client::{Http, Retry};
 use flynn_api::discovery::HOST_SERVICE;
 use flynn_api::host::JobEventKind;
 use flynn_api::tls::Identity;
 use futures::StreamExt as _;
 use tokio::task::JoinHandle;
 
-use crate::shared::{Retry, Shared};
+use crate::shared::Shared;
 use crate::view::Facts;
 
 /// Between looks at discoverd when nothing happens.

@@ -5,13 +5,12 @@
 
 use std::time::Duration;
 
+use flynn_api::client::Retry;
 use flynn_api::client::discovery::DiscoveryClient;
 use flynn_api::discovery::TTL_SECS;
 use futures::StreamExt as _;
 use tokio::sync::watch;
 use tokio::time::Instant;
-
-use crate::shared::Retry;
 
 /// The service that schedulers are registered as.
 pub const SERVICE: &str = "scheduler";

@@ -2,7 +2,6 @@
 
 use std::collections::BTreeMap;
 use std::sync::{Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
 
 use flynn_api::client::host::HostClient;
 use jiff::Timestamp;
@@ -11,9 +10,6 @@ use tokio::sync::Notify;
 use crate::plan::{Desired, Plan};
 use crate::report::Outbox;
 use crate::view::View;
-
-/// Between attempts at something that failed: doubled each time, within these bounds.
-const RETRY: (Duration, Duration) = (Duration::from_millis(250), Duration::from_secs(5));
 
 /// The state. Locks are held for a computation, never across an await.
 #[derive(Debug, Default)]
@@ -80,28 +76,5 @@ impl Shared {
             Some(client) => clients.insert(host.to_owned(), client),
             None => clients.remove(host),
         };
-    }
-}
-
-/// Waits longer each time, until something works.
-#[derive(Debug)]
-pub(crate) struct Retry(Duration);
-
-impl Default for Retry {
-    fn default() -> Self {
-        Self(RETRY.0)
-    }
-}
-
-impl Retry {
-    /// Waits before the next attempt.
-    pub(crate) async fn wait(&mut self) {
-        tokio::time::sleep(self.0).await;
-        self.0 = (self.0 * 2).min(RETRY.1);
-    }
-
-    /// It worked.
-    pub(crate) fn reset(&mut self) {
-        self.0 = RETRY.0;
     }
 }

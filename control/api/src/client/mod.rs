@@ -8,7 +8,9 @@ pub mod discovery;
 mod events;
 pub mod host;
 pub mod receive;
+mod retry;
 mod transport;
 
 pub use events::EventStream;
+pub use retry::Retry;
 pub use transport::{Body, Http, Upgraded, encode, full};

@@ -44,7 +44,7 @@ fn loopback() -> SocketAddr {
     (Ipv4Addr::LOCALHOST, 0).into()
 }
 
-async fn spawn(listener: Listener, router: Router, stop: CancellationToken) -> SocketAddr {
+fn spawn(listener: Listener, router: Router, stop: CancellationToken) -> SocketAddr {
     let addr = listener.local_addr().unwrap();
     tokio::spawn(serve(listener, router, stop.cancelled_owned()));
     addr
@@ -100,15 +100,13 @@ impl Cluster {
             discovery,
             Arc::clone(&cluster).discovery(),
             CancellationToken::new(),
-        )
-        .await;
+        );
         let controller = Listener::tcp(loopback()).await.unwrap();
         let controller = spawn(
             controller,
             Arc::clone(&cluster).controller(),
             CancellationToken::new(),
-        )
-        .await;
+        );
 
         let ca = Ca::create("test").unwrap();
         let sans = ["127.0.0.1".to_owned()];
@@ -117,7 +115,7 @@ impl Cluster {
             .await
             .unwrap();
         let stop = cluster.host.lock().unwrap().clone();
-        let host = spawn(listener, Arc::clone(&cluster).host(), stop).await;
+        let host = spawn(listener, Arc::clone(&cluster).host(), stop);
         ca.issue(&PeerIdentity::Job("scheduler".into()), &sans)
             .unwrap()
             .save(cluster.dir.path())
@@ -149,7 +147,7 @@ impl Cluster {
         tokio::spawn(async move {
             flynn_scheduler::run(options, stop.cancelled_owned())
                 .await
-                .unwrap()
+                .unwrap();
         });
         cluster
     }

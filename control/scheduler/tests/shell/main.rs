@@ -1,5 +1,7 @@
 //! The whole scheduler against fakes of discoverd, the controller and a host.
 
+#![expect(clippy::unwrap_used, reason = "a test may panic")]
+
 mod fake;
 
 use std::collections::BTreeMap;

@@ -1,0 +1,241 @@
+//! Services and their instances: what can be sent to, how busy it is, and connections kept to it.
+
+use std::net::SocketAddr;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+use std::time::{Duration, Instant};
+
+use flynn_api::Digest;
+use flynn_api::discovery::Instance;
+
+use crate::balance::Load;
+use crate::upstream::Connection;
+
+/// How long a backend that refused a connection is passed over while there are others.
+const FAILING_FOR: Duration = Duration::from_secs(1);
+/// Idle connections kept to a backend.
+const MAX_IDLE: usize = 64;
+/// How long one is kept.
+const IDLE_FOR: Duration = Duration::from_secs(30);
+
+/// One instance of a service.
+#[derive(Debug)]
+pub struct Backend {
+    /// Where it listens.
+    pub addr: SocketAddr,
+    /// What a sticky client's cookie says: unforgeable, and says nothing about the address.
+    pub token: String,
+    in_flight: AtomicUsize,
+    /// Milliseconds after `born` until which it is passed over.
+    failing_until: AtomicU64,
+    born: Instant,
+    idle: Mutex<Vec<(Connection, Instant)>>,
+}
+
+impl Backend {
+    /// An instance at this address.
+    pub fn new(addr: SocketAddr, cookie_key: &str, service: &str) -> Self {
+        // The key is first and the digest is truncated (SHA-512/256): nobody without the key can make another.
+        let token = Digest::of(format!("{cookie_key}\0{service}\0{addr}").as_bytes()).to_string();
+        Self {
+            addr,
+            token: token[..32].to_owned(),
+            in_flight: AtomicUsize::new(0),
+            failing_until: AtomicU64::new(0),
+            born: Instant::now(),
+            idle: Mutex::default(),
+        }
+    }
+
+    /// How busy it is.
+    pub fn load(&self) -> Load {
+        let now = u64::try_from(self.born.elapsed().as_millis()).unwrap_or(u64::MAX);
+        Load {
+            failing: now < self.failing_until.load(Ordering::Relaxed),
+            in_flight: self.in_flight.load(Ordering::Relaxed),
+        }
+    }
+
+    /// It refused a connection.
+    pub fn failed(&self) {
+        let until = self.born.elapsed() + FAILING_FOR;
+        self.failing_until.store(
+            u64::try_from(until.as_millis()).unwrap_or(u64::MAX),
+            Ordering::Relaxed,
+        );
+        self.connections().clear();
+    }
+
+    /// Counts a request until the guard is dropped.
+    pub fn begin(self: &Arc<Self>) -> InFlight {
+        self.in_flight.fetch_add(1, Ordering::Relaxed);
+        InFlight(Arc::clone(self))
+    }
+
+    fn connections(&self) -> MutexGuard<'_, Vec<(Connection, Instant)>> {
+        self.idle.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A connection that was kept, the one that was used last first.
+    pub fn take_idle(&self) -> Option<Connection> {
+        let mut idle = self.connections();
+        while let Some((connection, since)) = idle.pop() {
+            if since.elapsed() > IDLE_FOR {
+                idle.clear();
+            } else if !connection.is_closed() {
+                return Some(connection);
+            }
+        }
+        None
+    }
+
+    /// Keeps a connection for the next request.
+    pub fn keep(&self, connection: Connection) {
+        if connection.is_closed() {
+            return;
+        }
+        let mut idle = self.connections();
+        if idle.len() >= MAX_IDLE {
+            idle.remove(0);
+        }
+        idle.push((connection, Instant::now()));
+    }
+
+    /// Lets go of connections that nobody has used for long.
+    pub fn tidy(&self) {
+        self.connections()
+            .retain(|(connection, since)| since.elapsed() <= IDLE_FOR && !connection.is_closed());
+    }
+}
+
+/// One request under way.
+#[derive(Debug)]
+pub struct InFlight(Arc<Backend>);
+
+impl InFlight {
+    /// To which backend.
+    pub fn backend(&self) -> &Arc<Backend> {
+        &self.0
+    }
+}
+
+impl Drop for InFlight {
+    fn drop(&mut self) {
+        self.0.in_flight.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+/// A service with its instances as discoverd last knew them.
+#[derive(Debug)]
+pub struct Service {
+    /// Its name in discoverd.
+    pub name: String,
+    members: RwLock<Arc<Members>>,
+}
+
+/// The instances of a service at one time.
+#[derive(Clone, Debug, Default)]
+pub struct Members {
+    /// As discoverd lists them: kept on disk.
+    pub instances: Vec<Instance>,
+    /// The id of the leader, if there is one.
+    pub leader: Option<String>,
+    backends: Vec<Arc<Backend>>,
+    leading: Option<Arc<Backend>>,
+}
+
+impl Members {
+    /// Those that a route may send to.
+    pub fn backends(&self, leader_only: bool) -> &[Arc<Backend>] {
+        if leader_only {
+            self.leading.as_slice()
+        } else {
+            &self.backends
+        }
+    }
+}
+
+impl Service {
+    /// A service of which nothing is known yet.
+    pub fn new(name: &str) -> Self {
+        Self {
+            name: name.to_owned(),
+            members: RwLock::default(),
+        }
+    }
+
+    /// Its instances now.
+    pub fn members(&self) -> Arc<Members> {
+        Arc::clone(&self.members.read().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// These are its instances from now on. Backends that stay keep their connections and counts; requests under way
+    /// at one that goes are finished.
+    pub fn set(&self, mut instances: Vec<Instance>, leader: Option<String>, cookie_key: &str) {
+        instances.sort_by(|a, b| a.id.cmp(&b.id));
+        let old = self.members();
+        let backend = |instance: &Instance| {
+            let addr: SocketAddr = instance.addr.parse().ok()?;
+            let known = old.backends.iter().find(|backend| backend.addr == addr);
+            Some(
+                known
+                    .cloned()
+                    .unwrap_or_else(|| Arc::new(Backend::new(addr, cookie_key, &self.name))),
+            )
+        };
+        let backends: Vec<_> = instances.iter().filter_map(backend).collect();
+        let leading = instances
+            .iter()
+            .find(|instance| Some(&instance.id) == leader.as_ref())
+            .and_then(|instance| {
+                let addr: SocketAddr = instance.addr.parse().ok()?;
+                backends.iter().find(|backend| backend.addr == addr).cloned()
+            });
+        let members = Arc::new(Members {
+            instances,
+            leader,
+            backends,
+            leading,
+        });
+        *self.members.write().unwrap_or_else(PoisonError::into_inner) = members;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn backends_that_stay_keep_what_they_have() {
+        let instance = |addr: &str| Instance::new("http", addr, flynn_api::Meta::new());
+        let (a, b) = (instance("10.0.0.1:80"), instance("10.0.0.2:80"));
+        let service = Service::new("web");
+        service.set(
+            vec![a.clone(), b.clone(), instance("nonsense")],
+            Some(b.id.clone()),
+            "key",
+        );
+        let before = service.members();
+        assert_eq!(
+            (before.backends(false).len(), before.backends(true).len()),
+            (2, 1)
+        );
+        let request = before.backends(true)[0].begin();
+        service.set(vec![b], None, "key");
+        let after = service.members();
+        assert_eq!(after.backends(false)[0].load().in_flight, 1);
+        assert!(after.backends(true).is_empty());
+        drop(request);
+        assert_eq!(after.backends(false)[0].load().in_flight, 0);
+        assert_ne!(before.backends(false)[0].token, before.backends(false)[1].token);
+        assert!(!after.backends(false)[0].token.contains("10.0"));
+    }
+
+    #[test]
+    fn who_failed_is_passed_over() {
+        let backend = Backend::new("10.0.0.1:80".parse().unwrap(), "key", "web");
+        assert!(!backend.load().failing);
+        backend.failed();
+        assert!(backend.load().failing);
+    }
+}

@@ -1,0 +1,135 @@
+//! What the parts of the router share: the table, the services, the certificates, the counters.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, PoisonError, RwLock};
+
+use flynn_api::route::{Route, RouteKind};
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use crate::backend::Service;
+use crate::balance::Budget;
+use crate::metrics::Metrics;
+use crate::table::Table;
+use crate::tls::Certificates;
+
+/// Where a route leads.
+#[derive(Clone, Debug)]
+pub struct Target {
+    /// The service.
+    pub service: Arc<Service>,
+    /// Only to its leader.
+    pub leader: bool,
+    /// Clients stay at their backend.
+    pub sticky: bool,
+    /// Close each client connection after its request.
+    pub disable_keep_alives: bool,
+}
+
+/// The routes as they are now, and what was made of them.
+#[derive(Debug, Default)]
+struct Now {
+    routes: Vec<Route>,
+    table: Table<Target>,
+    services: BTreeMap<String, Arc<Service>>,
+}
+
+/// The router.
+#[derive(Debug)]
+pub struct Router {
+    now: RwLock<Arc<Now>>,
+    /// Certificates by name.
+    pub certificates: Arc<Certificates>,
+    /// Counters.
+    pub metrics: Metrics,
+    /// Retries that may still be made.
+    pub budget: Budget,
+    /// Connections, upgraded ones as well.
+    pub tasks: TaskTracker,
+    /// The drain is over: whatever still runs ends.
+    pub stop: CancellationToken,
+    cookie_key: String,
+}
+
+impl Router {
+    /// A router without routes. Sticky cookies are bound to `cookie_key`.
+    pub fn new(certificates: Arc<Certificates>, cookie_key: String) -> Self {
+        Self {
+            now: RwLock::default(),
+            certificates,
+            metrics: Metrics::default(),
+            budget: Budget::default(),
+            tasks: TaskTracker::new(),
+            stop: CancellationToken::new(),
+            cookie_key,
+        }
+    }
+
+    fn now(&self) -> Arc<Now> {
+        Arc::clone(&self.now.read().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Where a request for this host and path goes.
+    pub fn find(&self, host: &str, path: &str) -> Option<Target> {
+        self.now().table.find(host, path).cloned()
+    }
+
+    /// The routes.
+    pub fn routes(&self) -> Vec<Route> {
+        self.now().routes.clone()
+    }
+
+    /// The services that routes lead to.
+    pub fn services(&self) -> Vec<Arc<Service>> {
+        self.now().services.values().cloned().collect()
+    }
+
+    /// These are the routes from now on; says whether anything changed. Services that stay keep their backends.
+    pub fn set_routes(&self, mut routes: Vec<Route>) -> bool {
+        // Of two routes for the same place the older one counts, whatever the order of the list.
+        routes.sort_by(|a, b| (a.created_at, &a.id).cmp(&(b.created_at, &b.id)));
+        let old = self.now();
+        if old.routes == routes {
+            return false;
+        }
+        let mut services: BTreeMap<String, Arc<Service>> = BTreeMap::new();
+        for route in &routes {
+            let known = || old.services.get(&route.service).cloned();
+            let service = || known().unwrap_or_else(|| Arc::new(Service::new(&route.service)));
+            services.entry(route.service.clone()).or_insert_with(service);
+        }
+        let table = Table::new(
+            routes
+                .iter()
+                .filter(|route| route.kind == RouteKind::Http)
+                .map(|route| {
+                    let target = Target {
+                        service: Arc::clone(&services[&route.service]),
+                        leader: route.leader,
+                        sticky: route.sticky,
+                        disable_keep_alives: route.disable_keep_alives,
+                    };
+                    (route.domain.as_str(), route.path.as_str(), target)
+                }),
+        );
+        self.certificates.set(&routes);
+        self.metrics.routes(routes.len());
+        let now = Arc::new(Now {
+            routes,
+            table,
+            services,
+        });
+        *self.now.write().unwrap_or_else(PoisonError::into_inner) = now;
+        true
+    }
+
+    /// These are a service's instances from now on.
+    pub fn set_instances(
+        &self,
+        service: &Service,
+        instances: Vec<flynn_api::discovery::Instance>,
+        leader: Option<String>,
+    ) {
+        service.set(instances, leader, &self.cookie_key);
+    }
+}
