@@ -1,6 +1,6 @@
 //! Which programs run at which interfaces.
 
-use std::mem::ManuallyDrop;
+use std::{mem::ManuallyDrop, path::Path};
 
 use aya::{
     Ebpf, TestRun, TestRunOptions,
@@ -158,8 +158,7 @@ impl Links {
             Hook::Clsact => {
                 let id = loaded.attach_to_link(filter(program, interface)?)?;
                 keep(loaded, id)?;
-                std::fs::remove_file(&pin)?;
-                loaded.pin(&pin)?;
+                mark(loaded, &pin)?;
             }
         }
         Ok(())
@@ -182,11 +181,17 @@ impl Links {
                     handle: CLSACT_HANDLE,
                     ..NlOptions::default()
                 };
-                let id =
-                    loaded.attach_with_options(interface, program.side(), TcAttachOptions::Netlink(place))?;
+                let place = TcAttachOptions::Netlink(place);
+                let attached = loaded.attach_with_options(interface, program.side(), place);
+                let id = match attached.map_err(Refusal::from) {
+                    // Left by a process that died before it could pin anything.
+                    Err(refusal) if refusal.errno() == Some(Errno::EXIST.raw_os_error()) => {
+                        loaded.attach_to_link(filter(program, interface)?)?
+                    }
+                    attached => attached?,
+                };
                 keep(loaded, id)?;
-                // The filter holds the program by itself. The pin says that it is there.
-                loaded.pin(&pin)?;
+                mark(loaded, &pin)?;
             }
         }
         Ok(())
@@ -210,6 +215,17 @@ fn filter(program: Program, interface: &str) -> std::io::Result<SchedClassifierL
 fn keep(loaded: &mut SchedClassifier, id: SchedClassifierLinkId) -> Result<(), Refusal> {
     let _kept = ManuallyDrop::new(loaded.take_link(id)?);
     Ok(())
+}
+
+/// Pins a program to say that there is a filter with it, in place of what the pin says so far. The filter holds the
+/// program by itself.
+fn mark(loaded: &mut SchedClassifier, pin: &Path) -> Result<(), Refusal> {
+    let mut aside = pin.as_os_str().to_owned();
+    aside.push("~");
+    let aside = Path::new(&aside);
+    Pins::remove(aside)?;
+    loaded.pin(aside)?;
+    Ok(std::fs::rename(aside, pin)?)
 }
 
 fn add_clsact(interface: &str) -> Result<(), Refusal> {

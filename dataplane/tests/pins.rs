@@ -42,6 +42,10 @@ fn main() {
                 "attaching_twice_is_attaching_once",
                 attaching_twice_is_attaching_once,
             ),
+            (
+                "a_filter_without_a_pin_is_taken_over",
+                a_filter_without_a_pin_is_taken_over,
+            ),
             ("containers_outlive_the_process", containers_outlive_the_process),
             (
                 "counters_begin_at_zero_for_each_container",
@@ -155,6 +159,21 @@ fn attaching_twice_is_attaching_once() {
             dataplane.detach(Program::FromTunnel, "lo").unwrap();
             assert!(passes_soon());
         }
+    });
+}
+
+fn a_filter_without_a_pin_is_taken_over() {
+    alone(|bpffs| {
+        let mut dataplane = open(bpffs, Hook::Clsact);
+        dataplane.attach(Program::FromTunnel, "lo").unwrap();
+        fs::remove_file(pins(bpffs).join("links/from_tunnel@lo")).unwrap();
+        let mut dataplane = open(bpffs, Hook::Clsact);
+        dataplane.attach(Program::FromTunnel, "lo").unwrap();
+        let before = dropped(&dataplane);
+        assert!(!passes());
+        assert_eq!(dropped(&dataplane), before + 1);
+        dataplane.detach(Program::FromTunnel, "lo").unwrap();
+        assert!(passes_soon());
     });
 }
 
