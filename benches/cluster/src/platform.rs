@@ -213,7 +213,6 @@ impl Platform {
         self.run(["create", "--remote", "", app])?;
         let archive = self.artifacts.example.display().to_string();
         self.run(["-a", app, "docker", "push", "--archive", &archive])?;
-        self.run(["-a", app, "scale", "app=1"])?;
         self.answers(app, Duration::from_mins(1)).map(drop)
     }
 

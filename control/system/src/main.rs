@@ -34,6 +34,8 @@ enum Component {
     Controller,
     /// Makes jobs of formations
     Scheduler,
+    /// Routes requests to apps
+    Router,
     /// Stores blobs in a directory
     Blobstore,
     /// Receives images
@@ -48,6 +50,7 @@ impl Component {
             Self::Discoverd => "discoverd",
             Self::Controller => "controller",
             Self::Scheduler => "scheduler",
+            Self::Router => "router",
             Self::Blobstore => "blobstore",
             Self::Tarreceive => "tarreceive",
             Self::Postgres => "postgres",
@@ -57,16 +60,14 @@ impl Component {
     async fn run(self, shutdown: CancellationToken) -> anyhow::Result<()> {
         let stop = shutdown.clone().cancelled_owned();
         match self {
-            Self::Discoverd => flynn_discovery::run(flynn_discovery::Options::from_env()?, shutdown).await?,
-            Self::Controller => {
-                flynn_controller::run(flynn_controller::Options::from_env()?, shutdown).await?
-            }
-            Self::Scheduler => flynn_scheduler::run(flynn_scheduler::Options::from_env()?, stop).await?,
-            Self::Blobstore => flynn_blobs::run(flynn_blobs::Options::from_env()?, stop).await?,
-            Self::Tarreceive => flynn_builds::run(flynn_builds::Options::from_env()?, stop).await?,
-            Self::Postgres => flynn_postgres::run(flynn_postgres::Options::from_env()?, stop).await?,
+            Self::Discoverd => flynn_discovery::run(flynn_discovery::Options::from_env()?, shutdown).await,
+            Self::Controller => flynn_controller::run(flynn_controller::Options::from_env()?, shutdown).await,
+            Self::Scheduler => flynn_scheduler::run(flynn_scheduler::Options::from_env()?, stop).await,
+            Self::Router => flynn_lb::run(flynn_lb::Options::from_env()?, stop).await,
+            Self::Blobstore => Ok(flynn_blobs::run(flynn_blobs::Options::from_env()?, stop).await?),
+            Self::Tarreceive => Ok(flynn_builds::run(flynn_builds::Options::from_env()?, stop).await?),
+            Self::Postgres => Ok(flynn_postgres::run(flynn_postgres::Options::from_env()?, stop).await?),
         }
-        Ok(())
     }
 }
 

@@ -136,7 +136,7 @@ pub(crate) fn names(cluster: &mut Cluster) -> Result<()> {
     platform.run(["-a", "other", "delete", "-y"])?;
     let said = platform.refused(["-a", "nowhere", "ps"])?;
     ensure!(said.contains("nowhere"), "{said}");
-    platform.refused(["-a", APP, "scale", "app=many"])?;
+    platform.refused(["-a", APP, "scale", "web=many"])?;
     unharmed(platform)
 }
 

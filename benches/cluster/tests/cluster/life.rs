@@ -53,14 +53,14 @@ fn up(platform: &Platform, process_type: &str) -> Result<Vec<Job>> {
 
 fn scaled(platform: &Platform, count: usize) -> Result<Vec<Job>> {
     until(MINUTE, &format!("{count} instances are up"), || {
-        let jobs = up(platform, "app")?;
+        let jobs = up(platform, "web")?;
         Ok((jobs.len() == count).then_some(jobs))
     })
 }
 
 pub(crate) fn scales(cluster: &mut Cluster) -> Result<()> {
     let platform = cluster.app()?;
-    platform.run(["-a", APP, "scale", "app=3"])?;
+    platform.run(["-a", APP, "scale", "web=3"])?;
     scaled(platform, 3)?;
     until(MINUTE, "three addresses are in DNS", || {
         let said = platform.run([
@@ -85,11 +85,11 @@ pub(crate) fn scales(cluster: &mut Cluster) -> Result<()> {
 
 pub(crate) fn replaces(cluster: &mut Cluster) -> Result<()> {
     let platform = cluster.app()?;
-    let before = up(platform, "app")?;
+    let before = up(platform, "web")?;
     let victim = before.first().context("no instance is up")?.id.clone();
     platform.run(["-a", APP, "kill", &victim])?;
     until(MINUTE, "another instance took its place", || {
-        let now = up(platform, "app")?;
+        let now = up(platform, "web")?;
         Ok((now.len() == before.len() && now.iter().all(|job| job.id != victim)).then_some(()))
     })?;
     until(MINUTE, "as many instances answer as before", || {
