@@ -147,18 +147,31 @@ impl Platform {
     pub fn cluster_add(&self) -> Result<()> {
         let said = self.bootstrapped()?;
         let domain = format!("{}:{}", said.domain, self.https.port());
-        let args = [
+        let mut command = self.flynn();
+        command.args([
             "cluster",
             "add",
-            "-f",
-            "-d",
-            "-p",
+            "--force",
+            "--default",
+            "--tls-pin",
             &said.tls_pin,
             "lab",
             &domain,
-            &said.controller_key,
-        ];
-        self.run(args).map(drop)
+            "-",
+        ]);
+        // The key is not on the command line, where every user of the machine could read it.
+        let mut child = command.stdin(Stdio::piped()).stderr(Stdio::piped()).spawn()?;
+        let mut stdin = child.stdin.take().context("no stdin")?;
+        writeln!(stdin, "{}", said.controller_key)?;
+        drop(stdin);
+        let output = child.wait_with_output()?;
+        if !output.status.success() {
+            bail!(
+                "cluster add failed: {}",
+                String::from_utf8_lossy(&output.stderr).trim()
+            );
+        }
+        Ok(())
     }
 
     /// The command line, in a home of its own.
