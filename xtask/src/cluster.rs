@@ -2,7 +2,7 @@
 //! developer would type.
 
 use crate::image::ARCHIVE;
-use crate::lab::{self, HTTP, HTTPS};
+use crate::lab::{self, Ports};
 use crate::{build, exec, ui, workspace};
 use anyhow::{Context, Result, bail};
 use serde::Deserialize;
@@ -25,8 +25,8 @@ pub(crate) struct Cluster {
 }
 
 /// The address of the example.
-pub(crate) fn url() -> String {
-    format!("http://{APP}.{DOMAIN}:{HTTP}")
+pub(crate) fn url(ports: Ports) -> String {
+    format!("http://{APP}.{DOMAIN}:{}", ports.http)
 }
 
 /// Where the CLI keeps the lab's cluster: beside the lab, and not among the developer's own clusters.
@@ -75,8 +75,8 @@ pub(crate) fn bootstrap() -> Result<Cluster> {
 }
 
 /// Tells the CLI of the cluster.
-pub(crate) fn add(cluster: &Cluster, profile: build::Profile) -> Result<()> {
-    let domain = format!("{DOMAIN}:{HTTPS}");
+pub(crate) fn add(cluster: &Cluster, profile: build::Profile, ports: Ports) -> Result<()> {
+    let domain = format!("{DOMAIN}:{}", ports.https);
     let mut child = flynn(profile)
         .args([
             "cluster",
@@ -107,7 +107,7 @@ pub(crate) fn add(cluster: &Cluster, profile: build::Profile) -> Result<()> {
 }
 
 /// Deploys the example from its docker-archive and waits until it answers.
-pub(crate) fn deploy(profile: build::Profile) -> Result<()> {
+pub(crate) fn deploy(profile: build::Profile, ports: Ports) -> Result<()> {
     let archive = workspace::images().join(ARCHIVE);
     let known = exec::quiet(flynn(profile).args(["-a", APP, "info"])).is_ok();
     if !known {
@@ -120,9 +120,9 @@ pub(crate) fn deploy(profile: build::Profile) -> Result<()> {
     )?;
     exec::run(flynn(profile).args(["-a", APP, "scale", "app=1"]))?;
     wait(Duration::from_mins(1), || {
-        answer().is_some_and(|answer| answer.contains("200 OK"))
+        answer(ports).is_some_and(|answer| answer.contains("200 OK"))
     })
-    .with_context(|| format!("{} does not answer; `flynn -a {APP} log` may say why", url()))
+    .with_context(|| format!("{} does not answer; `flynn -a {APP} log` may say why", url(ports)))
 }
 
 /// The CLI with the lab's cluster.
@@ -133,12 +133,12 @@ pub(crate) fn flynn(profile: build::Profile) -> Command {
 }
 
 /// What the example answers, status line and all.
-pub(crate) fn answer() -> Option<String> {
-    let mut stream = TcpStream::connect(("127.0.0.1", HTTP)).ok()?;
+pub(crate) fn answer(ports: Ports) -> Option<String> {
+    let mut stream = TcpStream::connect(("127.0.0.1", ports.http)).ok()?;
     stream.set_read_timeout(Some(Duration::from_secs(5))).ok()?;
     write!(
         stream,
-        "GET / HTTP/1.1\r\nHost: {APP}.{DOMAIN}:{HTTP}\r\nConnection: close\r\n\r\n"
+        "GET / HTTP/1.1\r\nHost: {APP}.{DOMAIN}\r\nConnection: close\r\n\r\n"
     )
     .ok()?;
     let mut text = String::new();
@@ -147,13 +147,13 @@ pub(crate) fn answer() -> Option<String> {
 }
 
 /// The two or three commands to try next.
-pub(crate) fn what_next(profile: build::Profile) {
+pub(crate) fn what_next(profile: build::Profile, ports: Ports) {
     let bin = profile.binary("flynn");
     let bin = bin.parent().unwrap_or(&bin).display();
     ui::step("Try next");
     for line in [
         format!("export PATH={bin}:$PATH FLYNNRC={}", flynnrc().display()),
-        format!("curl {}", url()),
+        format!("curl {}", url(ports)),
         format!("flynn -a {APP} scale app=3"),
         format!("flynn -a {APP} env set GREETING=Hi"),
         "cargo xtask down".to_owned(),

@@ -6,6 +6,7 @@ use serde::Deserialize;
 use serde_json::json;
 use std::collections::BTreeMap;
 use std::ffi::OsStr;
+use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
 
@@ -15,15 +16,36 @@ const NAME: &str = "up";
 pub(crate) const DAEMON: &str = "flynn-host";
 /// Where the host has the images.
 pub(crate) const IMAGES: &str = "/usr/local/share/flynn/images";
-/// Where the machine listens for the cluster.
-pub(crate) const HTTP: u16 = 8080;
-/// The same for TLS.
-pub(crate) const HTTPS: u16 = 8443;
+
+/// Where the machine listens for the cluster, on 127.0.0.1.
+#[derive(clap::Args, Clone, Copy)]
+pub(crate) struct Ports {
+    /// The port for HTTP
+    #[arg(long = "http-port", value_name = "PORT", default_value_t = 8080)]
+    pub(crate) http: u16,
+    /// The port for HTTPS
+    #[arg(long = "https-port", value_name = "PORT", default_value_t = 8443)]
+    pub(crate) https: u16,
+}
 
 /// How a lab is, as `flynn-lab status` says.
 #[derive(Deserialize)]
 pub(crate) struct Status {
     pub(crate) hosts: Vec<Host>,
+    forwards: Vec<SocketAddr>,
+}
+
+impl Status {
+    /// Where the machine listens for it.
+    pub(crate) fn ports(&self) -> Result<Ports> {
+        let [http, https] = self.forwards[..] else {
+            bail!("the lab does not listen; `cargo xtask down` ends it")
+        };
+        Ok(Ports {
+            http: http.port(),
+            https: https.port(),
+        })
+    }
 }
 
 /// One host of it.
@@ -67,7 +89,7 @@ pub(crate) fn tool_exists() -> bool {
 }
 
 /// Boots the lab: one host with our daemon.
-pub(crate) fn up(profile: build::Profile) -> Result<()> {
+pub(crate) fn up(profile: build::Profile, ports: Ports) -> Result<Status> {
     let bind = |from: PathBuf, to: &str| json!({ "from": from, "to": to });
     let config = json!({
         "name": NAME,
@@ -80,8 +102,8 @@ pub(crate) fn up(profile: build::Profile) -> Result<()> {
             bind(workspace::images(), IMAGES),
         ],
         "forwards": [
-            { "listen": format!("127.0.0.1:{HTTP}"), "port": 80 },
-            { "listen": format!("127.0.0.1:{HTTPS}"), "port": 443 },
+            { "listen": format!("127.0.0.1:{}", ports.http), "port": 80 },
+            { "listen": format!("127.0.0.1:{}", ports.https), "port": 443 },
         ],
     });
     std::fs::create_dir_all(labs()).context("cannot make target/lab")?;
@@ -89,6 +111,8 @@ pub(crate) fn up(profile: build::Profile) -> Result<()> {
     std::fs::write(&file, serde_json::to_vec_pretty(&config)?)
         .context("cannot write the lab's configuration")?;
     exec::run(tool()?.arg("up").arg(file))
+        .context("should a port be in use, choose others with --http-port and --https-port")?;
+    status().context("the lab does not answer")
 }
 
 /// How the lab is; none when there is none that answers.

@@ -8,6 +8,7 @@ pub(crate) fn run(profile: build::Profile) -> Result<()> {
     let Some(status) = lab::status() else {
         bail!("nothing is up; `cargo xtask up` brings it up")
     };
+    let ports = status.ports()?;
     ui::step("Status");
     for host in &status.hosts {
         let power = if host.init.is_some() { "on" } else { "off" };
@@ -20,9 +21,9 @@ pub(crate) fn run(profile: build::Profile) -> Result<()> {
             ui::note(&format!("  {name:<12} {state}"));
         }
     }
-    let answer = cluster::answer().unwrap_or_default();
+    let answer = cluster::answer(ports).unwrap_or_default();
     let line = answer.lines().next().unwrap_or("no answer");
-    ui::note(&format!("{:<12} {line}", cluster::url()));
+    ui::note(&format!("{:<12} {line}", cluster::url(ports)));
     if cluster::flynnrc().exists() {
         // The platform's own account; a cluster that does not answer has been told of above.
         if let Err(error) = exec::run(cluster::flynn(profile).args(["apps"])) {

@@ -12,6 +12,8 @@ pub(crate) struct Args {
     #[arg(long)]
     yes: bool,
     #[command(flatten)]
+    ports: lab::Ports,
+    #[command(flatten)]
     profile: build::Profile,
 }
 
@@ -20,29 +22,30 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     lab::need_root()?;
     setup::provide(&[Need::Build, Need::Images, Need::Lab], args.yes)?;
     let profile = args.profile;
-    if lab::status().is_some() {
+    if let Some(status) = lab::status() {
         ui::step("It is up already; `cargo xtask down` first has it made anew");
         status::run(profile)?;
-        cluster::what_next(profile);
+        cluster::what_next(profile, status.ports()?);
         return Ok(());
     }
     build::run(profile)?;
     image::make(&BTreeSet::from(image::Name::ALL), profile)?;
-    if lab::dir().exists() {
-        ui::timed("Removing what a crashed lab left", || lab::down(false))?;
-    }
-    ui::timed("Booting a host", || {
-        lab::up(profile).and_then(|()| cluster::wait_for_daemon())
+    // What a crashed one left.
+    lab::down(false)?;
+    let lab = ui::timed("Booting a host", || {
+        lab::up(profile, args.ports).and_then(|lab| cluster::wait_for_daemon().map(|()| lab))
     })?;
-    bring_up(profile).context("the host is left as it is, to be looked at; `cargo xtask down` removes it")?;
+    let ports = lab.ports()?;
+    bring_up(profile, ports)
+        .context("the host is left as it is, to be looked at; `cargo xtask down` removes it")?;
     status::run(profile)?;
-    cluster::what_next(profile);
-    println!("{}", cluster::url());
+    cluster::what_next(profile, ports);
+    println!("{}", cluster::url(ports));
     Ok(())
 }
 
-fn bring_up(profile: build::Profile) -> Result<()> {
+fn bring_up(profile: build::Profile, ports: lab::Ports) -> Result<()> {
     let made = ui::timed("Making a cluster of it", cluster::bootstrap)?;
-    cluster::add(&made, profile)?;
-    ui::timed("Deploying the example app", || cluster::deploy(profile))
+    cluster::add(&made, profile, ports)?;
+    ui::timed("Deploying the example app", || cluster::deploy(profile, ports))
 }
