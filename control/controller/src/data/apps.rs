@@ -48,6 +48,22 @@ pub(crate) async fn find_any(c: &impl GenericClient, id_or_name: &str) -> Result
     search(c, id_or_name, true).await
 }
 
+/// The app with this id or name, while this transaction alone changes its desired state: releases, formations,
+/// deployments.
+pub(crate) async fn claim(c: &impl GenericClient, id_or_name: &str) -> Result<Found> {
+    let found = find(c, id_or_name).await?;
+    lock(c, found.id).await?;
+    // It may have changed, or gone, while we waited.
+    find(c, &found.app.id).await
+}
+
+/// Keeps others from changing an app's desired state. References to the app may still be made.
+pub(crate) async fn lock(c: &impl GenericClient, key: Uuid) -> Result<()> {
+    rows(c, "SELECT 1 FROM apps WHERE id = $1 FOR NO KEY UPDATE", &[&key])
+        .await
+        .map(drop)
+}
+
 async fn search(c: &impl GenericClient, id_or_name: &str, deleted: bool) -> Result<Found> {
     let row = if let Ok(id) = Uuid::try_parse(id_or_name) {
         let sql = format!("SELECT {COLUMNS} FROM apps WHERE id = $1 AND (deleted_at IS NULL OR $2)");

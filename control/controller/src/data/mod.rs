@@ -94,13 +94,6 @@ pub(crate) async fn lock(c: &impl GenericClient, lock: Lock) -> Result<()> {
     .map(drop)
 }
 
-/// Serialises the changes of one app's desired state: its releases, formations, deployments.
-pub(crate) async fn lock_app(c: &impl GenericClient, id: Uuid) -> Result<()> {
-    rows(c, "SELECT 1 FROM apps WHERE id = $1 FOR UPDATE", &[&id])
-        .await
-        .map(drop)
-}
-
 /// All rows of a statement that stays prepared.
 pub(crate) async fn rows(c: &impl GenericClient, sql: &str, params: Params<'_>) -> Result<Vec<Row>> {
     let statement = c.prepare_cached(sql).await.map_err(explain)?;

@@ -15,7 +15,7 @@ use uuid::Uuid;
 
 use super::planner::{self, Action, MAX_FAILURES, Seen, Step, Strategy};
 use crate::data::deployments::Unfinished;
-use crate::data::{Change, apps, deployments, formations, jobs, lock_app, releases, scales};
+use crate::data::{self, Change, apps, deployments, formations, jobs, releases, scales};
 use crate::rules;
 use crate::service::Shared;
 
@@ -93,12 +93,16 @@ async fn round(shared: &Shared) -> Result<usize> {
 async fn advance(shared: &Shared, app: Uuid, hosts: Option<&[Meta]>) -> Result<()> {
     let mut client = shared.database.client().await?;
     let mut change = Change::begin(&mut client).await?;
-    lock_app(change.tx(), app).await?;
+    apps::lock(change.tx(), app).await?;
     if let Some(deployment) = deployments::claim(change.tx(), app).await? {
         deploy(&mut change, &deployment, hosts).await?;
     }
     for request in scales::claim(change.tx(), app).await? {
-        let release = releases::find(change.tx(), &request.release_id).await?;
+        let release = data::id_of("release", &request.release_id)?;
+        // A deleted release has had its requests cancelled; at worst this one waits for that.
+        let Some(release) = releases::get_by_id(change.tx(), release).await? else {
+            continue;
+        };
         let processes = request.new_processes.clone().unwrap_or_default();
         let tags = request.new_tags.clone().unwrap_or_default();
         let Some(expected) = expected(&release.release, &processes, &tags, hosts) else {

@@ -9,7 +9,7 @@ use flynn_api::{Error, ErrorCode};
 use http::StatusCode;
 
 use super::State;
-use crate::data::{Change, Lock, apps, formations, jobs, lock, lock_app, routes, scales};
+use crate::data::{Change, Lock, apps, formations, jobs, lock, routes, scales};
 use crate::deploy::worker;
 use crate::rules;
 
@@ -72,9 +72,7 @@ pub(crate) async fn update(
 ) -> Result<Json<App>> {
     let mut client = state.database.client().await?;
     let mut change = Change::begin(&mut client).await?;
-    let found = apps::find(change.tx(), &app).await?;
-    lock_app(change.tx(), found.id).await?;
-    let found = apps::find(change.tx(), &app).await?;
+    let found = apps::claim(change.tx(), &app).await?;
     let app = apps::update(change.tx(), found.id, &rules::app::change(found.app, &wanted)?).await?;
     change.tell(EventKind::App, Some(&app.id), &app.id, &app)?;
     change.commit().await?;
@@ -85,7 +83,7 @@ pub(crate) async fn update(
 pub(crate) async fn delete(state: State, Path(app): Path<String>) -> Result<StatusCode> {
     let mut client = state.database.client().await?;
     let mut change = Change::begin(&mut client).await?;
-    let found = apps::find(change.tx(), &app).await?;
+    let found = apps::claim(change.tx(), &app).await?;
     if found.app.is_system() {
         let message = format!(
             "{} belongs to the platform, which would not run without it",
@@ -93,7 +91,6 @@ pub(crate) async fn delete(state: State, Path(app): Path<String>) -> Result<Stat
         );
         return Err(Error::new(ErrorCode::Conflict, message));
     }
-    lock_app(change.tx(), found.id).await?;
     lock(change.tx(), Lock::Routes).await?;
     let key = Some(found.app.id.as_str());
     worker::abandon(&mut change, found.id).await?;

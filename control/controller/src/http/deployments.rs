@@ -11,7 +11,7 @@ use http::HeaderMap;
 use super::State;
 use super::releases::{ReleaseId, usable};
 use crate::data::events::Filter;
-use crate::data::{Change, apps, deployments, formations, id_of, lock_app};
+use crate::data::{Change, apps, deployments, formations, id_of};
 use crate::deploy::planner::{Strategy, carried_over};
 use crate::deploy::worker;
 use crate::service::Shared;
@@ -25,9 +25,7 @@ pub(crate) async fn create(
 ) -> Result<Response> {
     let mut client = state.database.client().await?;
     let mut change = Change::begin(&mut client).await?;
-    let found = apps::find(change.tx(), &app).await?;
-    lock_app(change.tx(), found.id).await?;
-    let found = apps::find(change.tx(), &app).await?;
+    let found = apps::claim(change.tx(), &app).await?;
     let unknown = |why: Error| match why.code {
         flynn_api::ErrorCode::NotFound => Error::invalid_field("id", why.message),
         _ => why,

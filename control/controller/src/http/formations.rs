@@ -16,7 +16,7 @@ use super::State;
 use super::query::Query;
 use super::releases::usable;
 use crate::data::events::Filter;
-use crate::data::{Change, apps, deployments, formations, id_of, lock_app, releases, scales};
+use crate::data::{Change, apps, deployments, formations, id_of, releases, scales};
 use crate::feed::Subscription;
 use crate::{database::Database, rules};
 
@@ -226,8 +226,7 @@ pub(crate) async fn scale(
 
 /// The app and one of its releases, while nobody else changes what is wanted of the app.
 async fn claim(change: &Change<'_>, app: &str, release: &str) -> Result<(apps::Found, releases::Found)> {
-    let app = apps::find(change.tx(), app).await?;
-    lock_app(change.tx(), app.id).await?;
+    let app = apps::claim(change.tx(), app).await?;
     let release = usable(change.tx(), &app, release).await?;
     deployments::refuse_while_under_way(change.tx(), app.id, "scaling").await?;
     Ok((app, release))

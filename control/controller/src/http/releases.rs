@@ -8,7 +8,7 @@ use http::StatusCode;
 use serde::Deserialize;
 
 use super::State;
-use crate::data::{Change, apps, artifacts, deployments, id_of, lock_app, releases};
+use crate::data::{Change, apps, artifacts, deployments, formations, id_of, releases, scales};
 use crate::deploy::worker;
 use crate::rules;
 
@@ -114,9 +114,7 @@ pub(crate) async fn set_current(
 ) -> Result<Json<Release>> {
     let mut client = state.database.client().await?;
     let mut change = Change::begin(&mut client).await?;
-    let found = apps::find(change.tx(), &app).await?;
-    lock_app(change.tx(), found.id).await?;
-    let found = apps::find(change.tx(), &app).await?;
+    let found = apps::claim(change.tx(), &app).await?;
     let release = usable(change.tx(), &found, &wanted.id).await?;
     if found.app.release_id.as_ref() != Some(&release.release.id) {
         deployments::refuse_while_under_way(change.tx(), found.id, "setting the release").await?;
@@ -136,13 +134,18 @@ pub(crate) async fn set_current(
 pub(crate) async fn delete(state: State, Path((app, id)): Path<(String, String)>) -> Result<StatusCode> {
     let mut client = state.database.client().await?;
     let mut change = Change::begin(&mut client).await?;
-    let app = apps::find(change.tx(), &app).await?;
-    lock_app(change.tx(), app.id).await?;
+    let app = apps::claim(change.tx(), &app).await?;
     let found = usable(change.tx(), &app, &id).await?;
     if let Some(why) = releases::use_of(change.tx(), found.id).await? {
         return Err(Error::conflict(format!(
             "the release {id} cannot be deleted: {why}"
         )));
+    }
+    for request in scales::cancel(change.tx(), app.id, found.id).await? {
+        change.tell(EventKind::ScaleRequest, Some(&app.app.id), &request.id, &request)?;
+    }
+    if let Some(gone) = formations::delete(change.tx(), app.id, found.id).await? {
+        change.tell(EventKind::Scale, Some(&app.app.id), &gone.release_id, &gone)?;
     }
     releases::delete(change.tx(), found.id).await?;
     let shown = rules::release::redacted(&found.release);

@@ -55,9 +55,10 @@ pub(crate) async fn create(
     }
     let mut client = state.database.client().await?;
     let mut change = Change::begin(&mut client).await?;
+    // Locked before the app is looked for: one that is being deleted gets no new route.
+    lock(change.tx(), Lock::Routes).await?;
     let app = apps::find(change.tx(), &app).await?;
     parent(&route, &app)?;
-    lock(change.tx(), Lock::Routes).await?;
     match route.kind {
         RouteKind::Http => {
             let others = routes::on_domain(change.tx(), &route.domain).await?;

@@ -21,7 +21,7 @@ where
             .build();
         let runtime = runtime.expect("a runtime");
         runtime.block_on(async {
-            let timeout = std::time::Duration::from_secs(60);
+            let timeout = std::time::Duration::from_mins(1);
             tokio::time::timeout(timeout, test())
                 .await
                 .expect("the test hangs");

@@ -1,0 +1,111 @@
+//! The database goes away and comes back while the controller is at work.
+
+use std::time::Duration;
+
+use flynn_api::ErrorCode;
+use flynn_api::client::controller::EventFilter;
+use flynn_api::controller::{App, JobState};
+use futures::StreamExt as _;
+
+use crate::common::cluster::Cluster;
+use crate::common::controller::{job, options_on, start_with};
+use crate::common::{eventually, trial};
+
+pub(crate) fn trials() -> Vec<libtest_mimic::Trial> {
+    vec![
+        trial("the_database_goes_and_comes_back", goes_and_comes_back),
+        trial("it_waits_for_its_database", waits),
+    ]
+}
+
+async fn goes_and_comes_back() {
+    let cluster = Cluster::start();
+    let running = start_with(options_on(&cluster).await).await;
+    let client = &running.client;
+    let (app, _, old_jobs) = running.running_app("shop", 1).await;
+    let new = running.release(&app).await;
+    let deployment = client.deploy("shop", &new.id).await.unwrap();
+    let filter = EventFilter {
+        object_types: vec!["app"],
+        ..EventFilter::default()
+    };
+    let mut stream = client.event_stream(&filter, None).await.unwrap();
+    running.app("before").await;
+    assert_eq!(stream.next().await.unwrap().unwrap().1.data["name"], "before");
+
+    cluster.kill();
+    let refused = client
+        .create_app(&App {
+            name: "never".into(),
+            ..App::default()
+        })
+        .await
+        .unwrap_err();
+    assert_eq!(
+        (refused.code, refused.retry),
+        (ErrorCode::Unavailable, true),
+        "{refused}"
+    );
+    assert!(refused.message.contains("try again"), "{refused}");
+    let unhealthy = running
+        .http()
+        .get::<serde_json::Value>("/.well-known/status")
+        .await
+        .unwrap_err();
+    assert_eq!(unhealthy.code, ErrorCode::Unavailable);
+    client.ping().await.expect("it is there itself");
+
+    cluster.launch();
+    let wish = App {
+        name: "after".into(),
+        ..App::default()
+    };
+    eventually("it serves again", || async {
+        client.create_app(&wish).await.ok()
+    })
+    .await;
+    let next = tokio::time::timeout(Duration::from_secs(20), stream.next())
+        .await
+        .expect("the stream goes on");
+    assert_eq!(
+        next.unwrap().unwrap().1.data["name"],
+        "after",
+        "nothing lost, nothing twice"
+    );
+    assert_eq!(
+        client.app("shop").await.unwrap().id,
+        app.id,
+        "what was acknowledged is there"
+    );
+
+    // And so does the deployment.
+    client
+        .put_job(&job(&app, &new, "web", JobState::Up))
+        .await
+        .unwrap();
+    eventually("the new release is current", || async {
+        (client.app_release("shop").await.ok()?.id == new.id).then_some(())
+    })
+    .await;
+    let mut down = old_jobs[0].clone();
+    down.state = JobState::Down;
+    client.put_job(&down).await.unwrap();
+    eventually("the deployment is complete", || async {
+        (client.deployment(&deployment.id).await.ok()?.status == "complete").then_some(())
+    })
+    .await;
+    running.stop().await;
+}
+
+async fn waits() {
+    let cluster = Cluster::start();
+    let options = options_on(&cluster).await;
+    cluster.kill();
+    let starting = tokio::spawn(start_with(options));
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    assert!(!starting.is_finished(), "it waits");
+    cluster.launch();
+    let running = starting.await.unwrap();
+    running.app("shop").await;
+    running.stop().await;
+}

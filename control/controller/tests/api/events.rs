@@ -1,0 +1,233 @@
+//! The stream of events and of formations.
+
+use flynn_api::ErrorCode;
+use flynn_api::client::controller::EventFilter;
+use flynn_api::controller::{App, EventKind, Formation, Processes};
+use futures::StreamExt as _;
+
+use crate::common::controller::{start, start_with};
+use crate::common::{eventually, trial};
+
+pub(crate) fn trials() -> Vec<libtest_mimic::Trial> {
+    vec![
+        trial("events_are_filtered_and_carry_no_secret", filters),
+        trial("a_stream_resumes_without_gap_or_duplicate", resume),
+        trial("a_stream_cannot_resume_where_events_are_gone", horizon),
+        trial("history_stays_within_its_bounds", bounds),
+        trial("formations_come_whole_and_then_as_they_change", formations),
+    ]
+}
+
+async fn filters() {
+    let running = start().await;
+    let client = &running.client;
+    let (app, release, _) = running.running_app("shop", 1).await;
+    running.app("other").await;
+    let all = client.events(&EventFilter::default()).await.unwrap();
+    assert!(
+        all.windows(2).all(|pair| pair[0].id > pair[1].id),
+        "the newest first"
+    );
+    let text = serde_json::to_string(&all).unwrap();
+    assert!(
+        !text.contains("s3cret-value") && text.contains("\"MODE\":\"test\""),
+        "{text}"
+    );
+    let of = async |filter: EventFilter| -> Vec<EventKind> {
+        client
+            .events(&filter)
+            .await
+            .unwrap()
+            .iter()
+            .rev()
+            .map(|event| event.object_type)
+            .collect()
+    };
+    let types = vec!["release", "app_release"];
+    let filter = EventFilter {
+        object_types: types,
+        app_id: Some("shop".into()),
+        ..EventFilter::default()
+    };
+    assert_eq!(of(filter).await, [EventKind::Release, EventKind::AppRelease]);
+    let filter = EventFilter {
+        object_id: Some(release.id),
+        ..EventFilter::default()
+    };
+    assert_eq!(
+        of(filter).await,
+        [EventKind::Release, EventKind::AppRelease, EventKind::Scale]
+    );
+    let filter = EventFilter {
+        app_id: Some(app.id),
+        count: Some(2),
+        ..EventFilter::default()
+    };
+    assert_eq!(
+        of(filter).await,
+        [EventKind::Scale, EventKind::Job],
+        "the last two"
+    );
+    running.stop().await;
+}
+
+async fn resume() {
+    let running = start().await;
+    let filter = EventFilter {
+        object_types: vec!["app"],
+        ..EventFilter::default()
+    };
+    let writers = (0..4).map(|writer| {
+        let client = running.client.clone();
+        tokio::spawn(async move {
+            for n in 0..40 {
+                let app = App {
+                    name: format!("app-{writer}-{n}"),
+                    ..App::default()
+                };
+                client.create_app(&app).await.unwrap();
+            }
+        })
+    });
+    let writers: Vec<_> = writers.collect();
+    // The reader hangs up again and again, and goes on after the last event that it has seen.
+    let (mut seen, mut last) = (Vec::new(), 0);
+    while seen.len() < 160 {
+        let mut stream = running.client.event_stream(&filter, Some(last)).await.unwrap();
+        for _ in 0..=(seen.len() % 23) {
+            let (id, event) = stream.next().await.unwrap().unwrap();
+            assert_eq!(id.unwrap(), event.id.to_string());
+            assert!(event.id > last, "in order");
+            last = event.id;
+            seen.push(event.object_id);
+            if seen.len() == 160 {
+                break;
+            }
+        }
+    }
+    for writer in writers {
+        writer.await.unwrap();
+    }
+    let mut distinct = seen.clone();
+    distinct.sort();
+    distinct.dedup();
+    assert_eq!(distinct.len(), 160, "each once");
+
+    let past = EventFilter {
+        past: true,
+        count: Some(3),
+        ..filter
+    };
+    let mut stream = running.client.event_stream(&past, None).await.unwrap();
+    let mut ids = Vec::new();
+    for _ in 0..3 {
+        ids.push(stream.next().await.unwrap().unwrap().1.object_id);
+    }
+    assert_eq!(ids, seen[157..], "the last three of the past, in order");
+    let late = running.app("late").await;
+    assert_eq!(stream.next().await.unwrap().unwrap().1.object_id, late.id);
+    running.stop().await;
+}
+
+async fn horizon() {
+    let running = start().await;
+    running.app("shop").await;
+    let (client, connection) = running
+        .options
+        .database
+        .connect(tokio_postgres::NoTls)
+        .await
+        .unwrap();
+    tokio::spawn(connection);
+    client
+        .batch_execute("UPDATE event_horizon SET pruned_to = 2; DELETE FROM events WHERE id <= 2")
+        .await
+        .unwrap();
+    let filter = EventFilter::default();
+    let Err(gone) = running.client.event_stream(&filter, Some(1)).await else {
+        panic!("there is a gap")
+    };
+    assert_eq!(gone.code, ErrorCode::PreconditionFailed);
+    assert!(gone.message.contains("list the objects again"), "{gone}");
+    running
+        .client
+        .event_stream(&filter, Some(2))
+        .await
+        .expect("nothing is missing after that");
+    running.stop().await;
+}
+
+async fn bounds() {
+    let running = start().await;
+    let (app, release, _) = running.running_app("shop", 0).await;
+    let options = running.stop().await;
+    let (client, connection) = options.database.connect(tokio_postgres::NoTls).await.unwrap();
+    tokio::spawn(connection);
+    let sql = format!(
+        "INSERT INTO events (object_type, object_id, data) SELECT 'app', 'x', '{{}}' FROM generate_series(1, 100500);
+         INSERT INTO jobs (uuid, host_id, app_id, release_id, process_type, state, args, meta, updated_at)
+         SELECT gen_random_uuid(), 'h', '{}', '{}', 'web', 'down', '[]', '{{}}', now() - interval '2 hours'
+         FROM generate_series(1, 300)",
+        app.id, release.id
+    );
+    client.batch_execute(&sql).await.unwrap();
+    let running = start_with(options).await;
+    let count = async |table: &str| -> i64 {
+        client
+            .query_one(&format!("SELECT count(*) FROM {table}"), &[])
+            .await
+            .unwrap()
+            .get(0)
+    };
+    eventually("the oldest are gone", || async {
+        (count("events").await == 100_000 && count("jobs").await == 200).then_some(())
+    })
+    .await;
+    running.stop().await;
+}
+
+async fn formations() {
+    let running = start().await;
+    let client = &running.client;
+    let (one, one_release, _) = running.running_app("one", 1).await;
+    let (two, two_release, _) = running.running_app("two", 2).await;
+    let mut stream = running
+        .http()
+        .events::<flynn_api::controller::ExpandedFormation>("/formations?current=true")
+        .await
+        .unwrap();
+    let mut next = async || stream.next().await.unwrap().unwrap().1;
+    let first = [next().await, next().await];
+    assert_eq!(first.map(|formation| formation.app.name), ["one", "two"]);
+    assert_eq!(next().await.app.id, "", "the end of what was there");
+    let put = async |count: u32| {
+        let formation = Formation {
+            app_id: one.id.clone(),
+            release_id: one_release.id.clone(),
+            processes: Processes::from([("web".into(), count)]),
+            ..Formation::default()
+        };
+        client.put_formation(&formation).await.unwrap();
+    };
+    put(5).await;
+    let changed = next().await;
+    assert_eq!((changed.app.name.as_str(), changed.processes["web"]), ("one", 5));
+    assert_eq!(
+        (
+            changed.artifacts.len(),
+            changed.release.env["SECRET_KEY"].as_str()
+        ),
+        (1, "s3cret-value")
+    );
+    client.delete_formation(&two.id, &two_release.id).await.unwrap();
+    let gone = next().await;
+    assert!(gone.deleted && gone.release.id == two_release.id && gone.processes.is_empty());
+    client.delete_app("one").await.unwrap();
+    assert!(next().await.deleted);
+    let active = eventually("nothing is wanted", || async {
+        let active = client.active_formations().await.unwrap();
+        active.is_empty().then_some(active)
+    });
+    active.await;
+    running.stop().await;
+}
