@@ -294,8 +294,14 @@ fn the_gateway_takes_only_what_is_the_callers_own() {
         let host = cluster.members[0].options.host_ip;
         plain.register("web", &instance("127.0.0.1:80")).await.unwrap();
         plain.register("web", &instance("127.0.0.1:81")).await.unwrap();
-        plain.deregister("web", &instance("127.0.0.1:81").id).await.unwrap();
-        let of_host = plain.register("web", &instance(&format!("{host}:80"))).await.unwrap_err();
+        plain
+            .deregister("web", &instance("127.0.0.1:81").id)
+            .await
+            .unwrap();
+        let of_host = plain
+            .register("web", &instance(&format!("{host}:80")))
+            .await
+            .unwrap_err();
         assert_eq!(of_host.code, ErrorCode::Forbidden);
         let foreign = instance("10.9.9.9:80");
         assert_eq!(
@@ -472,7 +478,10 @@ fn strange_queries() {
     edns.set_version(1);
     future.set_edns(edns);
     // BADVERS and BADSIG share a number.
-    assert_eq!(code(&future.to_vec().unwrap()).map(u16::from), Some(u16::from(ResponseCode::BADVERS)));
+    assert_eq!(
+        code(&future.to_vec().unwrap()).map(u16::from),
+        Some(u16::from(ResponseCode::BADVERS))
+    );
     let whole = query("web.discoverd.", RecordType::A).to_vec().unwrap();
     assert_eq!(code(&whole[..whole.len() - 3]), Some(ResponseCode::FormErr));
     // A name that points at itself.

@@ -187,7 +187,7 @@ impl Drop for Member {
     }
 }
 
-fn free_port(ip: Ipv4Addr) -> u16 {
+pub fn free_port(ip: Ipv4Addr) -> u16 {
     TcpListener::bind((ip, 0)).unwrap().local_addr().unwrap().port()
 }
 
