@@ -18,6 +18,7 @@
 pub mod bootstrap;
 pub mod caps;
 pub mod cgroup;
+pub mod commands;
 pub mod config;
 pub mod container;
 pub mod control;

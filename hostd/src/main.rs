@@ -1,10 +1,16 @@
 //! `flynn-host`: the daemon of a host, the supervisors of its jobs, and the operator's commands.
 
+use std::future::Future;
 use std::net::Ipv4Addr;
 use std::path::PathBuf;
+use std::process::ExitCode;
 
-use clap::{Parser, Subcommand};
-use flynn_hostd::{config::Overrides, daemon, supervisor};
+use clap::{Args, Parser, Subcommand};
+use flynn_api::Meta;
+use flynn_hostd::bootstrap::{self, join};
+use flynn_hostd::commands::{self, Operator};
+use flynn_hostd::config::{HostConfig, Overrides};
+use flynn_hostd::{daemon, supervisor};
 
 #[derive(Parser)]
 #[command(
@@ -20,44 +26,109 @@ struct Cli {
 #[derive(Subcommand)]
 enum Command {
     /// Run the daemon
-    Daemon {
-        /// The state directory
-        #[arg(long, default_value = "/var/lib/flynn")]
-        state: PathBuf,
-        /// The host's id: letters, digits and underscores
-        #[arg(long)]
-        id: Option<String>,
-        /// The address at which other hosts reach this one
-        #[arg(long)]
-        address: Option<Ipv4Addr>,
-    },
+    Daemon(HostArgs),
+    /// Write this host's configuration, and nothing else
+    Init(HostArgs),
     /// Keep one job (the daemon starts this)
     #[command(hide = true)]
     Supervise {
         /// The job's directory
         job_dir: PathBuf,
     },
+    /// Make a cluster with this host as its first
+    Bootstrap(bootstrap::Args),
+    /// Make this host a member of a cluster
+    Join(join::Args),
+    /// Make a token with which one host can join
+    Token(join::TokenArgs),
+    /// Bring images into this host's store
+    Download(bootstrap::DownloadArgs),
+    /// Show the version
+    Version,
+    #[command(flatten)]
+    Operator(Operator),
 }
 
-fn main() -> anyhow::Result<()> {
-    match Cli::parse().command {
-        Command::Supervise { job_dir } => {
-            flynn_api::server::init_logging("supervisor");
-            Ok(supervisor::supervise(&job_dir)?)
-        }
-        Command::Daemon { state, id, address } => {
-            flynn_api::server::init_logging("flynn-host");
-            flynn_api::tls::install_provider();
-            let runtime = tokio::runtime::Builder::new_multi_thread()
-                .worker_threads(2)
-                .enable_all()
-                .build()?;
-            let overrides = Overrides {
-                id,
-                address,
-                tags: None,
-            };
-            runtime.block_on(daemon::run(daemon::Options { state, overrides }))
+#[derive(Args)]
+struct HostArgs {
+    /// The state directory
+    #[arg(long, default_value = "/var/lib/flynn")]
+    state: PathBuf,
+    /// The host's id: letters, digits and underscores; after the host's name unless given
+    #[arg(long)]
+    id: Option<String>,
+    /// The address at which other hosts reach this one; that of the default route unless given
+    #[arg(long, alias = "external-ip")]
+    address: Option<Ipv4Addr>,
+    /// Tags for placement
+    #[arg(long, value_name = "NAME=VALUE,..", value_delimiter = ',', value_parser = tag)]
+    tags: Option<Vec<(String, String)>>,
+}
+
+impl HostArgs {
+    fn overrides(&self) -> Overrides {
+        let tags = self.tags.clone().map(|tags| tags.into_iter().collect::<Meta>());
+        Overrides {
+            id: self.id.clone(),
+            address: self.address,
+            tags,
         }
     }
+}
+
+fn tag(text: &str) -> Result<(String, String), String> {
+    match text.split_once('=') {
+        Some((name, value)) if !name.is_empty() => Ok((name.into(), value.into())),
+        _ => Err("NAME=VALUE is wanted".into()),
+    }
+}
+
+fn main() -> ExitCode {
+    let result = run(Cli::parse().command);
+    result.unwrap_or_else(|error| {
+        eprintln!("flynn-host: {error:#}");
+        ExitCode::FAILURE
+    })
+}
+
+fn run(command: Command) -> anyhow::Result<ExitCode> {
+    match command {
+        // One thread: no runtime is made here.
+        Command::Supervise { job_dir } => {
+            flynn_api::server::init_logging("supervisor");
+            supervisor::supervise(&job_dir)?;
+        }
+        Command::Daemon(args) => {
+            flynn_api::server::init_logging("flynn-host");
+            let overrides = args.overrides();
+            runtime(daemon::run(daemon::Options {
+                state: args.state,
+                overrides,
+            }))?;
+        }
+        Command::Init(args) => {
+            flynn_hostd::files::private_dir(&args.state)?;
+            let config = HostConfig::load(&args.state, &args.overrides())?;
+            println!("host {} at {}", config.id, config.address);
+        }
+        Command::Bootstrap(args) => runtime(bootstrap::run(&args))?,
+        Command::Join(args) => runtime(join::run(&args))?,
+        Command::Token(args) => runtime(join::token(&args))?,
+        Command::Download(args) => runtime(bootstrap::download(&args))?,
+        Command::Version => println!("{}", env!("CARGO_PKG_VERSION")),
+        Command::Operator(command) => return runtime(commands::operate(command)),
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn runtime<T>(work: impl Future<Output = anyhow::Result<T>>) -> anyhow::Result<T> {
+    flynn_api::tls::install_provider();
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build()?;
+    let result = runtime.block_on(work);
+    // A read of standard input that nobody needs any more may be under way.
+    runtime.shutdown_background();
+    result
 }

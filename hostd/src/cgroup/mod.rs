@@ -183,6 +183,12 @@ impl Group {
     }
 }
 
+/// Makes the group that all others are in. Done by the daemon, before there are supervisors.
+pub fn prepare(all: &Hierarchies) -> io::Result<()> {
+    all.iter()
+        .try_for_each(|hierarchy| create_path(hierarchy, &hierarchy.base.join("flynn")))
+}
+
 /// Moves this process, a supervisor, out of the daemon's groups: what is done to the daemon's unit is not done to it.
 pub fn enter_supervisors_group(all: &Hierarchies) -> io::Result<()> {
     let pid = std::process::id().to_string();
@@ -222,7 +228,7 @@ fn create_path(hierarchy: &Hierarchy, dir: &Path) -> io::Result<()> {
 }
 
 /// Hands the controllers that limits need down to the children of a v2 group. A group that has processes of its own
-/// cannot do that: then the daemon, which is the one in it, moves to a leaf.
+/// cannot do that: then those, the daemon's own, move to a leaf.
 fn enable_controllers(hierarchy: &Hierarchy, dir: &Path) {
     let available = fs::read_to_string(dir.join("cgroup.controllers")).unwrap_or_default();
     for controller in ["cpu", "memory", "pids"] {
@@ -234,7 +240,10 @@ fn enable_controllers(hierarchy: &Hierarchy, dir: &Path) {
         if enable().is_err_and(|error| error.raw_os_error() == Some(libc::EBUSY)) && dir == hierarchy.base {
             let leaf = dir.join(hierarchy::DAEMON_LEAF);
             let _ = fs::create_dir(&leaf);
-            let _ = write(&leaf.join("cgroup.procs"), &std::process::id().to_string());
+            let there = fs::read_to_string(dir.join("cgroup.procs")).unwrap_or_default();
+            for pid in there.lines() {
+                let _ = write(&leaf.join("cgroup.procs"), pid);
+            }
             let _ = enable();
         }
     }

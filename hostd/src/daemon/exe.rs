@@ -46,8 +46,6 @@ impl Executable {
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(log)
-            // Away from the daemon's terminal and its signals.
-            .process_group(0)
             .spawn()
     }
 }

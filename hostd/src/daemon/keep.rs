@@ -250,11 +250,9 @@ impl Daemon {
                 self.watch(&id, connection).await;
             }
             let Some(entry) = self.table.get(&id) else { return };
-            if !entry
-                .status
-                .supervisor
-                .is_some_and(crate::status::ProcessId::is_alive)
-            {
+            let stored = || Status::read(&self.paths.job(&id)).ok().flatten()?.supervisor;
+            let supervisor = entry.status.supervisor.or_else(stored);
+            if !supervisor.is_some_and(crate::status::ProcessId::is_alive) {
                 break;
             }
             // It lives, and its socket does not answer: on its way out, or stopped by someone.

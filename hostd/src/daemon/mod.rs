@@ -67,6 +67,7 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
     let _lock = lock(&paths)?;
     let config = HostConfig::load(paths.state(), &options.overrides)?;
     let hierarchies = Hierarchies::find().context("cannot find the cgroup hierarchies")?;
+    crate::cgroup::prepare(&hierarchies).context("cannot make the cgroup flynn")?;
     let mut notices = hierarchies.notices();
     notices.extend(crate::notices::of_kernel());
     let (stored, broken) = store::load(&paths).context("cannot read the jobs")?;

@@ -39,6 +39,9 @@ use crate::sys;
 /// How long a job that is over waits for the client that it was made for.
 const LINGER: Duration = Duration::from_secs(10);
 
+/// Between looks whether the job is still this supervisor's, while it waits for its network.
+const ORPHAN_CHECK: Duration = Duration::from_secs(5);
+
 /// How long connections have to take what is meant for them at the end.
 const FAREWELL: Duration = Duration::from_secs(5);
 
@@ -184,8 +187,17 @@ impl Supervisor {
     }
 
     async fn wait_for_go(&mut self) -> Option<End> {
+        let mut orphaned = tokio::time::interval(ORPHAN_CHECK);
         while !self.over() {
             tokio::select! {
+                _ = orphaned.tick() => {
+                    // The daemon died before it knew of this supervisor, and a later one has given the job up, or
+                    // to another supervisor.
+                    let stored = Status::read(&self.job_dir).ok().flatten();
+                    if stored.is_none_or(|stored| stored.supervisor != Some(ProcessId::own())) {
+                        sys::exit_now(0);
+                    }
+                }
                 command = self.commands.recv() => match command? {
                     Command::Go(place) => {
                         self.place.send_replace(place.clone());
@@ -229,7 +241,6 @@ impl Supervisor {
     /// Notes the end, and gives everyone who is connected the time to hear of it.
     async fn finish(&mut self, end: End) {
         let _ = self.group.kill();
-        let _ = self.group.remove(Duration::from_secs(2));
         let stop_requested = self.status.borrow().stop_requested;
         let (state, mut error) = match &end {
             End::Stopped => (JobState::Done, None),
@@ -251,6 +262,8 @@ impl Supervisor {
             status.oom_killed = oom_killed;
         })
         .await;
+        // After the status, since the kernel takes its time.
+        let _ = self.group.remove(Duration::from_secs(2));
         let last = match exit_status {
             Some(exit) => Frame::new(attach::EXIT, exit.to_be_bytes()),
             None => Frame::new(

@@ -1,0 +1,231 @@
+//! The operator's commands: they speak to the daemon of this host over its socket.
+
+mod attach;
+mod run;
+mod show;
+
+use std::process::ExitCode;
+
+use anyhow::Context as _;
+use flynn_api::client::Http;
+use flynn_api::client::host::HostClient;
+use flynn_api::host::{self, LogStream};
+use futures::StreamExt as _;
+
+pub use run::RunArgs;
+
+/// What an operator can ask.
+#[derive(clap::Subcommand, Debug)]
+pub enum Operator {
+    /// List jobs
+    Ps {
+        /// Those that are over as well
+        #[arg(short, long)]
+        all: bool,
+        /// Only their ids
+        #[arg(short, long)]
+        quiet: bool,
+        /// As JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Show all that is known of a job, secrets left out
+    Inspect {
+        /// The job's id, or the start of it
+        job: String,
+        /// As JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Show a job's output
+    Log {
+        /// The job's id, or the start of it
+        job: String,
+        /// Go on with what comes
+        #[arg(short, long)]
+        follow: bool,
+        /// Only the last lines
+        #[arg(short = 'n', long)]
+        lines: Option<u32>,
+    },
+    /// Stop jobs
+    Stop {
+        /// Their ids, or the starts of them
+        #[arg(required = true)]
+        jobs: Vec<String>,
+    },
+    /// Send a signal to a job's process
+    Signal {
+        /// The job's id, or the start of it
+        job: String,
+        /// Its number, or a name such as HUP
+        signal: String,
+    },
+    /// Start a job from an image and stay attached to it
+    Run(RunArgs),
+    /// Show what this host is and how it does
+    Status {
+        /// As JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Show the host's part of the cluster's network
+    Network {
+        /// As JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// List volumes
+    Volumes {
+        /// As JSON
+        #[arg(long)]
+        json: bool,
+    },
+}
+
+/// Does what the operator asks.
+pub async fn operate(command: Operator) -> anyhow::Result<ExitCode> {
+    let host = HostClient::new(Http::new(&format!("unix:{}", host::SOCKET))?);
+    match command {
+        Operator::Ps { all, quiet, json } => {
+            let mut jobs = reach(host.jobs().await)?;
+            jobs.retain(|_, job| all || !job.status.is_terminal());
+            if json {
+                print_json(&jobs)?;
+            } else if quiet {
+                jobs.keys().for_each(|id| println!("{id}"));
+            } else {
+                println!("{}", show::jobs(jobs.values(), jiff::Timestamp::now()));
+            }
+        }
+        Operator::Inspect { job, json } => {
+            let job = reach(host.job(&find(&host, &job).await?).await)?;
+            if json {
+                print_json(&job)?
+            } else {
+                println!("{}", show::job(&job)?)
+            }
+        }
+        Operator::Log { job, follow, lines } => {
+            let mut log = host.log(&find(&host, &job).await?, lines, follow).await?;
+            while let Some(line) = log.next().await {
+                let (_, line) = line?;
+                match line.stream {
+                    LogStream::Stdout => println!("{}", line.msg),
+                    LogStream::Stderr => eprintln!("{}", line.msg),
+                    LogStream::Init => eprintln!("[flynn] {}", line.msg),
+                }
+            }
+        }
+        Operator::Stop { jobs } => {
+            for job in jobs {
+                let id = find(&host, &job).await?;
+                host.stop_job(&id).await?;
+                println!("{id} is stopping");
+            }
+        }
+        Operator::Signal { job, signal } => {
+            let number = signal_number(&signal).with_context(|| format!("{signal:?} is no signal"))?;
+            host.signal_job(&find(&host, &job).await?, number).await?;
+        }
+        Operator::Run(args) => return run::run(&host, args).await,
+        Operator::Status { json } => {
+            let status = reach(host.status().await)?;
+            if json {
+                print_json(&status)?
+            } else {
+                println!("{}", show::status(&status))
+            }
+        }
+        Operator::Network { json } => {
+            let network = reach(host.network().await)?;
+            if json {
+                print_json(&network)?
+            } else {
+                println!("{}", show::network(&network))
+            }
+        }
+        Operator::Volumes { json } => {
+            let volumes = reach(host.volumes().await)?;
+            if json {
+                print_json(&volumes)?
+            } else {
+                println!("{}", show::volumes(&volumes))
+            }
+        }
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Says what to do where nobody answers.
+fn reach<T>(result: flynn_api::Result<T>) -> anyhow::Result<T> {
+    result.map_err(|error| match error.code {
+        flynn_api::ErrorCode::Unavailable => anyhow::anyhow!(
+            "{error}\nIs the daemon running? Start it with `flynn-host daemon` (as root; see its log)"
+        ),
+        _ => error.into(),
+    })
+}
+
+/// A job by its id or the start of it, with or without the host's id in front.
+async fn find(host: &HostClient, start: &str) -> anyhow::Result<String> {
+    let jobs = reach(host.jobs().await)?;
+    if jobs.contains_key(start) {
+        return Ok(start.to_owned());
+    }
+    let short = |id: &str| {
+        id.split_once('-')
+            .is_some_and(|(_, uuid)| uuid.starts_with(start))
+    };
+    let mut found = jobs.into_keys().filter(|id| id.starts_with(start) || short(id));
+    match (found.next(), found.next()) {
+        (Some(id), None) => Ok(id),
+        (None, _) => anyhow::bail!("there is no job {start} on this host; `flynn-host ps -a` lists all"),
+        (Some(one), Some(other)) => anyhow::bail!("{start} may be {one} or {other}; give more of it"),
+    }
+}
+
+fn print_json(value: &impl serde::Serialize) -> anyhow::Result<()> {
+    println!("{}", serde_json::to_string_pretty(value)?);
+    Ok(())
+}
+
+/// A signal by number or name, with or without `SIG`.
+fn signal_number(text: &str) -> Option<i32> {
+    const NAMES: [(&str, i32); 14] = [
+        ("HUP", libc::SIGHUP),
+        ("INT", libc::SIGINT),
+        ("QUIT", libc::SIGQUIT),
+        ("ABRT", libc::SIGABRT),
+        ("KILL", libc::SIGKILL),
+        ("USR1", libc::SIGUSR1),
+        ("USR2", libc::SIGUSR2),
+        ("ALRM", libc::SIGALRM),
+        ("TERM", libc::SIGTERM),
+        ("CONT", libc::SIGCONT),
+        ("STOP", libc::SIGSTOP),
+        ("TSTP", libc::SIGTSTP),
+        ("WINCH", libc::SIGWINCH),
+        ("CHLD", libc::SIGCHLD),
+    ];
+    let name = text.to_ascii_uppercase();
+    let name = name.strip_prefix("SIG").unwrap_or(&name);
+    let named = NAMES
+        .iter()
+        .find(|(known, _)| *known == name)
+        .map(|(_, number)| *number);
+    named.or_else(|| text.parse().ok().filter(|number| (1..=64).contains(number)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn signals_have_names_and_numbers() {
+        assert_eq!(signal_number("sighup"), Some(1));
+        assert_eq!(signal_number("15"), Some(15));
+        assert_eq!(signal_number("0"), None);
+        assert_eq!(signal_number("FLY"), None);
+    }
+}
