@@ -135,7 +135,10 @@ fn show(context: &Context, release: &Known) -> Result<()> {
     for kind in release.processes.keys() {
         output::line(format!("Process type:   {kind}"))?;
     }
-    output::line(format!("Created:        {}", ago(release.created_at)))?;
+    let created = release
+        .created_at
+        .map_or_else(|| "-".to_owned(), |time| time.to_string());
+    output::line(format!("Created:        {created}"))?;
     for (name, value) in redact::env(&release.env) {
         output::line(format!("ENV[{name}]: {value}"))?;
     }
