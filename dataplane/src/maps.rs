@@ -6,7 +6,7 @@ use std::{
 };
 
 use aya::{
-    Ebpf,
+    Ebpf, Pod,
     maps::{Array, HashMap, Map, MapData, MapError, PerCpuArray, PerCpuValues},
     util::nr_cpus,
 };
@@ -50,6 +50,16 @@ impl Maps {
             self.endpoints4.insert(Ipv4::from(network.gateway4), gateway, 0)?;
             if let Some(gateway6) = network.gateway6 {
                 self.endpoints6.insert(Ipv6::from(gateway6), gateway, 0)?;
+            }
+            for old in keys(&self.endpoints4, Endpoint::GATEWAY)? {
+                if old != Ipv4::from(network.gateway4) {
+                    absent_is_fine(self.endpoints4.remove(&old))?;
+                }
+            }
+            for old in keys(&self.endpoints6, Endpoint::GATEWAY)? {
+                if Some(old) != network.gateway6.map(Ipv6::from) {
+                    absent_is_fine(self.endpoints6.remove(&old))?;
+                }
             }
             Ok(self.config.set(0, network.config(), 0)?)
         };
@@ -172,6 +182,18 @@ impl Maps {
             .find(|slot| !self.slots.contains(slot))
             .ok_or(Error::Full(MAX_LOCAL_ENDPOINTS))
     }
+}
+
+/// The addresses of the endpoints of a kind.
+fn keys<K: Pod>(endpoints: &HashMap<MapData, K, Endpoint>, kind: u16) -> Result<Vec<K>, MapError> {
+    let mut keys = Vec::new();
+    for entry in endpoints {
+        let (key, endpoint) = entry?;
+        if endpoint.flags & kind != 0 {
+            keys.push(key);
+        }
+    }
+    Ok(keys)
 }
 
 fn absent_is_fine(removed: Result<(), MapError>) -> Result<(), MapError> {

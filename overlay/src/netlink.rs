@@ -10,7 +10,7 @@ use futures::TryStreamExt;
 use rtnetlink::{
     Handle, LinkMessageBuilder, LinkUnspec, LinkVeth, LinkVxlan, RouteMessageBuilder,
     packet_route::{
-        address::AddressHeaderFlags,
+        address::{AddressAttribute, AddressHeaderFlags},
         link::{
             AfSpecInet6, AfSpecUnspec, In6AddrGenMode, InfoData, InfoVeth, LinkAttribute, LinkMessage, State,
         },
@@ -213,6 +213,21 @@ impl Netlink {
             request.message_mut().header.flags |= AddressHeaderFlags::Nodad;
         }
         request.execute().await.map_err(to_io)
+    }
+
+    /// The IPv4 addresses of an interface.
+    pub(crate) async fn addresses(&self, link: u32) -> io::Result<Vec<Ipv4Addr>> {
+        let addresses = self.handle.address().get().set_link_index_filter(link).execute();
+        let addresses: Vec<_> = addresses.try_collect().await.map_err(to_io)?;
+        let of = |attribute| match attribute {
+            AddressAttribute::Address(IpAddr::V4(address)) => Some(address),
+            _ => None,
+        };
+        Ok(addresses
+            .into_iter()
+            .flat_map(|message| message.attributes)
+            .filter_map(of)
+            .collect())
     }
 
     /// Makes a neighbour known for good.

@@ -115,7 +115,8 @@ impl Network {
     }
 
     /// Removes what belongs to none of the live containers and leaves the others alone, except that what was lost of
-    /// them beside their interface is put back.
+    /// them beside their interface is put back. A container which is being attached at the same time, and is not among
+    /// the live, counts as a stray.
     pub async fn reconcile(&self, live: &[Ipv4Addr]) -> Result<Reconciled> {
         let live: BTreeSet<_> = live.iter().copied().collect();
         let links = self
@@ -235,6 +236,20 @@ impl Network {
     async fn device_up(&self) -> Result<()> {
         let failed = |what: &str| Error::kernel(format!("{what} {DEVICE}"));
         let gateway_mac = mac(self.gateway());
+        if let Some(link) = self.netlink.link(DEVICE).await.map_err(failed("looking for"))? {
+            let addresses = self
+                .netlink
+                .addresses(link.index)
+                .await
+                .map_err(failed("looking at"))?;
+            if addresses.iter().any(|&address| address != self.gateway()) {
+                // From a time when the host had another subnet: routes go with it.
+                self.netlink
+                    .remove_link(DEVICE)
+                    .await
+                    .map_err(failed("removing"))?;
+            }
+        }
         if self
             .netlink
             .link(DEVICE)

@@ -85,6 +85,7 @@ fn main() {
                 strict_return_path_checks,
             ),
             ("a_host_without_ipv6_has_a_network", a_host_without_ipv6),
+            ("a_host_gets_another_subnet", a_host_gets_another_subnet),
             ("down_leaves_nothing", down_leaves_nothing),
         ],
     )
@@ -614,6 +615,40 @@ fn a_host_without_ipv6() {
         );
         network.attach(b.as_fd(), address(3)).await.unwrap();
         tcp_echo(&a, &b, address(3).into(), 1 << 16);
+    });
+}
+
+fn a_host_gets_another_subnet() {
+    Host::run(|host| async move {
+        let network = host.network().await;
+        let old = Container::attach(&network, 2).await;
+        drop(network);
+        let moved = NetworkConfig {
+            subnet: "100.100.8.0/24".parse().unwrap(),
+            ..host.config()
+        };
+        let network = Network::up(moved).await.unwrap();
+        assert_eq!(network.reconcile(&[]).await.unwrap().removed, [old.ipv4]);
+        let addresses = ip(&["address"]);
+        assert!(
+            addresses.contains("100.100.8.1/32") && !addresses.contains("100.100.7."),
+            "{addresses}"
+        );
+        let routes = ip(&["route"]);
+        assert!(!routes.contains("100.100.7."), "{routes}");
+        let namespace = Namespace::new();
+        let new = Ipv4Addr::new(100, 100, 8, 2);
+        network.attach(namespace.as_fd(), new).await.unwrap();
+        tcp_echo(&Host::namespace(), &namespace, new.into(), 1000);
+        let before = drops(&network, DropReason::NoEndpoint);
+        namespace.run(|| {
+            udp("0.0.0.0:0".parse().unwrap())
+                .send_to(b"?", "100.100.7.1:9")
+                .unwrap()
+        });
+        eventually("the old gateway is nobody", || {
+            drops(&network, DropReason::NoEndpoint) == before + 1
+        });
     });
 }
 
