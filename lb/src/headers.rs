@@ -54,6 +54,7 @@ pub fn check<B>(request: &Request<B>) -> Result<String, Refusal> {
             "this is not a forward proxy: CONNECT is not served",
         ));
     }
+    // hyper has already dropped the length that loses (RFC 9112, §6.3); another server might not.
     if headers.contains_key(TRANSFER_ENCODING) && headers.contains_key(CONTENT_LENGTH) {
         return Err((
             StatusCode::BAD_REQUEST,
