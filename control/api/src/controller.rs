@@ -5,12 +5,13 @@
 //! | call | what |
 //! | --- | --- |
 //! | `GET`/`POST /apps`, `GET`/`POST`/`DELETE /apps/{app}` | [`App`]; `{app}` is an id or a name |
+//! | `POST /apps/{app}/meta` | replaces all labels; `POST /apps/{app}` leaves what is not given |
 //! | `GET`/`POST /releases`, `GET /releases/{id}`, `GET /apps/{app}/releases` | [`Release`] |
 //! | `PUT`/`GET /apps/{app}/release` | the app's current release, `{"id":…}` |
 //! | `DELETE /apps/{app}/releases/{id}` | deletes one that is not in use |
 //! | `GET`/`POST /artifacts`, `GET /artifacts/{id}` | [`Artifact`](crate::image::Artifact) |
 //! | `PUT`/`GET`/`DELETE /apps/{app}/formations/{release}`, `GET /apps/{app}/formations` | [`Formation`] |
-//! | `GET /formations?active=true`, or a stream | [`ExpandedFormation`] |
+//! | `GET /formations?active=true`, or a stream | [`ExpandedFormation`]; in a stream `?current=true` marks the end of what was there by one without an app |
 //! | `PUT /apps/{app}/scale/{release}` | [`ScaleRequest`] |
 //! | `GET`/`POST /apps/{app}/jobs`, `GET`/`PUT`/`DELETE /apps/{app}/jobs/{id}`, `GET /active-jobs` | [`Job`], [`NewJob`] |
 //! | `POST /apps/{app}/deploy`, `GET /apps/{app}/deployments`, `GET /deployments/{id}` | [`Deployment`] |

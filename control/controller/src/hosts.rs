@@ -14,8 +14,10 @@ use flynn_api::{Error, Meta, Result};
 const DISCOVERY_TIMEOUT: Duration = Duration::from_secs(5);
 /// How long a host may take to answer. Starting a job includes fetching its layers.
 const HOST_TIMEOUT: Duration = Duration::from_mins(5);
-/// Labels of a host's instance that are its tags begin so.
-const TAG: &str = "tag:";
+/// Labels of a host's instance that hold its id.
+const ID: [&str; 2] = ["id", "FLYNN_HOST_ID"];
+/// The label of a host that is about to go.
+const SHUTDOWN: &str = "shutdown";
 
 /// All hosts. Cheap to clone.
 #[derive(Clone)]
@@ -31,8 +33,10 @@ pub(crate) struct Host {
     pub(crate) id: String,
     /// `address:port` of its API.
     pub(crate) addr: String,
-    /// Its tags, as far as discoverd knows them.
+    /// Its tags.
     pub(crate) tags: Meta,
+    /// It is about to go: its jobs can be reached, but it gets no new ones.
+    pub(crate) leaving: bool,
 }
 
 impl Hosts {
@@ -92,16 +96,15 @@ impl Hosts {
     }
 }
 
+/// A host of its instance, whose labels are its tags and its id.
 fn host(instance: Instance) -> Option<Host> {
-    let id = instance
-        .meta
-        .get("FLYNN_HOST_ID")
-        .or_else(|| instance.meta.get("id"))?
-        .clone();
-    let tag = |(key, value): (String, String)| Some((key.strip_prefix(TAG)?.to_owned(), value));
+    let mut tags = instance.meta;
+    let id = ID.iter().find_map(|name| tags.remove(*name))?;
+    let leaving = tags.remove(SHUTDOWN).is_some_and(|value| value == "true");
     Some(Host {
         id,
         addr: instance.addr,
-        tags: instance.meta.into_iter().filter_map(tag).collect(),
+        tags,
+        leaving,
     })
 }

@@ -26,6 +26,8 @@ pub(crate) const MAX_LINES: u32 = 10_000;
 const MAX_JOBS: usize = 100;
 /// Lines on their way to a reader.
 const QUEUE: usize = 256;
+/// Lines of each job that are read twice, at least, when its log is followed.
+const OVERLAP: u32 = 1000;
 /// How long one host may take for its part of the past.
 const PAST_TIMEOUT: Duration = Duration::from_secs(10);
 /// Before a host that broke off is asked again.
@@ -83,11 +85,17 @@ pub(crate) async fn stream(shared: &Arc<Shared>, app: &apps::Found, wanted: Want
     let hosts = shared.hosts.list().await?;
     let mut tails = Vec::with_capacity(jobs.len());
     let mut past = Vec::new();
+    // Where following begins is found by times: enough lines to tell those of the same time apart.
+    let lines = if wanted.follow {
+        wanted.lines.max(OVERLAP)
+    } else {
+        wanted.lines
+    };
     let fetches: Vec<_> = jobs
         .into_iter()
         .map(|job| {
             let host = hosts.iter().find(|host| host.id == job.host_id).cloned();
-            fetch(shared.hosts.clone(), host, job, wanted.lines)
+            fetch(shared.hosts.clone(), host, job, lines)
         })
         .collect();
     let mut fetches = futures::stream::iter(fetches).buffer_unordered(8);

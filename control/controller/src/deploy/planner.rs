@@ -9,7 +9,7 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use flynn_api::Error;
-use flynn_api::controller::{Job, Processes};
+use flynn_api::controller::{Job, Processes, Release};
 use serde::{Deserialize, Serialize};
 
 /// More jobs of the new release than these going down fail the deployment.
@@ -160,6 +160,25 @@ fn fail(seen: &Seen<'_>, what: &str) -> Action {
     Action::Fail { why, restore: true }
 }
 
+/// Refuses a deployment whose strategy would do harm.
+///
+/// `all-at-once` runs old and new side by side. A volume belongs to one job at a time, so the new jobs would start on
+/// empty ones, and the data would stay behind with the old.
+pub(crate) fn check(strategy: Strategy, new: &Release, processes: &Processes) -> Result<(), Error> {
+    let Strategy::AllAtOnce = strategy;
+    let keeps_data = |kind: &&String| {
+        let process = new.processes.get(*kind);
+        process.is_some_and(|process| process.volumes.iter().any(|volume| !volume.delete_on_stop))
+    };
+    match processes.keys().find(keeps_data) {
+        None => Ok(()),
+        Some(kind) => Err(Error::conflict(format!(
+            "{kind} keeps data on a volume, and {strategy} would start its new jobs beside the old ones, without that \
+             data. Scale {kind} to 0, deploy, then scale it up again: the next job takes the volume over"
+        ))),
+    }
+}
+
 /// The counts that the new release starts with: those of the old one, as far as it has such processes.
 pub(crate) fn carried_over(old: &Processes, has: impl Fn(&str) -> bool) -> Processes {
     old.iter()
@@ -171,6 +190,7 @@ pub(crate) fn carried_over(old: &Processes, has: impl Fn(&str) -> bool) -> Proce
 #[cfg(test)]
 mod tests {
     use super::*;
+    use flynn_api::controller::{ProcessType, VolumeReq};
 
     /// A generator of numbers that a seed determines (SplitMix64).
     struct Dice(u64);
@@ -381,6 +401,35 @@ mod tests {
         assert_eq!(
             carried_over(&old, |kind| kind != "gone"),
             [("web".to_owned(), 2)].into()
+        );
+    }
+
+    #[test]
+    fn data_is_not_left_behind() {
+        let volume = |delete_on_stop| VolumeReq {
+            path: "/data".into(),
+            delete_on_stop,
+        };
+        let release = |volume| {
+            let process = ProcessType {
+                volumes: vec![volume],
+                ..ProcessType::default()
+            };
+            Release {
+                processes: [("db".to_owned(), process)].into(),
+                ..Release::default()
+            }
+        };
+        let runs: Processes = [("db".to_owned(), 1)].into();
+        let why = check(Strategy::AllAtOnce, &release(volume(false)), &runs).unwrap_err();
+        assert!(why.message.contains("Scale db to 0, deploy"), "{why}");
+        assert!(
+            check(Strategy::AllAtOnce, &release(volume(true)), &runs).is_ok(),
+            "a volume that goes with its job"
+        );
+        assert!(
+            check(Strategy::AllAtOnce, &release(volume(false)), &Processes::new()).is_ok(),
+            "nothing runs"
         );
     }
 

@@ -76,12 +76,13 @@ async fn round(shared: &Shared) -> Result<usize> {
     if unfinished.is_empty() {
         return Ok(0);
     }
-    let hosts: Option<Vec<Meta>> = shared
-        .hosts
-        .list()
-        .await
-        .ok()
-        .map(|hosts| hosts.into_iter().map(|host| host.tags).collect());
+    let hosts: Option<Vec<Meta>> = shared.hosts.list().await.ok().map(|hosts| {
+        hosts
+            .into_iter()
+            .filter(|host| !host.leaving)
+            .map(|host| host.tags)
+            .collect()
+    });
     for app in &unfinished {
         if let Err(why) = advance(shared, *app, hosts.as_deref()).await {
             tracing::warn!(%app, %why, "an app's deployment could not be advanced; trying again");

@@ -12,6 +12,7 @@ use super::State;
 use crate::data::{Change, Lock, apps, formations, jobs, lock, routes, scales};
 use crate::deploy::worker;
 use crate::rules;
+use crate::service::Shared;
 
 /// `GET /apps`.
 pub(crate) async fn list(state: State) -> Result<Json<Vec<App>>> {
@@ -64,16 +65,29 @@ async fn default_route(change: &mut Change<'_>, found: &apps::Found, domain: &st
     change.tell(EventKind::Route, Some(&found.app.id), &route.id, &route)
 }
 
-/// `POST /apps/{app}`: labels, strategy, timeout.
+/// `POST /apps/{app}`: labels, strategy, timeout. What is left out stays.
 pub(crate) async fn update(
     state: State,
     Path(app): Path<String>,
     StrictJson(wanted): StrictJson<App>,
 ) -> Result<Json<App>> {
-    let mut client = state.database.client().await?;
+    change(&state, &app, |app| rules::app::change(app, &wanted)).await
+}
+
+/// `POST /apps/{app}/meta`: the labels, all of them.
+pub(crate) async fn relabel(
+    state: State,
+    Path(app): Path<String>,
+    StrictJson(wanted): StrictJson<App>,
+) -> Result<Json<App>> {
+    change(&state, &app, |app| rules::app::relabel(app, &wanted)).await
+}
+
+async fn change(shared: &Shared, app: &str, rule: impl FnOnce(App) -> Result<App>) -> Result<Json<App>> {
+    let mut client = shared.database.client().await?;
     let mut change = Change::begin(&mut client).await?;
-    let found = apps::claim(change.tx(), &app).await?;
-    let app = apps::update(change.tx(), found.id, &rules::app::change(found.app, &wanted)?).await?;
+    let found = apps::claim(change.tx(), app).await?;
+    let app = apps::update(change.tx(), found.id, &rule(found.app)?).await?;
     change.tell(EventKind::App, Some(&app.id), &app.id, &app)?;
     change.commit().await?;
     Ok(Json(app))

@@ -12,7 +12,7 @@ use super::State;
 use super::releases::{ReleaseId, usable};
 use crate::data::events::Filter;
 use crate::data::{Change, apps, deployments, formations, id_of};
-use crate::deploy::planner::{Strategy, carried_over};
+use crate::deploy::planner::{self, Strategy, carried_over};
 use crate::deploy::worker;
 use crate::service::Shared;
 
@@ -31,7 +31,7 @@ pub(crate) async fn create(
         _ => why,
     };
     let new = usable(change.tx(), &found, &wanted.id).await.map_err(unknown)?;
-    found.app.strategy.parse::<Strategy>()?;
+    let strategy: Strategy = found.app.strategy.parse()?;
     deployments::refuse_while_under_way(change.tx(), found.id, "another deployment").await?;
     let old = found
         .app
@@ -55,6 +55,7 @@ pub(crate) async fn create(
         .filter(|(kind, _)| has(kind))
         .map(|(k, v)| (k.clone(), v.clone()))
         .collect();
+    planner::check(strategy, &new.release, &processes)?;
     // Nothing runs: the release is set, and whoever asked scales it.
     let complete = before.processes.values().all(|n| *n == 0);
     let deployment = deployments::New {

@@ -33,6 +33,7 @@ pub(crate) fn router(shared: &Arc<Shared>) -> Router {
             "/apps/{app}",
             get(apps::get).post(apps::update).delete(apps::delete),
         )
+        .route("/apps/{app}/meta", post(apps::relabel))
         .route(
             "/apps/{app}/release",
             get(releases::current).put(releases::set_current),

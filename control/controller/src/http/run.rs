@@ -111,6 +111,7 @@ async fn start(
     attached: bool,
 ) -> Result<(Host, Job, HostClient)> {
     let mut hosts = shared.hosts.list().await?;
+    hosts.retain(|host| !host.leaving);
     let mut last = Error::unavailable("there is no host to run the job on: none is registered in discoverd");
     for _ in 0..TRIES.min(hosts.len()) {
         let uuid = Uuid::new_v4();

@@ -55,13 +55,22 @@ pub(crate) fn change(mut app: App, wanted: &App) -> Result<App> {
             "is set by PUT /apps/{app}/release, or by a deployment",
         ));
     }
-    app.meta.clone_from(&wanted.meta);
+    if !wanted.meta.is_empty() {
+        app.meta.clone_from(&wanted.meta);
+    }
     if !wanted.strategy.is_empty() {
         app.strategy.clone_from(&wanted.strategy);
     }
     if wanted.deploy_timeout != 0 {
         app.deploy_timeout = wanted.deploy_timeout;
     }
+    check(&app)?;
+    Ok(app)
+}
+
+/// An app with these labels and no others.
+pub(crate) fn relabel(mut app: App, wanted: &App) -> Result<App> {
+    app.meta.clone_from(&wanted.meta);
     check(&app)?;
     Ok(app)
 }

@@ -304,10 +304,21 @@ async fn log() {
     let mut lines = client.log("shop", &follow).await.unwrap();
     let mut next = async || lines.next().await.unwrap().unwrap().1;
     assert_eq!(next().await.msg, "line 5");
+    let quiet = LogOptions {
+        follow: true,
+        lines: Some(0),
+        ..LogOptions::default()
+    };
+    let mut new_lines = client.log("shop", &quiet).await.unwrap();
     // The same second again, and one later: neither is mistaken for what was read before.
     host.say(&jobs[0].id, 4, "same second");
     host.say(&jobs[0].id, 7, "later");
     assert_eq!(next().await.msg, "same second");
+    assert_eq!(
+        new_lines.next().await.unwrap().unwrap().1.msg,
+        "same second",
+        "nothing of the past"
+    );
     assert_eq!(next().await.msg, "later");
     let new = job(&app, &release, "web", JobState::Up);
     host.say(&new.id, 8, "from a new job");

@@ -12,12 +12,13 @@ use crate::common::controller::{Running, job, start};
 use crate::common::trial;
 
 /// Every call that needs a key. `{…}` stand for what [`Places`] has made.
-const CALLS: [(&str, &str); 43] = [
+const CALLS: [(&str, &str); 44] = [
     ("GET", "/apps"),
     ("POST", "/apps"),
     ("GET", "/apps/{app}"),
     ("POST", "/apps/{app}"),
     ("DELETE", "/apps/{app}"),
+    ("POST", "/apps/{app}/meta"),
     ("GET", "/apps/{app}/release"),
     ("PUT", "/apps/{app}/release"),
     ("GET", "/apps/{app}/releases"),
@@ -148,7 +149,7 @@ async fn complete() {
             }
         }
     }
-    assert_eq!(walked, 39 + OPEN.len(), "the source is no longer read as it was");
+    assert_eq!(walked, 40 + OPEN.len(), "the source is no longer read as it was");
 }
 
 async fn input() {

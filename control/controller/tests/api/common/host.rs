@@ -68,7 +68,7 @@ pub(crate) async fn start() -> (FakeHost, flynn_controller::Options) {
     let listener = Listener::tls(local, host.server_config(ClientAuth::Required).unwrap())
         .await
         .unwrap();
-    let meta = [("FLYNN_HOST_ID".to_owned(), "host1".to_owned())].into();
+    let meta = [("id".to_owned(), "host1".to_owned())].into();
     let instance = Instance::new("https", listener.local_addr().unwrap().to_string(), meta);
     let router = Router::new()
         .route("/host/jobs/{id}", put(add).delete(stop))
@@ -138,10 +138,8 @@ async fn attach_to(State(seen): Shared, mut request: Request) -> Result<Response
                 _ => break,
             }
         }
-        write_frame(&mut output, attach::STDERR, b"bye").await.unwrap();
-        write_frame(&mut output, attach::EXIT, &7i32.to_be_bytes())
-            .await
-            .unwrap();
+        let _ = write_frame(&mut output, attach::STDERR, b"bye").await;
+        let _ = write_frame(&mut output, attach::EXIT, &7i32.to_be_bytes()).await;
     });
     let headers = [("connection", "Upgrade"), ("upgrade", "flynn-attach/0")];
     Ok((http::StatusCode::SWITCHING_PROTOCOLS, headers).into_response())
