@@ -19,6 +19,9 @@ pub(crate) use alone::{ip, main};
 use flynn_overlay::{DropReason, Network, NetworkConfig};
 use rustix::thread::{LinkNameSpaceType, UnshareFlags, move_into_link_name_space};
 
+/// A payload of many packets.
+pub(crate) const MEGABYTES: usize = 8 << 20;
+
 /// How long anything may take that is not a hang.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(20);
 

@@ -1,0 +1,79 @@
+//! The network with real packets: hosts and containers as namespaces, real sockets in them.
+
+#![expect(clippy::unwrap_used, reason = "a test says what is wrong by panicking")]
+
+mod lifecycle;
+mod support;
+mod traffic;
+
+fn main() {
+    support::main(
+        &["ip", "nft"],
+        |_| None,
+        &[
+            (
+                "containers_reach_one_another",
+                traffic::containers_reach_one_another,
+            ),
+            (
+                "the_host_and_containers_reach_one_another",
+                traffic::the_host_and_containers_reach_one_another,
+            ),
+            (
+                "containers_reach_the_outside_by_the_host_s_address",
+                traffic::containers_reach_the_outside,
+            ),
+            (
+                "the_outside_does_not_reach_containers",
+                traffic::the_outside_does_not_reach_containers,
+            ),
+            (
+                "who_lies_about_its_address_is_dropped",
+                traffic::who_lies_about_its_address_is_dropped,
+            ),
+            (
+                "frames_that_the_overlay_does_not_carry_are_dropped",
+                traffic::frames_that_are_not_carried,
+            ),
+            (
+                "connections_outlive_the_daemon_and_its_successor",
+                lifecycle::connections_outlive_the_daemon,
+            ),
+            (
+                "no_datagram_is_lost_while_programs_are_replaced",
+                lifecycle::no_datagram_is_lost,
+            ),
+            (
+                "reconciling_removes_strays_and_mends_the_rest",
+                lifecycle::reconciling_removes_strays_and_mends,
+            ),
+            (
+                "attaching_again_replaces_what_was_there",
+                lifecycle::attaching_again_replaces,
+            ),
+            (
+                "a_failed_attachment_leaves_nothing",
+                lifecycle::a_failed_attachment_leaves_nothing,
+            ),
+            (
+                "a_container_that_is_gone_can_be_detached",
+                lifecycle::a_container_that_is_gone_can_be_detached,
+            ),
+            (
+                "many_containers_are_attached_at_once",
+                lifecycle::many_containers_are_attached_at_once,
+            ),
+            ("the_mtu_is_the_uplink_s", traffic::the_mtu_is_the_uplink_s),
+            (
+                "strict_return_path_checks_are_no_obstacle",
+                traffic::strict_return_path_checks,
+            ),
+            ("a_host_without_ipv6_has_a_network", traffic::a_host_without_ipv6),
+            (
+                "a_host_gets_another_subnet",
+                lifecycle::a_host_gets_another_subnet,
+            ),
+            ("down_leaves_nothing", lifecycle::down_leaves_nothing),
+        ],
+    )
+}
