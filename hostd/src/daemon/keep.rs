@@ -30,6 +30,9 @@ const SUPERVISOR_START: Duration = Duration::from_secs(10);
 /// How long a supervisor may take to answer.
 const SUPERVISOR_ANSWER: Duration = Duration::from_secs(10);
 
+/// How long the killed may take to die.
+const KILL: Duration = Duration::from_secs(10);
+
 /// Jobs that are over and still shown.
 const ENDED_JOBS: usize = 256;
 
@@ -261,6 +264,8 @@ impl Daemon {
                 connection = Connection::open(&Paths::socket(&id)).await.ok();
             }
         }
+        // What was left of the container goes before anybody hears that the job is over.
+        self.kill_container(&id).await;
         let end = self.end_of(&id);
         let address = self.table.get(&id).and_then(|entry| entry.status.address);
         let again = end.is_some_and(|end| end.resurrect);
@@ -329,13 +334,28 @@ impl Daemon {
         self.table.update(id, status);
     }
 
+    /// Kills what is in a job's groups, and waits until it is dead.
+    async fn kill_container(&self, id: &str) {
+        let Some(entry) = self.table.get(id) else { return };
+        let group = Group::of(&self.hierarchies, entry.job.partition, id);
+        let killed = async {
+            while !group.pids().is_empty() {
+                if let Err(error) = group.kill() {
+                    tracing::warn!(job = id, %error, "cannot kill what is left of it");
+                }
+                sleep(Duration::from_millis(2)).await;
+            }
+        };
+        if timeout(KILL, killed).await.is_err() {
+            tracing::error!(job = id, "what is left of it does not die");
+        }
+    }
+
     /// Removes what a container leaves when its supervisor could not.
     async fn clean_up_container(&self, id: &str, address: Option<Ipv4Addr>) {
         let Some(entry) = self.table.get(id) else { return };
+        self.kill_container(id).await;
         let group = Group::of(&self.hierarchies, entry.job.partition, id);
-        if !group.pids().is_empty() {
-            let _ = group.kill();
-        }
         let removed = tokio::task::spawn_blocking(move || group.remove(Duration::from_secs(2))).await;
         if let Ok(Err(error)) = removed {
             tracing::warn!(job = id, %error, "cannot remove its cgroups");

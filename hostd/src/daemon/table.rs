@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use flynn_api::host::{ActiveJob, Job, JobEvent, JobEventKind, JobState};
 use flynn_api::redact;
-use tokio::sync::{broadcast, watch};
+use tokio::sync::broadcast;
 
 use crate::status::Status;
 
@@ -29,8 +29,6 @@ pub(super) struct Table {
     host_id: String,
     entries: Mutex<BTreeMap<String, Entry>>,
     events: broadcast::Sender<JobEvent>,
-    /// Counts changes: who waits for one job waits for this.
-    changes: watch::Sender<u64>,
 }
 
 impl Table {
@@ -40,7 +38,6 @@ impl Table {
             host_id,
             entries: Mutex::default(),
             events,
-            changes: watch::Sender::new(0),
         }
     }
 
@@ -104,7 +101,6 @@ impl Table {
             job_id: entry.job.id.clone(),
             job,
         });
-        self.changes.send_modify(|count| *count += 1);
     }
 
     /// All jobs as events of now, and the events from now on.
@@ -116,11 +112,6 @@ impl Table {
             job: self.active(entry),
         };
         (entries.values().map(current).collect(), self.events.subscribe())
-    }
-
-    /// Wakes at each change.
-    pub(super) fn changes(&self) -> watch::Receiver<u64> {
-        self.changes.subscribe()
     }
 
     /// The job as the API shows it: without secrets.

@@ -1,0 +1,248 @@
+//! What is killed, broken, full or new, and what then.
+
+use std::fs;
+
+use flynn_api::ErrorCode;
+use flynn_api::host::JobState;
+use flynn_hostd::status::Status;
+use rustix::mount::{MountFlags, mount};
+
+use crate::host::{Host, kill, lives};
+
+pub(crate) async fn containers_outlive_the_daemon() {
+    let host = Host::boot().await;
+    let job = host.job("i=0; while :; do i=$((i+1)); echo line $i; sleep 0.02; done");
+    let before = host.run(&job).await;
+    host.says(&job.id, "line 3").await;
+    host.kill_daemon();
+    std::thread::sleep(std::time::Duration::from_millis(200));
+    host.start().await;
+    let after = host.wait(&job.id, |job| job.status == JobState::Running).await;
+    assert_eq!(
+        (after.pid, after.supervisor_pid),
+        (before.pid, before.supervisor_pid)
+    );
+    assert_eq!(after.started_at, before.started_at);
+    host.says(&job.id, "line 20").await;
+    let numbers: Vec<usize> = host
+        .lines(&job.id)
+        .await
+        .iter()
+        .map(|line| line.msg[5..].parse().unwrap())
+        .collect();
+    assert!(
+        numbers.iter().copied().eq(1..=numbers.len()),
+        "no line was lost: {numbers:?}"
+    );
+    // Stopped by an operator it leaves jobs alone as well.
+    host.stop_daemon();
+    assert!(lives(before.pid.unwrap()));
+    host.start().await;
+    host.api.stop_job(&job.id).await.unwrap();
+    assert_eq!(host.end(&job.id).await.status, JobState::Done);
+}
+
+pub(crate) async fn an_end_without_a_daemon_is_kept() {
+    let host = Host::boot().await;
+    let job = host.job("read x < /dev/zero; sleep 0.3; echo last; exit 11");
+    let mut job = job;
+    job.config.args[2] = "sleep 0.5; echo last; exit 11".into();
+    let running = host.run(&job).await;
+    host.kill_daemon();
+    let supervisor = running.supervisor_pid.unwrap();
+    assert!(
+        host.until(async || (!lives(supervisor)).then_some(()))
+            .await
+            .is_some()
+    );
+    host.start().await;
+    let ended = host.end(&job.id).await;
+    assert_eq!((ended.status, ended.exit_status), (JobState::Crashed, Some(11)));
+    assert_eq!(host.lines(&job.id).await.last().unwrap().msg, "last");
+}
+
+pub(crate) async fn a_container_dies_with_its_supervisor() {
+    let host = Host::boot().await;
+    let job = host.job("sleep 1000 & sleep 1000");
+    let running = host.run(&job).await;
+    kill(running.supervisor_pid.unwrap(), 9);
+    let ended = host.end(&job.id).await;
+    assert_eq!(ended.status, JobState::Crashed);
+    assert!(ended.error.unwrap().contains("supervisor was killed"));
+    assert!(!lives(running.pid.unwrap()));
+    assert!(
+        host.until(async || host.job_groups(&job.id).is_empty().then_some(()))
+            .await
+            .is_some()
+    );
+}
+
+pub(crate) async fn a_kept_job_survives_its_supervisor() {
+    let host = Host::boot().await;
+    let mut job = host.job("echo up; sleep 1000");
+    job.resurrect = true;
+    let first = host.run(&job).await;
+    kill(first.supervisor_pid.unwrap(), 9);
+    let again = |job: &flynn_api::host::ActiveJob| {
+        job.status == JobState::Running && job.supervisor_pid != first.supervisor_pid
+    };
+    let second = host.wait(&job.id, again).await;
+    assert_eq!(second.restarts, 1);
+    assert!(!lives(first.pid.unwrap()));
+    // Nor does it matter that nobody looked when the supervisor died.
+    host.kill_daemon();
+    kill(second.supervisor_pid.unwrap(), 9);
+    host.start().await;
+    let third = host.wait(&job.id, |job| {
+        job.status == JobState::Running && job.supervisor_pid != second.supervisor_pid
+    });
+    assert_eq!(third.await.restarts, 2);
+}
+
+pub(crate) async fn a_broken_record_harms_no_other() {
+    let host = Host::boot().await;
+    let (good, bad) = (host.job("sleep 1000"), host.job("sleep 1000"));
+    let running = host.run(&good).await;
+    host.run(&bad).await;
+    host.kill_daemon();
+    fs::write(
+        host.state.join("jobs").join(&bad.id).join("status.json"),
+        "{\"ver",
+    )
+    .unwrap();
+    fs::write(host.state.join("jobs/stray"), "").unwrap();
+    host.start().await;
+    assert_eq!(
+        host.wait(&good.id, |job| job.status == JobState::Running)
+            .await
+            .pid,
+        running.pid
+    );
+    assert_eq!(host.api.job(&bad.id).await.unwrap_err().code, ErrorCode::NotFound);
+    let notices = host.api.status().await.unwrap().notices;
+    assert!(
+        notices
+            .iter()
+            .any(|notice| notice.contains(&bad.id) && notice.contains("set aside")),
+        "{notices:?}"
+    );
+}
+
+pub(crate) async fn wrong_layers_leave_nothing() {
+    let host = Host::boot().await;
+    let bytes = fs::read(&host.layer_file).unwrap();
+    let layers = || {
+        let names = fs::read_dir(host.state.join("layers")).unwrap();
+        names
+            .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+            .collect::<Vec<_>>()
+    };
+    let before = layers();
+    let other = flynn_api::Digest::of(b"other");
+    let error = host.put_layer_as(other, bytes.clone()).await.unwrap_err();
+    assert!(
+        error.code == ErrorCode::Validation && error.message.contains("has the digest"),
+        "{error}"
+    );
+    let cut = host
+        .put_layer_as(flynn_api::Digest::of(&bytes[1..]), bytes[..1000].to_vec())
+        .await
+        .unwrap_err();
+    assert_eq!(cut.code, ErrorCode::Validation);
+    assert_eq!(layers(), before);
+    // One that is no squashfs is taken, and named when it is to be mounted.
+    let digest = flynn_api::Digest::of(b"no squashfs");
+    host.put_layer_as(digest, b"no squashfs".to_vec()).await.unwrap();
+    let mut job = host.job("true");
+    let layer = flynn_api::image::Layer::squashfs(digest, 11);
+    job.artifacts[0].manifest.as_mut().unwrap().rootfs[0]
+        .layers
+        .push(layer);
+    let error = host.api.add_job(&job).await.unwrap_err();
+    assert!(error.message.contains("cannot mount layer"), "{error}");
+}
+
+pub(crate) async fn a_full_disk_is_said_and_survived() {
+    // Room for the image and little more.
+    let host = Host::new(|state| {
+        mount("tmpfs", state, "tmpfs", MountFlags::empty(), Some(c"size=16m")).unwrap();
+    });
+    host.start().await;
+    host.put_layer(&host.layer_file).await.unwrap();
+    let job = host.job("yes 01234567890123456789012345678901234567890123456789 | head -n 100000; \
+                        dd if=/dev/zero of=/fill bs=64k 2>&1; echo still here; sleep 0.3; rm /fill; echo after; exit 12");
+    host.run(&job).await;
+    let full = host.until(async || {
+        let free = host.api.status().await.ok()?.disk_free;
+        (free == 0).then_some(())
+    });
+    assert!(full.await.is_some());
+    let refused = host
+        .put_layer_as(flynn_api::Digest::of(&vec![7; 1 << 20]), vec![7; 1 << 20])
+        .await
+        .unwrap_err();
+    assert!(
+        refused.code == ErrorCode::LimitExceeded && refused.message.contains("nearly full"),
+        "{refused}"
+    );
+    let refused = host.api.add_job(&host.job("true")).await.unwrap_err();
+    assert!(refused.message.contains("nearly full"), "{refused}");
+    let ended = host.end(&job.id).await;
+    assert_eq!(ended.exit_status, Some(12));
+    let stored = Status::read(&host.state.join("jobs").join(&job.id))
+        .unwrap()
+        .unwrap();
+    assert_eq!(stored.exit_status, Some(12));
+}
+
+pub(crate) async fn a_new_boot_is_noticed() {
+    let host = Host::boot().await;
+    let plain = host.job("sleep 1000");
+    let mut kept = host.job("sleep 1000");
+    kept.resurrect = true;
+    let mut stopped = host.job("sleep 1000");
+    stopped.resurrect = true;
+    let supervisors: Vec<u32> = {
+        let mut pids = Vec::new();
+        for job in [&plain, &kept, &stopped] {
+            pids.push(host.run(job).await.supervisor_pid.unwrap());
+        }
+        pids
+    };
+    host.api.stop_job(&stopped.id).await.unwrap();
+    host.end(&stopped.id).await;
+    // As if the machine had been off: nothing runs, and the boot is another.
+    host.kill_daemon();
+    for pid in supervisors {
+        kill(pid, 9);
+        assert!(host.until(async || (!lives(pid)).then_some(())).await.is_some());
+    }
+    for job in [&plain, &kept, &stopped] {
+        let dir = host.state.join("jobs").join(&job.id);
+        let status = Status {
+            boot_id: "an earlier one".into(),
+            ..Status::read(&dir).unwrap().unwrap()
+        };
+        status.write(&dir).unwrap();
+    }
+    host.start().await;
+    let ended = host.end(&plain.id).await;
+    assert_eq!(
+        (ended.status, ended.error.as_deref()),
+        (JobState::Crashed, Some("host restarted"))
+    );
+    host.wait(&kept.id, |job| job.status == JobState::Running).await;
+    assert_eq!(host.api.job(&stopped.id).await.unwrap().status, JobState::Done);
+}
+
+pub(crate) async fn two_daemons_do_not_share_a_state() {
+    let host = Host::boot().await;
+    let second = std::process::Command::new(env!("CARGO_BIN_EXE_flynn-host"))
+        .args(["daemon", "--id", "one", "--address", "192.0.2.1", "--state"])
+        .arg(&host.state)
+        .output()
+        .unwrap();
+    assert!(!second.status.success());
+    assert!(String::from_utf8_lossy(&second.stderr).contains("another flynn-host daemon"));
+    host.api.status().await.unwrap();
+}

@@ -1,0 +1,202 @@
+//! A job from its first word to its last.
+
+use flynn_api::ErrorCode;
+use flynn_api::host::{JobEventKind, JobState, Port};
+use futures::StreamExt as _;
+
+use crate::host::{Host, PATIENCE, lives};
+
+pub(crate) async fn signals_and_stops() {
+    let host = Host::boot().await;
+    let job = host.job(
+        "trap 'echo got usr1' USR1; trap 'echo bye; exit 5' TERM; echo ready; while :; do sleep 0.05; done",
+    );
+    host.run(&job).await;
+    host.says(&job.id, "ready").await;
+    host.api.signal_job(&job.id, 10).await.unwrap();
+    host.says(&job.id, "got usr1").await;
+    host.api.stop_job(&job.id).await.unwrap();
+    let ended = host.end(&job.id).await;
+    assert_eq!((ended.status, ended.exit_status), (JobState::Done, Some(5)));
+    host.says(&job.id, "bye").await;
+    // Again: nothing happens. Of what never was: not found.
+    host.api.stop_job(&job.id).await.unwrap();
+    assert_eq!(
+        host.api.stop_job("one-none").await.unwrap_err().code,
+        ErrorCode::NotFound
+    );
+    assert_eq!(
+        host.api.signal_job(&job.id, 10).await.unwrap_err().code,
+        ErrorCode::Conflict
+    );
+}
+
+pub(crate) async fn kills_who_does_not_stop() {
+    let host = Host::boot().await;
+    let mut job = host.job(
+        "trap '' TERM; (trap '' TERM; while :; do sleep 1; done) & echo ready; while :; do sleep 1; done",
+    );
+    job.stop_timeout = Some(1);
+    let running = host.run(&job).await;
+    host.says(&job.id, "ready").await;
+    host.api.stop_job(&job.id).await.unwrap();
+    let ended = host.end(&job.id).await;
+    assert_eq!((ended.status, ended.exit_status), (JobState::Done, Some(137)));
+    assert!(!lives(running.pid.unwrap()));
+}
+
+pub(crate) async fn restarts_what_is_to_be_kept() {
+    let host = Host::boot().await;
+    let mut job = host.job("echo run; sleep 0.05; exit 1");
+    job.resurrect = true;
+    let first = host.run(&job).await;
+    let third = host.wait(&job.id, |job| job.restarts >= 2).await;
+    assert_eq!(first.supervisor_pid, third.supervisor_pid);
+    assert!(
+        host.lines(&job.id)
+            .await
+            .iter()
+            .any(|line| line.msg.contains("starting it again in 250 ms"))
+    );
+    host.api.stop_job(&job.id).await.unwrap();
+    assert_eq!(host.end(&job.id).await.status, JobState::Done);
+}
+
+pub(crate) async fn rotates_logs() {
+    let host = Host::boot().await;
+    // 34 MB of output, which is some 50 in the log.
+    let job = host.job(
+        "yes 0123456789012345678901234567890123456789012345678901234567890123 | head -n 500000; echo last",
+    );
+    host.run(&job).await;
+    host.end(&job.id).await;
+    let log = host.state.join("jobs").join(&job.id).join("log");
+    let size: u64 = std::fs::read_dir(log)
+        .unwrap()
+        .map(|file| file.unwrap().metadata().unwrap().len())
+        .sum();
+    assert!(size > 10 << 20 && size <= 20 << 20, "{size}");
+    let lines = host.lines(&job.id).await;
+    assert_eq!(lines.last().unwrap().msg, "last");
+}
+
+pub(crate) async fn follows_logs() {
+    let host = Host::boot().await;
+    let job = host.job("for i in 1 2 3 4 5; do echo $i; sleep 0.05; done; printf partial");
+    host.run(&job).await;
+    host.says(&job.id, "2").await;
+    let log = host.api.log(&job.id, Some(1), true).await.unwrap();
+    let lines = tokio::time::timeout(PATIENCE, log.map(|line| line.unwrap().1.msg).collect::<Vec<_>>())
+        .await
+        .unwrap();
+    assert!(
+        lines.len() <= 5 && lines.ends_with(&["5".into(), "partial".into()]),
+        "{lines:?}"
+    );
+}
+
+pub(crate) async fn refuses_bad_jobs() {
+    let host = Host::boot().await;
+    let put = async |path: &str, body: &str| {
+        let request = http::Request::put(path)
+            .body(flynn_api::client::full(body.to_owned()))
+            .unwrap();
+        host.api.http().send(request).await.unwrap_err()
+    };
+    for (body, wanted) in [
+        ("{", "JSON"),
+        (r#"{"id":"one-1","confg":{}}"#, "confg"),
+        (r#"{"id":"one-2"}"#, "one-2"),
+        (r#"{"id":"one-1"}"#, "artifacts"),
+    ] {
+        let error = put("/host/jobs/one-1", body).await;
+        assert_eq!(error.code, ErrorCode::Validation, "{error}");
+        assert!(error.message.contains(wanted), "{error}");
+    }
+    let long = format!(r#"{{"id":"{}"}}"#, "x".repeat(5 << 20));
+    assert_eq!(
+        put("/host/jobs/one-1", &long).await.code,
+        ErrorCode::LimitExceeded
+    );
+
+    let job = host.job("sleep 100");
+    host.run(&job).await;
+    // The same again is the same; another one of that id is refused.
+    host.api.add_job(&job).await.unwrap();
+    let mut other = job.clone();
+    other.config.tty = true;
+    assert_eq!(
+        host.api.add_job(&other).await.unwrap_err().code,
+        ErrorCode::ObjectExists
+    );
+
+    let mut unknown = host.job("true");
+    unknown.artifacts[0].manifest.as_mut().unwrap().rootfs[0].layers[0].id = flynn_api::Digest::of(b"none");
+    let error = host.api.add_job(&unknown).await.unwrap_err();
+    assert!(error.message.contains("not on this host"), "{error}");
+
+    let mut networked = host.job("true");
+    networked.config.host_network = false;
+    let error = host.api.add_job(&networked).await.unwrap_err();
+    assert!(
+        error.code == ErrorCode::Unavailable && error.message.contains("bootstrap"),
+        "{error}"
+    );
+}
+
+pub(crate) async fn reports_events() {
+    let host = Host::boot().await;
+    let old = host.job("sleep 100");
+    host.run(&old).await;
+    let mut events = host.api.job_events().await.unwrap();
+    let mut job = host.job("sleep 0.1; exit 4");
+    job.config.env.insert("SOME_TOKEN".into(), "hush".into());
+    host.run(&job).await;
+    let mut seen = Vec::new();
+    while let Ok(Some(event)) = tokio::time::timeout(PATIENCE, events.next()).await {
+        let (_, event) = event.unwrap();
+        assert!(!format!("{event:?}").contains("hush"));
+        seen.push((event.event, event.job_id, event.job.exit_status));
+        if seen.last().unwrap().0 == JobEventKind::Stop {
+            break;
+        }
+    }
+    let new = |kind, exit| (kind, job.id.clone(), exit);
+    assert_eq!(
+        seen,
+        [
+            (JobEventKind::Current, old.id.clone(), None),
+            new(JobEventKind::Create, None),
+            new(JobEventKind::Start, None),
+            new(JobEventKind::Stop, Some(4)),
+        ]
+    );
+    assert!(!format!("{:?}", host.api.jobs().await.unwrap()).contains("hush"));
+}
+
+pub(crate) async fn checks_ports() {
+    let host = Host::boot().await;
+    let taken = std::net::TcpListener::bind("0.0.0.0:7000").unwrap();
+    let mut job = host.job("true");
+    job.config.ports = vec![Port {
+        port: 7000,
+        proto: "tcp".into(),
+        service: None,
+    }];
+    let error = host.api.add_job(&job).await.unwrap_err();
+    assert!(
+        error.code == ErrorCode::Conflict && error.message.contains("port 7000/tcp"),
+        "{error}"
+    );
+    drop(taken);
+    job.id = "one-free".into();
+    job.config.ports.push(Port {
+        port: 0,
+        proto: "tcp".into(),
+        service: None,
+    });
+    job.config.args = ["/bin/sh", "-c", "echo $PORT $PORT_1"].map(str::to_owned).into();
+    let (_, lines) = host.finish(&job).await;
+    let ports: Vec<u16> = lines[0].split(' ').map(|port| port.parse().unwrap()).collect();
+    assert!(ports[0] == 7000 && ports[1] > 1024, "{ports:?}");
+}

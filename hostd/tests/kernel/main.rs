@@ -1,0 +1,65 @@
+//! The daemon, its supervisors and containers on a real kernel.
+
+#![expect(
+    clippy::unwrap_used,
+    clippy::panic,
+    reason = "a test says what is wrong by panicking"
+)]
+
+mod attached;
+mod container;
+mod faults;
+mod host;
+mod life;
+mod network;
+
+use std::future::Future;
+use std::process::ExitCode;
+
+use libtest_mimic::{Arguments, Trial};
+
+/// Tests by their names.
+type Tests = Vec<(&'static str, fn())>;
+
+/// A test: its name, and a run of it on a thread of its own, whose namespaces it may change.
+macro_rules! tests {
+    ($($module:ident: $($name:ident)*;)*) => {
+        vec![$($((stringify!($name), (|| run($module::$name())) as fn())),*),*]
+    };
+}
+
+fn run(test: impl Future<Output = ()>) {
+    tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .unwrap()
+        .block_on(test);
+}
+
+fn main() -> ExitCode {
+    let arguments = Arguments::from_args();
+    let lacks = host::lacks();
+    let tests: Tests = tests![
+        container: runs_a_program_in_its_own_world keeps_layers_and_runs_apart limits_memory limits_processes
+            drops_capabilities_and_filters_calls runs_as_another_user masks_and_hides mounts_volumes
+            names_what_cannot_be_started;
+        life: signals_and_stops kills_who_does_not_stop restarts_what_is_to_be_kept rotates_logs follows_logs
+            refuses_bad_jobs reports_events checks_ports;
+        attached: pipes_lose_nothing terminals_have_sizes_and_signals attaches_before_and_after;
+        faults: containers_outlive_the_daemon an_end_without_a_daemon_is_kept
+            a_container_dies_with_its_supervisor a_kept_job_survives_its_supervisor a_broken_record_harms_no_other
+            wrong_layers_leave_nothing a_full_disk_is_said_and_survived a_new_boot_is_noticed
+            two_daemons_do_not_share_a_state;
+        network: containers_have_addresses services_are_registered;
+    ];
+    let trial = |(name, test): (&'static str, fn())| match &lacks {
+        None => Trial::test(name, move || {
+            test();
+            Ok(())
+        }),
+        Some(why) => Trial::test(name, || Ok(()))
+            .with_kind(format!("skipped: {why}"))
+            .with_ignored_flag(true),
+    };
+    libtest_mimic::run(&arguments, tests.into_iter().map(trial).collect()).exit_code()
+}

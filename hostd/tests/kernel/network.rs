@@ -1,0 +1,161 @@
+//! Containers in the cluster's network.
+
+use std::collections::BTreeMap;
+use std::net::Ipv4Addr;
+use std::sync::{Arc, Mutex};
+
+use axum::Router;
+use axum::extract::Path;
+use axum::routing::put;
+use flynn_api::discovery::Instance;
+use flynn_api::host::{Job, JobState, NetworkConfig, Port, Service};
+use flynn_api::server::{Json, Listener, serve};
+
+use crate::host::{Host, kill, lives};
+
+fn config() -> NetworkConfig {
+    NetworkConfig {
+        network: "100.100.0.0/16".into(),
+        subnet: "100.100.7.0/24".into(),
+    }
+}
+
+const GATEWAY: Ipv4Addr = Ipv4Addr::new(100, 100, 7, 1);
+
+fn networked(host: &Host, script: &str) -> Job {
+    let mut job = host.job(script);
+    job.config.host_network = false;
+    job
+}
+
+pub(crate) async fn containers_have_addresses() {
+    let host = Host::boot().await;
+    host.api.configure_network(&config()).await.unwrap();
+    host.api.configure_network(&config()).await.unwrap();
+    let other = NetworkConfig {
+        subnet: "100.100.8.0/24".into(),
+        ..config()
+    };
+    assert!(host.api.configure_network(&other).await.is_err());
+
+    let server = networked(
+        &host,
+        "cat /etc/resolv.conf; while :; do echo I am $EXTERNAL_IP | nc -l -p 80; done",
+    );
+    let one = host.run(&server).await;
+    let address = one.internal_ip.unwrap();
+    let ask = format!("while ! nc {address} 80; do sleep 0.05; done");
+    let (_, lines) = host.finish(&networked(&host, &ask)).await;
+    assert_eq!(lines.last().unwrap(), &format!("I am {address}"));
+    host.says(&server.id, &format!("nameserver {GATEWAY}")).await;
+
+    // The address stays with the job when its program, and when the daemon is started anew.
+    host.kill_daemon();
+    host.start().await;
+    let status = host.api.status().await.unwrap();
+    assert_eq!(
+        (status.gateway, status.subnet.as_deref()),
+        (Some(GATEWAY), Some("100.100.7.0/24"))
+    );
+    assert_eq!(
+        host.wait(&server.id, |job| job.status == JobState::Running)
+            .await
+            .internal_ip,
+        Some(address)
+    );
+    let (_, lines) = host.finish(&networked(&host, &ask)).await;
+    assert_eq!(lines.last().unwrap(), &format!("I am {address}"));
+    let network = host.api.network().await.unwrap();
+    let endpoint = network
+        .endpoints
+        .iter()
+        .find(|endpoint| endpoint.address == address)
+        .unwrap();
+    assert!(
+        endpoint.job_id == server.id && endpoint.tx_packets > 0,
+        "{endpoint:?}"
+    );
+
+    let supervisor = one.supervisor_pid.unwrap();
+    host.api.stop_job(&server.id).await.unwrap();
+    host.end(&server.id).await;
+    assert!(
+        host.until(async || (!lives(supervisor)).then_some(()))
+            .await
+            .is_some()
+    );
+    let gone = host
+        .until(async || host.api.network().await.ok()?.endpoints.is_empty().then_some(()))
+        .await;
+    assert!(gone.is_some(), "{:?}", host.api.network().await);
+}
+
+type Registry = Arc<Mutex<BTreeMap<String, Instance>>>;
+
+/// As much of discoverd as a supervisor needs.
+fn discoverd(registry: &Registry) -> Router {
+    let (registered, deregistered) = (Arc::clone(registry), Arc::clone(registry));
+    let register = async move |Path((service, _)): Path<(String, String)>, Json(instance): Json<Instance>| {
+        registered.lock().unwrap().insert(service, instance);
+        Json(serde_json::json!({}))
+    };
+    let deregister = async move |Path((service, _)): Path<(String, String)>| {
+        deregistered.lock().unwrap().remove(&service);
+        Json(serde_json::json!({}))
+    };
+    Router::new().route(
+        "/services/{service}/instances/{id}",
+        put(register).delete(deregister),
+    )
+}
+
+pub(crate) async fn services_are_registered() {
+    let host = Host::boot().await;
+    let port = |name: &str, number| Port {
+        port: number,
+        proto: "tcp".into(),
+        service: Some(Service {
+            name: name.into(),
+            create: true,
+            ..Service::default()
+        }),
+    };
+    // In the host's network before there is a gateway to register at.
+    let mut early = host.job("while :; do nc -l -p 7001 < /dev/null; done");
+    early.config.ports = vec![port("early", 7001)];
+    host.run(&early).await;
+    host.api.configure_network(&config()).await.unwrap();
+    let registry = Registry::default();
+    let listener = Listener::tcp((GATEWAY, flynn_api::discovery::PORT).into())
+        .await
+        .unwrap();
+    tokio::spawn(serve(listener, discoverd(&registry), std::future::pending()));
+    let registered = |name: &str| registry.lock().unwrap().get(name).cloned();
+    let instance = host.until(async || registered("early")).await.unwrap();
+    assert_eq!(instance.addr, "192.0.2.1:7001");
+
+    let mut job = networked(
+        &host,
+        "sleep 0.3; touch /up; trap 'exit 0' TERM; while :; do nc -l -p $PORT < /dev/null; done",
+    );
+    job.config.ports = vec![port("web", 0)];
+    // The shell waits for its nc, which waits for a client.
+    job.stop_timeout = Some(1);
+    let running = host.run(&job).await;
+    assert!(!running.healthy && registered("web").is_none());
+    let instance = host.until(async || registered("web")).await.unwrap();
+    assert_eq!(instance.addr, format!("{}:5000", running.internal_ip.unwrap()));
+    assert_eq!(instance.meta["FLYNN_JOB_ID"], job.id);
+    host.wait(&job.id, |job| job.healthy).await;
+    // What discoverd has lost comes back with a heartbeat.
+    registry.lock().unwrap().clear();
+    assert!(host.until(async || registered("web")).await.is_some());
+    host.api.deregister_job(&job.id).await.unwrap();
+    assert!(registered("web").is_none());
+    // A supervisor that stands still answers nobody, and nobody hangs.
+    kill(running.supervisor_pid.unwrap(), 19);
+    host.api.status().await.unwrap();
+    kill(running.supervisor_pid.unwrap(), 18);
+    host.api.stop_job(&job.id).await.unwrap();
+    host.end(&job.id).await;
+}
