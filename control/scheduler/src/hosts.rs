@@ -29,7 +29,7 @@ const TIMEOUT: Duration = Duration::from_secs(5);
 /// How long a stop or a start may take to be answered: layers may have to be fetched first.
 const SLOW: Duration = Duration::from_mins(2);
 /// The instance's label that carries the host's id.
-const HOST_ID: &str = "FLYNN_HOST_ID";
+const HOST_ID: &str = "id";
 /// The instance's label that says that the host is being shut down.
 const SHUTDOWN: &str = "shutdown";
 

@@ -87,8 +87,15 @@ impl Outbox {
         }
     }
 
-    /// Queues one report, unless the controller has it.
-    pub fn queue(&mut self, report: Report) {
+    /// Queues one report, unless the controller has it. States only go forward there: a job that has been up and that
+    /// its supervisor restarts is still reported as up.
+    pub fn queue(&mut self, mut report: Report) {
+        let told = self
+            .taken
+            .get(&report.id)
+            .into_iter()
+            .chain(self.waiting.get(&report.id));
+        report.state = told.map(|told| told.state).fold(report.state, JobState::max);
         if self.taken.get(&report.id) == Some(&report) {
             return;
         }
@@ -174,6 +181,21 @@ mod tests {
         outbox.taken(job("h-1", JobState::Up));
         outbox.queue(job("h-1", JobState::Up));
         assert!(outbox.is_empty());
+    }
+
+    #[test]
+    fn states_go_forward() {
+        let mut outbox = Outbox::default();
+        outbox.queue(job("h-1", JobState::Up));
+        outbox.taken(job("h-1", JobState::Up));
+        outbox.queue(Report {
+            restarts: Some(1),
+            ..job("h-1", JobState::Starting)
+        });
+        assert_eq!(
+            outbox.first().map(|report| (report.state, report.restarts)),
+            Some((JobState::Up, Some(1)))
+        );
     }
 
     #[test]

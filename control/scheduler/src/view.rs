@@ -111,7 +111,8 @@ impl Job {
             exit_status: active.exit_status,
             error: active.error.clone(),
             listed: true,
-            returns: spec.resurrect && matches!(active.status, HostJobState::Crashed | HostJobState::Failed),
+            // A host that is shut down says so as well.
+            returns: spec.resurrect && (active.status != HostJobState::Done || active.error.is_some()),
             ..Self::pending(spec, active.created_at)?
         })
     }
