@@ -118,7 +118,6 @@ pub(crate) fn deploy(profile: build::Profile, ports: Ports) -> Result<()> {
             .args(["-a", APP, "docker", "push", "--archive"])
             .arg(archive),
     )?;
-    exec::run(flynn(profile).args(["-a", APP, "scale", "app=1"]))?;
     wait(Duration::from_mins(1), || {
         answer(ports).is_some_and(|answer| answer.contains("200 OK"))
     })
@@ -154,7 +153,7 @@ pub(crate) fn what_next(profile: build::Profile, ports: Ports) {
     for line in [
         format!("export PATH={bin}:$PATH FLYNNRC={}", flynnrc().display()),
         format!("curl {}", url(ports)),
-        format!("flynn -a {APP} scale app=3"),
+        format!("flynn -a {APP} scale web=3"),
         format!("flynn -a {APP} env set GREETING=Hi"),
         "cargo xtask down".to_owned(),
     ] {
