@@ -83,20 +83,22 @@ fn build() -> Result<(), String> {
 /// A compiler with the sources of its standard library, and the cargo to drive it.
 struct Toolchain {
     name: &'static str,
-    cargo: OsString,
+    cargo: Vec<OsString>,
     environment: Vec<(&'static str, OsString)>,
 }
 
 fn nightly() -> Option<Toolchain> {
-    let output = Command::new("rustup")
-        .args(["run", "nightly", "rustc", "--print", "sysroot"])
-        .env_remove("RUSTUP_TOOLCHAIN")
+    const RUN: [&str; 3] = ["rustup", "run", "nightly"];
+    let mut rustc = clean(Command::new(RUN[0]));
+    let output = rustc
+        .args(&RUN[1..])
+        .args(["rustc", "--print", "sysroot"])
         .output()
         .ok()?;
     has_sources(&sysroot(&output)?).then(|| Toolchain {
         name: "rustup's nightly",
-        cargo: "cargo".into(),
-        environment: vec![("RUSTUP_TOOLCHAIN", "nightly".into())],
+        cargo: RUN.into_iter().chain(["cargo"]).map(OsString::from).collect(),
+        environment: Vec::new(),
     })
 }
 
@@ -108,7 +110,7 @@ fn system() -> Option<Toolchain> {
         .ok()?;
     has_sources(&sysroot(&output)?).then(|| Toolchain {
         name: RUSTC,
-        cargo: env::var_os("CARGO").unwrap_or_else(|| "cargo".into()),
+        cargo: vec![env::var_os("CARGO").unwrap_or_else(|| "cargo".into())],
         environment: vec![("RUSTC", RUSTC.into()), ("RUSTC_BOOTSTRAP", "1".into())],
     })
 }
@@ -126,8 +128,9 @@ fn has_sources(sysroot: &Path) -> bool {
 
 impl Toolchain {
     fn build(&self, programs: &Path, target_dir: &Path, linker: &Path) -> Result<PathBuf, String> {
-        let mut command = clean(Command::new(&self.cargo));
+        let mut command = clean(Command::new(&self.cargo[0]));
         command
+            .args(&self.cargo[1..])
             .current_dir(programs)
             .args([
                 "build",

@@ -6,7 +6,9 @@ use aya_ebpf::{
     maps::{Array, HashMap, PerCpuArray},
     programs::TcContext,
 };
-use flynn_abi::{Config, Counters, DropReason, Endpoint, Ipv4, Ipv6, MAX_DROP_REASONS, MAX_ENDPOINTS, MAX_LOCAL_ENDPOINTS};
+use flynn_abi::{
+    Config, Counters, DropReason, Endpoint, Ipv4, Ipv6, MAX_DROP_REASONS, MAX_ENDPOINTS, MAX_LOCAL_ENDPOINTS,
+};
 
 #[map(name = "config")]
 static CONFIG: Array<Config> = Array::pinned(1, 0);

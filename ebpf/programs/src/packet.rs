@@ -128,7 +128,10 @@ impl Header for Ipv6Header {
 #[inline(always)]
 fn halves(address: Ipv6) -> [u64; 2] {
     let [a, b, c, d, e, f, g, h, i, j, k, l, m, n, o, p] = address.octets();
-    [u64::from_ne_bytes([a, b, c, d, e, f, g, h]), u64::from_ne_bytes([i, j, k, l, m, n, o, p])]
+    [
+        u64::from_ne_bytes([a, b, c, d, e, f, g, h]),
+        u64::from_ne_bytes([i, j, k, l, m, n, o, p]),
+    ]
 }
 
 /// What the frame carries, if it is something that the overlay takes at all.
@@ -153,7 +156,11 @@ pub(crate) fn protocol(ctx: &TcContext) -> Result<Protocol, DropReason> {
 #[inline(always)]
 pub(crate) fn frame<H: Header>(ctx: &TcContext) -> Result<&Frame<H>, DropReason> {
     let frame = read::<Frame<H>>(ctx)?;
-    if frame.ip.is_sound() { Ok(frame) } else { Err(DropReason::Malformed) }
+    if frame.ip.is_sound() {
+        Ok(frame)
+    } else {
+        Err(DropReason::Malformed)
+    }
 }
 
 /// The packet's first bytes as a `T`, which must be made of bytes. The verifier lets nobody use it once the packet has
