@@ -18,6 +18,10 @@ const WAIT: Duration = Duration::from_secs(5);
 /// Settings of each connection: nothing waits for ever.
 const SETTINGS: &str = "-c statement_timeout=15000 -c lock_timeout=8000 \
                         -c idle_in_transaction_session_timeout=30000 -c application_name=flynn-controller";
+/// Between attempts to reach the database at the start, at most.
+const RETRY: Duration = Duration::from_millis(500);
+/// One attempt of so many is logged.
+const QUIET: u32 = 20;
 /// The second half of the migration lock's key.
 const MIGRATION_LOCK: i32 = 100;
 
@@ -75,15 +79,18 @@ impl Database {
     ///
     /// Several controllers may start at once: they do it one after the other, under an advisory lock.
     pub(crate) async fn migrate(&self) -> anyhow::Result<()> {
-        let mut wait = Duration::from_millis(100);
+        let mut attempts = 0_u32;
         let (mut client, connection) = loop {
             match self.config.connect(NoTls).await {
                 Ok(connected) => break connected,
                 Err(why) => {
-                    let server = describe(&self.config);
-                    tracing::warn!(why = %chain(&why), %server, again_in = ?wait, "waiting for PostgreSQL");
-                    tokio::time::sleep(wait).await;
-                    wait = (wait * 2).min(Duration::from_secs(3));
+                    if attempts.is_multiple_of(QUIET) {
+                        let server = describe(&self.config);
+                        tracing::warn!(why = %chain(&why), %server, "waiting for PostgreSQL");
+                    }
+                    // Short: a cluster that starts waits for this.
+                    tokio::time::sleep(RETRY.min(Duration::from_millis(50) * (attempts + 1))).await;
+                    attempts = attempts.saturating_add(1);
                 }
             }
         };

@@ -30,7 +30,8 @@ pub(crate) async fn create(
     let mut change = Change::begin(&mut client).await?;
     let (artifact, added) = artifacts::add(change.tx(), &artifact).await?;
     if added {
-        change.tell(EventKind::Artifact, None, &artifact.id, &artifact)?;
+        let shown = rules::artifact::redacted(&artifact);
+        change.tell(EventKind::Artifact, None, &artifact.id, &shown)?;
         change.commit().await?;
     }
     Ok(Json(artifact))

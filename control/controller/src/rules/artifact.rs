@@ -94,6 +94,19 @@ fn image(mut artifact: Artifact) -> Result<Artifact> {
     Ok(artifact)
 }
 
+/// An artifact as events show it: without secrets in the environments of its entrypoints.
+pub(crate) fn redacted(artifact: &Artifact) -> Artifact {
+    let mut shown = artifact.clone();
+    for entrypoint in shown
+        .manifest
+        .iter_mut()
+        .flat_map(|manifest| manifest.entrypoints.values_mut())
+    {
+        entrypoint.env = flynn_api::redact::env(&entrypoint.env);
+    }
+    shown
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -132,6 +145,25 @@ mod tests {
         })
         .unwrap();
         assert_eq!((bare.hashes, bare.size), (image().hashes, image().size));
+    }
+
+    #[test]
+    fn events_carry_no_secret() {
+        let mut artifact = image();
+        let entrypoint = artifact
+            .manifest
+            .as_mut()
+            .unwrap()
+            .entrypoints
+            .values_mut()
+            .next()
+            .unwrap();
+        entrypoint.env.insert("DB_PASSWORD".into(), "hunter2".into());
+        assert!(
+            !serde_json::to_string(&redacted(&artifact))
+                .unwrap()
+                .contains("hunter2")
+        );
     }
 
     #[test]

@@ -15,6 +15,7 @@ pub(crate) fn trials() -> Vec<libtest_mimic::Trial> {
     vec![
         trial("the_database_goes_and_comes_back", goes_and_comes_back),
         trial("it_waits_for_its_database", waits),
+        trial("controllers_that_start_together_migrate_once", together),
     ]
 }
 
@@ -108,4 +109,15 @@ async fn waits() {
     let running = starting.await.unwrap();
     running.app("shop").await;
     running.stop().await;
+}
+
+async fn together() {
+    let options = crate::common::controller::options().await;
+    let starting = [0, 1, 2].map(|_| start_with(options.clone()));
+    let running = futures::future::join_all(starting).await;
+    running[0].app("shop").await;
+    assert_eq!(running[2].client.app("shop").await.unwrap().name, "shop");
+    for controller in running {
+        controller.stop().await;
+    }
 }

@@ -47,6 +47,12 @@ fn command(program: &str) -> Command {
     command
 }
 
+fn copy(from: &Path, to: &Path) {
+    // Owner and modes as they are: PostgreSQL looks at both.
+    let copied = Command::new("cp").arg("-a").arg(from).arg(to).status().unwrap();
+    assert!(copied.success(), "cannot copy {}", from.display());
+}
+
 impl Cluster {
     /// Makes and starts one.
     pub(crate) fn start() -> Self {
@@ -62,22 +68,38 @@ impl Cluster {
             dir,
             server: Mutex::new(None),
         };
-        let data = cluster.data();
-        let made = command("initdb")
-            .args([
-                "--auth=trust",
-                "--username=flynn",
-                "--no-sync",
-                "--encoding=UTF8",
-                "--locale=C",
-                "-D",
-            ])
-            .arg(&data)
-            .status()
-            .unwrap();
-        assert!(made.success(), "initdb failed");
+        cluster.copy_template();
         cluster.launch();
         cluster
+    }
+
+    /// Copies a data directory that the first process to need one has made: `initdb` takes longer than most tests,
+    /// and runners may give each test a process.
+    fn copy_template(&self) {
+        let template = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("postgres-15-root-{}", is_root()));
+        if !template.exists() {
+            let made = command("initdb")
+                .args([
+                    "--auth=trust",
+                    "--username=flynn",
+                    "--no-sync",
+                    "--encoding=UTF8",
+                    "--locale=C",
+                ])
+                .arg("-D")
+                .arg(self.data())
+                .status()
+                .unwrap();
+            assert!(made.success(), "initdb failed");
+            let mine = template.with_extension(std::process::id().to_string());
+            copy(&self.data(), &mine);
+            // Another process may have been faster; its template is as good.
+            if std::fs::rename(&mine, &template).is_err() {
+                let _ = std::fs::remove_dir_all(&mine);
+            }
+            return;
+        }
+        copy(&template, &self.data());
     }
 
     fn data(&self) -> PathBuf {
