@@ -147,6 +147,9 @@ async fn chores(node: &Node, options: &Options) -> anyhow::Result<()> {
         round.tick().await;
         let running = node.raft.metrics().borrow_watched().running_state.clone();
         running.context("Raft has stopped: its disk has failed, most likely")?;
+        for peer in node.peers() {
+            node.dialer().learn(peer.id, &peer.addr);
+        }
         let now = modified();
         if now.is_some() && now != loaded {
             tracing::info!("the certificate was renewed: starting anew with it");
@@ -155,6 +158,7 @@ async fn chores(node: &Node, options: &Options) -> anyhow::Result<()> {
         // Not awaited for long: a leader without a majority cannot write, and would miss its rounds.
         let work = async {
             node.expire().await?;
+            node.shorten().await?;
             members::reconcile(node).await
         };
         if let Ok(Err(error)) = tokio::time::timeout(ROUND, work).await {

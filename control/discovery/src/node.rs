@@ -5,7 +5,6 @@
 //! alike on every host.
 
 use std::path::Path;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
@@ -28,6 +27,8 @@ use crate::view::View;
 
 /// How long a write may take until its outcome is given up on.
 const WRITE_TIMEOUT: Duration = Duration::from_secs(10);
+/// A log longer than this is cut short.
+const MAX_LOG_BYTES: u64 = 32 << 20;
 /// How long a read waits for the leader.
 const READ_TIMEOUT: Duration = Duration::from_secs(5);
 
@@ -40,7 +41,7 @@ pub struct Node {
     pub view: Arc<View>,
     id: u64,
     dialer: Dialer,
-    disk_full: Arc<AtomicBool>,
+    log: LogStore,
     liveness: Arc<Mutex<Liveness>>,
     began: Instant,
     // Held until the last clone is gone: one process alone may use the directory.
@@ -82,10 +83,9 @@ impl Node {
         let lock = lock(dir)?;
         let id = node_id(dir)?;
         let log = LogStore::open(dir).context("cannot open the Raft journal")?;
-        let disk_full = log.disk_full();
         let view = Arc::new(View::default());
         let machine = Machine::new(Arc::clone(&view), SnapshotFile::new(dir));
-        let raft = Raft::new(id, timing.config()?, dialer.clone(), log, machine)
+        let raft = Raft::new(id, timing.config()?, dialer.clone(), log.clone(), machine)
             .await
             .context("cannot start Raft")?;
         Ok(Self {
@@ -93,7 +93,7 @@ impl Node {
             view,
             id,
             dialer,
-            disk_full,
+            log,
             liveness: Arc::new(Mutex::new(Liveness::new(millis(timing.lease)))),
             began: Instant::now(),
             _lock: Arc::new(lock),
@@ -204,7 +204,7 @@ impl Node {
         let Some(term) = self.leads() else {
             return Ok(Forwarded::NotLeader);
         };
-        if self.disk_full.load(Ordering::Relaxed) {
+        if self.log.disk_is_full() {
             let message =
                 "the disk of the leading discoverd is full: make room on the volume of its job, then repeat";
             return Err(Error::new(ErrorCode::LimitExceeded, message));
@@ -350,6 +350,24 @@ impl Node {
         self.write_here(&Command::Expire { instances: expired })
             .await
             .map(drop)
+    }
+
+    /// Makes a snapshot and drops what it holds from the log, if the log has grown long. Entries alone are counted by
+    /// openraft; but a thousand entries may be a thousand pieces of metadata of a megabyte each.
+    pub async fn shorten(&self) -> Result<(), Error> {
+        if self.log.bytes() <= MAX_LOG_BYTES {
+            return Ok(());
+        }
+        let stopping = |error| Error::unavailable(format!("this discoverd is stopping: {error}"));
+        let snapshot = self.raft.data_metrics().borrow_watched().snapshot;
+        if let Some(snapshot) = snapshot {
+            self.raft
+                .trigger()
+                .purge_log(snapshot.index)
+                .await
+                .map_err(stopping)?;
+        }
+        self.raft.trigger().snapshot().await.map_err(stopping)
     }
 
     /// Calls the member `id`.

@@ -70,7 +70,6 @@ fn child(port: u16) -> std::process::ExitCode {
     options.tls = std::env::var_os("DISCOVERD_TEST_TLS").unwrap().into();
     options.api_port = port;
     options.timing = common::timing();
-    options.timing.lease = Duration::from_mins(1);
     block_on(flynn_discovery::run(options, CancellationToken::new())).unwrap();
     std::process::ExitCode::SUCCESS
 }

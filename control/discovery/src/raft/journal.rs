@@ -14,7 +14,7 @@
 //! cut off, the latter stops the start with an error that names the place.
 //!
 //! A full disk is waited out: the frame that did not fit is taken back and tried again until there is room; meanwhile
-//! [`Journal::disk_full`] says so. Any other failure to write or sync is final, because the page cache can no longer be
+//! [`Journal::disk_is_full`] says so. Any other failure to write or sync is final, because the page cache can no longer be
 //! trusted: the process ends and starts again from the file.
 
 use std::fs::{File, OpenOptions};
@@ -168,8 +168,8 @@ impl Journal {
     }
 
     /// Whether a write waits for room on the disk.
-    pub fn disk_full(&self) -> Arc<AtomicBool> {
-        Arc::clone(&self.full)
+    pub fn disk_is_full(&self) -> bool {
+        self.full.load(Ordering::Relaxed)
     }
 
     /// Bytes in the file.

@@ -8,7 +8,6 @@ use std::fmt::Debug;
 use std::io;
 use std::ops::RangeBounds;
 use std::path::Path;
-use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use openraft::storage::{IOFlushed, LogState, RaftLogStorage};
@@ -92,13 +91,13 @@ impl LogStore {
     }
 
     /// Whether a write waits for room on the disk.
-    pub fn disk_full(&self) -> Arc<AtomicBool> {
-        self.shared.journal.disk_full()
+    pub fn disk_is_full(&self) -> bool {
+        self.shared.journal.disk_is_full()
     }
 
-    /// Whether nothing was ever stored.
-    pub fn is_pristine(&self) -> bool {
-        *self.log() == Log::default()
+    /// Bytes on the disk.
+    pub fn bytes(&self) -> u64 {
+        self.shared.journal.length()
     }
 
     fn log(&self) -> MutexGuard<'_, Log> {

@@ -24,6 +24,8 @@ use super::{Member, Snapshot, SnapshotMeta, TypeConfig, Vote, snapshot};
 pub struct Dialer {
     tls: Arc<rustls::ClientConfig>,
     clients: Arc<Mutex<HashMap<String, Http>>>,
+    // openraft keeps the link that it made to a member when the member moves; the link asks here where it is now.
+    places: Arc<Mutex<HashMap<u64, String>>>,
 }
 
 /// Clients that are kept: more than there are members.
@@ -41,7 +43,26 @@ impl Dialer {
         Self {
             tls,
             clients: Arc::default(),
+            places: Arc::default(),
         }
+    }
+
+    /// The member `id` is at `addr` from now on.
+    pub fn learn(&self, id: u64, addr: &str) {
+        let mut places = self.places.lock().unwrap_or_else(PoisonError::into_inner);
+        if places.get(&id).is_none_or(|known| known != addr) {
+            places.insert(id, addr.to_owned());
+        }
+    }
+
+    fn dial_member(&self, id: u64) -> flynn_api::Result<Http> {
+        let place = self
+            .places
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .get(&id)
+            .cloned();
+        self.dial(&place.ok_or_else(|| flynn_api::Error::not_found("member", id))?)
     }
 
     /// A client of the discoverd at `addr`.
@@ -63,9 +84,10 @@ impl RaftNetworkFactory<TypeConfig> for Dialer {
     type Network = Link;
 
     async fn new_client(&mut self, target: u64, node: &Member) -> Link {
+        self.learn(target, &node.addr);
         Link {
             target,
-            http: self.dial(&node.addr),
+            dialer: self.clone(),
         }
     }
 }
@@ -74,7 +96,7 @@ impl RaftNetworkFactory<TypeConfig> for Dialer {
 #[derive(Debug)]
 pub struct Link {
     target: u64,
-    http: flynn_api::Result<Http>,
+    dialer: Dialer,
 }
 
 impl Link {
@@ -85,7 +107,7 @@ impl Link {
         body: &impl Serialize,
         timeout: Duration,
     ) -> Result<T, flynn_api::Error> {
-        let http = self.http.clone()?.timeout(timeout);
+        let http = self.dialer.dial_member(self.target)?.timeout(timeout);
         http.post(&format!("/raft/{}/{what}", self.target), body).await
     }
 }
@@ -142,7 +164,10 @@ impl RaftNetworkV2<TypeConfig> for Link {
             let header: (Vote, SnapshotMeta) = (vote, snapshot.meta);
             let body = snapshot::encode(&header, &snapshot.snapshot)
                 .map_err(|error| StreamingError::Network(NetworkError::new(&error)))?;
-            let http = self.http.clone().map_err(|error| refuse(&error))?;
+            let http = self
+                .dialer
+                .dial_member(self.target)
+                .map_err(|error| refuse(&error))?;
             let request = http::Request::post(format!("/raft/{}/snapshot", self.target))
                 .body(full(body))
                 .map_err(|error| StreamingError::Network(NetworkError::new(&error)))?;

@@ -9,6 +9,8 @@
 use std::future::Future;
 use std::net::{Ipv4Addr, SocketAddr, TcpListener};
 use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use flynn_api::client::Http;
@@ -34,6 +36,7 @@ pub struct Member {
     pub options: Options,
     pub dir: TempDir,
     running: Option<(Runtime, CancellationToken)>,
+    ended: Arc<AtomicBool>,
 }
 
 /// Short times, so that tests are.
@@ -42,7 +45,7 @@ pub fn timing() -> Timing {
         heartbeat: Duration::from_millis(50),
         election: Duration::from_millis(250),
         snapshot_after: 100,
-        lease: Duration::from_secs(2),
+        lease: Duration::from_mins(1),
     }
 }
 
@@ -67,6 +70,11 @@ impl Cluster {
 
     /// Adds a member that makes the cluster, or joins it, and starts it.
     pub fn add(&mut self) -> usize {
+        self.add_with(|_| ())
+    }
+
+    /// [`Cluster::add`] with other options.
+    pub fn add_with(&mut self, change: impl FnOnce(&mut Options)) -> usize {
         let at = self.members.len();
         let host_ip = Ipv4Addr::new(127, self.base[0], self.base[1], u8::try_from(at).unwrap() + 1);
         let dir = tempfile::tempdir().unwrap();
@@ -83,7 +91,7 @@ impl Cluster {
             .members
             .first()
             .map_or_else(|| free_port(host_ip), |first| first.options.dns_port);
-        let options = Options {
+        let mut options = Options {
             data: dir.path().join("data"),
             host_id: format!("h{at}"),
             host_ip,
@@ -99,10 +107,12 @@ impl Cluster {
             dns_port,
             timing: timing(),
         };
+        change(&mut options);
         self.members.push(Member {
             options,
             dir,
             running: None,
+            ended: Arc::default(),
         });
         self.members[at].start();
         at
@@ -159,13 +169,34 @@ impl Member {
             .unwrap();
         let stop = CancellationToken::new();
         let (options, stopped) = (self.options.clone(), stop.clone());
+        self.ended = Arc::default();
+        let ended = Arc::clone(&self.ended);
         runtime.spawn(async move {
             let host = options.host_id.clone();
             if let Err(error) = flynn_discovery::run(options, stopped).await {
                 eprintln!("{host} ended: {error:#}");
             }
+            ended.store(true, Ordering::Relaxed);
         });
         self.running = Some((runtime, stop));
+    }
+
+    /// Ends it in an orderly way.
+    pub fn stop(&mut self) {
+        if let Some((_, stop)) = &self.running {
+            stop.cancel();
+        }
+        let began = Instant::now();
+        while !self.has_ended() {
+            assert!(began.elapsed() < Duration::from_secs(20), "it does not stop");
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        self.kill();
+    }
+
+    /// Whether it has ended by itself.
+    pub fn has_ended(&self) -> bool {
+        self.ended.load(Ordering::Relaxed)
     }
 
     /// Ends it without any notice.
