@@ -463,7 +463,9 @@ mod tests {
             ("id", |job| job.id = "one-../x".into()),
             ("artifacts", |job| job.artifacts.clear()),
             ("resources", |job| {
-                drop(job.resources.0.insert("memroy".into(), Resource::default()))
+                {
+                    job.resources.0.insert("memroy".into(), Resource::default());
+                };
             }),
             ("resources.memory", |job| {
                 job.resources.0.insert(
@@ -475,11 +477,11 @@ mod tests {
                 );
             }),
             ("config.env", |job| {
-                drop(job.config.env.insert("A=B".into(), String::new()))
+                drop(job.config.env.insert("A=B".into(), String::new()));
             }),
             ("config.args", |job| job.config.args = vec!["a\0".into()]),
             ("config.working_dir", |job| {
-                job.config.working_dir = Some("x".into())
+                job.config.working_dir = Some("x".into());
             }),
             ("config.volumes.volume", |job| {
                 job.config.volumes = vec![VolumeBinding {
@@ -497,7 +499,7 @@ mod tests {
             }),
             ("config.mounts", |job| job.config.mounts = vec![Mount::default()]),
             ("config.ports.proto", |job| {
-                job.config.ports = vec![Port::default()]
+                job.config.ports = vec![Port::default()];
             }),
             ("config.ports.service.check.type", |job| {
                 let check = HealthCheck {
@@ -516,7 +518,7 @@ mod tests {
                 }];
             }),
             ("linux_capabilities", |job| {
-                job.config.linux_capabilities = Some(vec!["CAP_FLY".into()])
+                job.config.linux_capabilities = Some(vec!["CAP_FLY".into()]);
             }),
         ];
         assert!(check(&job(), "one").is_ok());

@@ -11,7 +11,7 @@ use std::sync::Arc;
 use tokio::io::unix::AsyncFd;
 
 /// What [`clone`] comes to: like `fork`, it returns twice.
-pub enum Cloned {
+pub(crate) enum Cloned {
     /// In the new process.
     Child,
     /// In the caller: the child's pid and a pidfd of it.
@@ -35,7 +35,7 @@ fn check(result: libc::c_long) -> io::Result<libc::c_long> {
 ///
 /// Refused in a process with more than one thread: the child's copy of a lock that another thread holds would never
 /// be released.
-pub fn clone(namespaces: libc::c_int) -> io::Result<Cloned> {
+pub(crate) fn clone(namespaces: libc::c_int) -> io::Result<Cloned> {
     if std::fs::read_dir("/proc/self/task")?.count() != 1 {
         return Err(io::Error::other(
             "a process with several threads must not be cloned without exec",
@@ -50,7 +50,7 @@ pub fn clone(namespaces: libc::c_int) -> io::Result<Cloned> {
 /// # Safety
 ///
 /// The process must have one thread only.
-pub unsafe fn clone_unchecked(namespaces: libc::c_int) -> io::Result<Cloned> {
+pub(crate) unsafe fn clone_unchecked(namespaces: libc::c_int) -> io::Result<Cloned> {
     /// `struct clone_args` up to `tls`, the first version.
     #[repr(C)]
     #[derive(Default)]
@@ -87,19 +87,19 @@ pub unsafe fn clone_unchecked(namespaces: libc::c_int) -> io::Result<Cloned> {
 }
 
 /// Leaves the process at once, without destructors or exit handlers: the only way out of a cloned child.
-pub fn exit_now(status: i32) -> ! {
+pub(crate) fn exit_now(status: i32) -> ! {
     // SAFETY: _exit takes any status and does not return.
     unsafe { libc::_exit(status) }
 }
 
 /// Puts the process into a new network namespace.
-pub fn unshare_network() -> io::Result<()> {
+pub(crate) fn unshare_network() -> io::Result<()> {
     // SAFETY: CLONE_NEWNET changes which network is seen; no memory and no descriptor table is affected.
     check(unsafe { libc::unshare(libc::CLONE_NEWNET) }.into()).map(drop)
 }
 
 /// Brings the loopback device of the current network namespace up.
-pub fn loopback_up() -> io::Result<()> {
+pub(crate) fn loopback_up() -> io::Result<()> {
     let socket = rustix::net::socket(
         rustix::net::AddressFamily::INET,
         rustix::net::SocketType::DGRAM,
@@ -110,19 +110,19 @@ pub fn loopback_up() -> io::Result<()> {
     for (to, from) in request.ifr_name.iter_mut().zip(b"lo") {
         *to = from.cast_signed();
     }
-    request.ifr_ifru.ifru_flags = (libc::IFF_UP | libc::IFF_RUNNING) as i16;
+    request.ifr_ifru.ifru_flags = i16::try_from(libc::IFF_UP | libc::IFF_RUNNING).unwrap_or_default();
     // SAFETY: SIOCSIFFLAGS reads an ifreq, which lives until the call returns.
     check(unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCSIFFLAGS, &raw const request) }.into()).map(drop)
 }
 
 /// Sends a signal to a process by its pid. Only for children that have not been waited for.
-pub fn kill(pid: i32, signal: i32) -> io::Result<()> {
+pub(crate) fn kill(pid: i32, signal: i32) -> io::Result<()> {
     // SAFETY: no memory is passed.
     check(unsafe { libc::kill(pid, signal) }.into()).map(drop)
 }
 
 /// Blocks every signal and gives a descriptor from which SIGCHLD and those that were sent to us can be read.
-pub fn signal_fd() -> io::Result<OwnedFd> {
+pub(crate) fn signal_fd() -> io::Result<OwnedFd> {
     // SAFETY: all-zero bytes are a valid sigset_t, and sigfillset initialises it whole.
     let mut set: libc::sigset_t = unsafe { std::mem::zeroed() };
     // SAFETY: the set lives until the calls return.
@@ -136,13 +136,13 @@ pub fn signal_fd() -> io::Result<OwnedFd> {
 }
 
 /// Reads and forgets what is queued in a [`signal_fd`].
-pub fn drain(fd: BorrowedFd<'_>) {
+pub(crate) fn drain(fd: BorrowedFd<'_>) {
     let mut buffer = [0_u8; 4096];
     while rustix::io::read(fd, &mut buffer).is_ok_and(|count| count > 0) {}
 }
 
 /// Unblocks every signal and resets those that may be ignored to their default action, for a program about to start.
-pub fn reset_signals() {
+pub(crate) fn reset_signals() {
     // SAFETY: the set is initialised by sigemptyset; SIG_DFL is valid for every signal (those that cannot be changed
     // are refused, which does not matter).
     unsafe {
@@ -156,7 +156,7 @@ pub fn reset_signals() {
 }
 
 /// Ignores a signal in this process.
-pub fn ignore_signal(signal: i32) {
+pub(crate) fn ignore_signal(signal: i32) {
     // SAFETY: SIG_IGN installs no handler.
     unsafe {
         libc::signal(signal, libc::SIG_IGN);
@@ -164,7 +164,7 @@ pub fn ignore_signal(signal: i32) {
 }
 
 /// Replaces the program. Returns only when that failed.
-pub fn exec(program: &CStr, args: &[CString], env: &[CString]) -> io::Error {
+pub(crate) fn exec(program: &CStr, args: &[CString], env: &[CString]) -> io::Error {
     let pointers = |list: &[CString]| -> Vec<*const libc::c_char> {
         list.iter()
             .map(|item| item.as_ptr())
@@ -179,7 +179,7 @@ pub fn exec(program: &CStr, args: &[CString], env: &[CString]) -> io::Error {
 }
 
 /// Marks every descriptor from `first` on as closed by exec.
-pub fn close_on_exec_from(first: u32) {
+pub(crate) fn close_on_exec_from(first: u32) {
     // SAFETY: CLOSE_RANGE_CLOEXEC only sets a flag; what is open stays valid.
     unsafe { libc::syscall(libc::SYS_close_range, first, u32::MAX, libc::CLOSE_RANGE_CLOEXEC) };
 }
@@ -189,7 +189,7 @@ pub fn close_on_exec_from(first: u32) {
 /// # Safety
 ///
 /// Nothing in the process may use a descriptor outside `keep` afterwards; its owner must never be dropped.
-pub unsafe fn close_all_but(keep: &[RawFd]) {
+pub(crate) unsafe fn close_all_but(keep: &[RawFd]) {
     let mut keep: Vec<u32> = keep.iter().filter_map(|fd| u32::try_from(*fd).ok()).collect();
     keep.sort_unstable();
     let mut first = 0_u32;
@@ -203,7 +203,11 @@ pub unsafe fn close_all_but(keep: &[RawFd]) {
 }
 
 /// Sets attributes of the mount at the top of `mount` (`MOUNT_ATTR_*`).
-pub fn set_mount_attributes(mount: BorrowedFd<'_>, attributes: u64, recursive: bool) -> io::Result<()> {
+pub(crate) fn set_mount_attributes(
+    mount: BorrowedFd<'_>,
+    attributes: u64,
+    recursive: bool,
+) -> io::Result<()> {
     let attr = libc::mount_attr {
         attr_set: attributes,
         attr_clr: 0,
@@ -231,7 +235,7 @@ const LO_FLAGS_READ_ONLY: u32 = 1;
 const LO_FLAGS_AUTOCLEAR: u32 = 4;
 
 /// Makes a read-only loop device of `file` which goes away with its last user. Gives the open device and its path.
-pub fn loop_device(file: &File) -> io::Result<(File, String)> {
+pub(crate) fn loop_device(file: &File) -> io::Result<(File, String)> {
     #[repr(C)]
     struct LoopInfo64 {
         device: u64,
@@ -296,21 +300,21 @@ fn make_block_node(path: &str, major: u32, minor: u32) -> io::Result<()> {
 }
 
 /// The free bytes of the file system of `path` that a root process can use, and its size.
-pub fn disk_space(path: &Path) -> io::Result<(u64, u64)> {
+pub(crate) fn disk_space(path: &Path) -> io::Result<(u64, u64)> {
     let stat = rustix::fs::statvfs(path)?;
     Ok((stat.f_bavail * stat.f_frsize, stat.f_blocks * stat.f_frsize))
 }
 
 /// A descriptor's `/proc/self/fd` path, for calls that take paths only.
-pub fn fd_path(fd: impl AsFd) -> String {
+pub(crate) fn fd_path(fd: impl AsFd) -> String {
     format!("/proc/self/fd/{}", fd.as_fd().as_raw_fd())
 }
 
 /// A descriptor under the runtime's watch.
-pub type Polled = AsyncFd<Arc<OwnedFd>>;
+pub(crate) type Polled = AsyncFd<Arc<OwnedFd>>;
 
 /// Puts a descriptor under the runtime's watch, and makes it non-blocking.
-pub fn polled(fd: OwnedFd) -> io::Result<Polled> {
+pub(crate) fn polled(fd: OwnedFd) -> io::Result<Polled> {
     rustix::io::ioctl_fionbio(&fd, true)?;
     // SAFETY: the descriptor is owned by what is registered, stays the same and stays open for as long.
     Ok(unsafe { AsyncFd::register(Arc::new(fd)) }?)

@@ -28,6 +28,15 @@ impl Hierarchy {
     }
 }
 
+impl<'a> IntoIterator for &'a Hierarchies {
+    type Item = &'a Hierarchy;
+    type IntoIter = std::slice::Iter<'a, Hierarchy>;
+
+    fn into_iter(self) -> Self::IntoIter {
+        self.iter()
+    }
+}
+
 /// All hierarchies that are mounted.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Hierarchies(Vec<Hierarchy>);

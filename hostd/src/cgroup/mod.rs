@@ -262,9 +262,12 @@ fn apply(hierarchy: &Hierarchy, dir: &Path, limits: Limits) -> io::Result<()> {
     const PERIOD: u64 = 100_000;
     let set = |file: &str, value: String| write(&dir.join(file), &value);
     // Where the kernel does not count swap the file is missing; then there is nothing to limit.
-    let set_if_there = |file: &str, value: String| match dir.join(file).exists() {
-        true => set(file, value),
-        false => Ok(()),
+    let set_if_there = |file: &str, value: String| {
+        if dir.join(file).exists() {
+            set(file, value)
+        } else {
+            Ok(())
+        }
     };
     let quota = (limits.cpu * PERIOD / 1000).max(1000);
     if hierarchy.is_v2() {

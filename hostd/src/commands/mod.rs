@@ -93,7 +93,9 @@ pub async fn operate(command: Operator) -> anyhow::Result<ExitCode> {
             if json {
                 print_json(&jobs)?;
             } else if quiet {
-                jobs.keys().for_each(|id| println!("{id}"));
+                for id in jobs.keys() {
+                    println!("{id}");
+                }
             } else {
                 println!("{}", show::jobs(jobs.values(), jiff::Timestamp::now()));
             }
@@ -101,9 +103,9 @@ pub async fn operate(command: Operator) -> anyhow::Result<ExitCode> {
         Operator::Inspect { job, json } => {
             let job = reach(host.job(&find(&host, &job).await?).await)?;
             if json {
-                print_json(&job)?
+                print_json(&job)?;
             } else {
-                println!("{}", show::job(&job)?)
+                println!("{}", show::job(&job)?);
             }
         }
         Operator::Log { job, follow, lines } => {
@@ -132,25 +134,25 @@ pub async fn operate(command: Operator) -> anyhow::Result<ExitCode> {
         Operator::Status { json } => {
             let status = reach(host.status().await)?;
             if json {
-                print_json(&status)?
+                print_json(&status)?;
             } else {
-                println!("{}", show::status(&status))
+                println!("{}", show::status(&status));
             }
         }
         Operator::Network { json } => {
             let network = reach(host.network().await)?;
             if json {
-                print_json(&network)?
+                print_json(&network)?;
             } else {
-                println!("{}", show::network(&network))
+                println!("{}", show::network(&network));
             }
         }
         Operator::Volumes { json } => {
             let volumes = reach(host.volumes().await)?;
             if json {
-                print_json(&volumes)?
+                print_json(&volumes)?;
             } else {
-                println!("{}", show::volumes(&volumes))
+                println!("{}", show::volumes(&volumes));
             }
         }
     }

@@ -74,7 +74,7 @@ fn flatten(path: &str, value: &serde_json::Value, lines: &mut Vec<(String, Strin
         Value::Object(fields) => fields
             .iter()
             .for_each(|(name, value)| flatten(&below(name), value, lines)),
-        Value::Array(items) if items.iter().any(|item| item.is_object()) => {
+        Value::Array(items) if items.iter().any(Value::is_object) => {
             items
                 .iter()
                 .enumerate()
@@ -87,7 +87,7 @@ fn flatten(path: &str, value: &serde_json::Value, lines: &mut Vec<(String, Strin
 
 /// `status`.
 pub(super) fn status(status: &HostStatus) -> String {
-    let gib = |bytes: u64| format!("{:.1} GiB", bytes as f64 / f64::from(1 << 30));
+    let gib = |bytes: u64| format!("{}.{} GiB", bytes >> 30, (bytes >> 20) % 1024 * 10 / 1024);
     let mut lines = vec![
         format!("id        {}", status.id),
         format!("url       {}", status.url),

@@ -65,7 +65,7 @@ fn become_program(
         .first()
         .ok_or("there is no program to start: the job and its image name none")?;
     let path = env.get("PATH").map_or("", String::as_str);
-    let program = find(name, path, |path| path.is_file())
+    let program = find(name, path, Path::is_file)
         .ok_or_else(|| format!("cannot start {name}: there is no such program in the image"))?;
     let program_text = CString::new(program.as_os_str().as_bytes()).attempt("start a program")?;
     let filter = seccomp::Filters::new(launch.capabilities).attempt("make the system call filter")?;
@@ -91,15 +91,12 @@ fn streams(launch: &Launch, stdio: Option<&Stdio>, terminal: Option<&OwnedFd>) -
     }
     let stdio = stdio.ok_or("neither pipes nor a terminal")?;
     let null;
-    let stdin = match &stdio.stdin {
-        Some(stdin) => {
-            own(stdin)?;
-            stdin
-        }
-        None => {
-            null = rustix::fs::open("/dev/null", OFlags::RDONLY, Mode::empty()).attempt("open /dev/null")?;
-            &null
-        }
+    let stdin = if let Some(stdin) = &stdio.stdin {
+        own(stdin)?;
+        stdin
+    } else {
+        null = rustix::fs::open("/dev/null", OFlags::RDONLY, Mode::empty()).attempt("open /dev/null")?;
+        &null
     };
     own(&stdio.stdout)?;
     own(&stdio.stderr)?;

@@ -373,14 +373,12 @@ async fn replay(
         }
     }
     let status = daemon.table.get(&wish.job_id).map(|entry| entry.status);
-    match status.as_ref().and_then(|status| status.exit_status) {
-        Some(exit) => write_frame(client, attach::EXIT, &exit.to_be_bytes()).await?,
-        None => {
-            let why = status
-                .and_then(|status| status.error)
-                .unwrap_or_else(|| "the job was stopped".into());
-            write_frame(client, attach::ERROR, why.as_bytes()).await?;
-        }
+    if let Some(exit) = status.as_ref().and_then(|status| status.exit_status) {
+        write_frame(client, attach::EXIT, &exit.to_be_bytes()).await?;
+    } else {
+        let why = status.and_then(|status| status.error);
+        let why = why.unwrap_or_else(|| "the job was stopped".into());
+        write_frame(client, attach::ERROR, why.as_bytes()).await?;
     }
     client.shutdown().await
 }

@@ -451,9 +451,10 @@ impl Daemon {
             } else if resurrect {
                 self.start_again(id);
             } else {
-                let why = match status.boot_id == boot {
-                    true => "its supervisor was killed while the daemon was down",
-                    false => "host restarted",
+                let why = if status.boot_id == boot {
+                    "its supervisor was killed while the daemon was down"
+                } else {
+                    "host restarted"
                 };
                 self.change(&id, |status| {
                     let state = if status.stop_requested {
@@ -503,10 +504,10 @@ impl Daemon {
     /// Follows a supervisor that was there before this daemon. One that still waits for its network gets it.
     async fn resume(self: Arc<Self>, id: String) {
         let mut connection = Connection::open(&Paths::socket(&id)).await.ok();
-        if let (Some(connection), Some(entry)) = (&mut connection, self.table.get(&id)) {
-            if let Err(error) = self.plumb(connection, &entry).await {
-                tracing::warn!(job = id, %error, "cannot give an adopted job its network");
-            }
+        if let (Some(connection), Some(entry)) = (&mut connection, self.table.get(&id))
+            && let Err(error) = self.plumb(connection, &entry).await
+        {
+            tracing::warn!(job = id, %error, "cannot give an adopted job its network");
         }
         self.follow(id, connection, Backoff::default()).await;
     }

@@ -71,11 +71,13 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
     let mut notices = hierarchies.notices();
     notices.extend(crate::notices::of_kernel());
     let (stored, broken) = store::load(&paths).context("cannot read the jobs")?;
-    broken.iter().for_each(|notice| tracing::error!("{notice}"));
+    for notice in &broken {
+        tracing::error!("{notice}");
+    }
     notices.extend(broken);
     let daemon = Arc::new(Daemon {
         host_id: config.id.clone(),
-        table: Table::new(config.id.clone()),
+        table: Table::new(&config.id),
         store: Store::open(&paths)?,
         config: Mutex::new(config),
         mounts: Mutex::default(),

@@ -32,10 +32,10 @@ pub(super) struct Table {
 }
 
 impl Table {
-    pub(super) fn new(host_id: String) -> Self {
+    pub(super) fn new(host_id: &str) -> Self {
         let events = broadcast::Sender::new(EVENTS);
         Self {
-            host_id,
+            host_id: host_id.to_owned(),
             entries: Mutex::default(),
             events,
         }
@@ -51,10 +51,10 @@ impl Table {
         if let Some(there) = entries.get(&entry.job.id) {
             return Err(Box::new(there.clone()));
         }
-        entries.insert(entry.job.id.clone(), entry.clone());
         if let Some(event) = event {
             self.announce(event, &entry);
         }
+        entries.insert(entry.job.id.clone(), entry);
         Ok(())
     }
 
@@ -176,11 +176,11 @@ mod tests {
 
     #[test]
     fn each_change_has_its_name() {
+        use JobState::{Crashed, Done, Failed, Running, Starting};
         let at = |state| Status {
             state,
             ..Status::new(Timestamp::UNIX_EPOCH, String::new())
         };
-        use JobState::{Crashed, Done, Failed, Running, Starting};
         assert_eq!(event_of(&at(Starting), &at(Running)), Some(JobEventKind::Start));
         assert_eq!(event_of(&at(Running), &at(Crashed)), Some(JobEventKind::Stop));
         assert_eq!(event_of(&at(Starting), &at(Failed)), Some(JobEventKind::Error));
@@ -195,7 +195,7 @@ mod tests {
 
     #[test]
     fn events_show_no_secrets() {
-        let table = Table::new("one".into());
+        let table = Table::new("one");
         let mut job = Job {
             id: "one-1".into(),
             ..Job::default()

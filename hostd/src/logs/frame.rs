@@ -1,7 +1,7 @@
 //! Bytes to lines.
 
 /// The longest line; a longer one is cut into several.
-pub const MAX_LINE: usize = 64 << 10;
+const MAX_LINE: usize = 64 << 10;
 
 /// Cuts a stream of bytes into lines.
 #[derive(Debug, Default)]
@@ -21,7 +21,7 @@ impl Framer {
             self.partial.extend_from_slice(&window[..taken]);
             bytes = &bytes[taken + usize::from(end.is_some())..];
             if end.is_some() || self.partial.len() == MAX_LINE {
-                lines.extend(self.take());
+                lines.push(self.take());
             }
         }
         lines
@@ -29,16 +29,16 @@ impl Framer {
 
     /// What is left when the stream has ended.
     pub fn finish(&mut self) -> Option<String> {
-        (!self.partial.is_empty()).then(|| self.take()).flatten()
+        (!self.partial.is_empty()).then(|| self.take())
     }
 
-    fn take(&mut self) -> Option<String> {
+    fn take(&mut self) -> String {
         let text = self.partial.strip_suffix(b"\r").unwrap_or(&self.partial);
         let line = String::from_utf8_lossy(text).into_owned();
         self.partial.clear();
         // One very long line must not keep its memory for ever.
         self.partial.shrink_to(1024);
-        Some(line)
+        line
     }
 }
 
@@ -51,7 +51,7 @@ mod tests {
     #[test]
     fn long_lines_are_cut() {
         let mut framer = Framer::default();
-        let lines = framer.push(&[b'a'; MAX_LINE + 5]);
+        let lines = framer.push(&vec![b'a'; MAX_LINE + 5]);
         assert_eq!((lines.len(), lines[0].len()), (1, MAX_LINE));
         assert_eq!(framer.push(b"\nb\r\n\n"), ["aaaaa", "b", ""]);
         assert_eq!(framer.finish(), None);

@@ -42,24 +42,20 @@ impl Follower {
             changes: crate::sys::polled(changes)?,
         };
         let mut lines = Vec::new();
-        match last {
-            Some(0) => {
-                if let Some(file) = follower.current()? {
-                    let mut file = file;
-                    file.seek(SeekFrom::End(0))?;
-                    follower.file = Some(file);
-                }
+        if last == Some(0) {
+            follower.file = follower.current()?;
+            if let Some(file) = &mut follower.file {
+                file.seek(SeekFrom::End(0))?;
             }
-            _ => {
-                if let Some(previous) = open(&dir.join(PREVIOUS))? {
-                    follower.file = Some(previous);
-                    lines = follower.read_file()?;
-                    follower.file = None;
-                }
-                lines.extend(follower.read_files()?);
-                if let Some(last) = last {
-                    lines.drain(..lines.len().saturating_sub(last));
-                }
+        } else {
+            if let Some(previous) = open(&dir.join(PREVIOUS))? {
+                follower.file = Some(previous);
+                lines = follower.read_file()?;
+                follower.file = None;
+            }
+            lines.extend(follower.read_files()?);
+            if let Some(last) = last {
+                lines.drain(..lines.len().saturating_sub(last));
             }
         }
         follower.backlog = lines;

@@ -73,13 +73,12 @@ impl Writer {
             fs::rename(self.dir.join(CURRENT), self.dir.join(PREVIOUS))?;
             self.size = 0;
         }
-        let file = match &mut self.file {
-            Some(file) => file,
-            None => {
-                let (file, size) = open(&self.dir)?;
-                self.size = size;
-                self.file.insert(file)
-            }
+        let file = if let Some(file) = &mut self.file {
+            file
+        } else {
+            let (file, size) = open(&self.dir)?;
+            self.size = size;
+            self.file.insert(file)
         };
         if let Err(error) = file.write_all(&bytes) {
             // No torn lines: what was written of these is taken back.

@@ -6,7 +6,7 @@ const FIRST: Duration = Duration::from_millis(250);
 const LONGEST: Duration = Duration::from_secs(30);
 
 /// A run of this length shows that the job is well: the next wait is the shortest again.
-const WELL: Duration = Duration::from_secs(60);
+const WELL: Duration = Duration::from_mins(1);
 
 /// Waits that double.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

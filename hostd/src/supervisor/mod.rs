@@ -243,9 +243,8 @@ impl Supervisor {
         let _ = self.group.kill();
         let stop_requested = self.status.borrow().stop_requested;
         let (state, mut error) = match &end {
-            End::Stopped => (JobState::Done, None),
             End::Failed(why) => (JobState::Failed, Some(why.clone())),
-            End::Exited { status: 0, .. } => (JobState::Done, None),
+            End::Stopped | End::Exited { status: 0, .. } => (JobState::Done, None),
             End::Exited { .. } if stop_requested => (JobState::Done, None),
             End::Exited { oom_killed: true, .. } => (JobState::Crashed, Some(end.describe())),
             End::Exited { why, .. } => (JobState::Crashed, why.clone()),

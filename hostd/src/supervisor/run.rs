@@ -56,12 +56,16 @@ impl End {
     pub(super) fn describe(&self) -> String {
         match self {
             Self::Stopped => "stopped".into(),
-            Self::Failed(why) => why.clone(),
+            Self::Failed(why)
+            | Self::Exited {
+                oom_killed: false,
+                why: Some(why),
+                ..
+            } => why.clone(),
             Self::Exited { oom_killed: true, .. } => {
                 "killed for want of memory: the job's memory limit was reached; raise the limit or use less"
                     .into()
             }
-            Self::Exited { why: Some(why), .. } => why.clone(),
             Self::Exited { status, .. } if *status > 128 => format!("ended by signal {}", status - 128),
             Self::Exited { status, .. } => format!("ended with status {status}"),
         }
@@ -210,11 +214,11 @@ impl<'a> Run<'a> {
                 }
             }
             Command::Signal(signal, reply) => {
-                let error = match self.running {
-                    true => container::signal(self.init.get_ref(), signal)
-                        .err()
-                        .map(|error| error.to_string()),
-                    false => Some("the job's program is not running yet".into()),
+                let error = if self.running {
+                    let sent = container::signal(self.init.get_ref(), signal);
+                    sent.err().map(|error| error.to_string())
+                } else {
+                    Some("the job's program is not running yet".into())
                 };
                 let _ = reply.send(error);
             }
@@ -289,10 +293,12 @@ impl<'a> Run<'a> {
         let status = self.exited.or(by_kernel).unwrap_or(255);
         let oom_killed = status == 128 + libc::SIGKILL && self.supervisor.group.oom_kills() > oom_kills;
         if !self.running {
-            return Ok(match self.supervisor.over() {
-                true => End::Stopped,
-                false => End::Failed("the container's init was killed before the program was started".into()),
-            });
+            if self.supervisor.over() {
+                return Ok(End::Stopped);
+            }
+            return Ok(End::Failed(
+                "the container's init was killed before the program was started".into(),
+            ));
         }
         Ok(End::Exited {
             status,

@@ -131,11 +131,8 @@ impl Server {
         let reader = tokio::spawn(async move {
             while let Ok(Some(frame)) = read_frame(&mut read).await {
                 match frame.kind {
-                    attach::STDIN if stdin => {
-                        if output.stdin.send(frame.payload).await.is_err() {
-                            return;
-                        }
-                    }
+                    // The receiver lives as long as the supervisor.
+                    attach::STDIN if stdin => drop(output.stdin.send(frame.payload).await),
                     attach::RESIZE => {
                         if let Ok(size) = serde_json::from_slice::<TtySize>(&frame.payload) {
                             output.resize(size);
