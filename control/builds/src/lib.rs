@@ -96,6 +96,7 @@ impl Options {
 /// Serves until `shutdown`, then lets calls that are under way finish.
 pub async fn run(options: Options, shutdown: impl Future<Output = ()>) -> io::Result<()> {
     squash::check_tool().await?;
+    server::clear(&options.scratch)?;
     let listener = Listener::tcp(options.listen).await?;
     tracing::info!(listen = %options.listen, "image receiving is up");
     let receiver = Receiver::new(

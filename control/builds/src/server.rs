@@ -30,6 +30,20 @@ use crate::upload::{self, Piece, Upload, UploadError};
 const QUEUE: usize = 16;
 /// The name of a squashfs file under way.
 const SQUASHFS: &str = "layer.squashfs";
+/// Begins the names of directories for files under way.
+const PREFIX: &str = "flynn-layer-";
+
+/// Clears away what a receiver that was killed has left under way.
+pub(crate) fn clear(scratch: &Path) -> std::io::Result<()> {
+    std::fs::create_dir_all(scratch)?;
+    for entry in std::fs::read_dir(scratch)? {
+        let entry = entry?;
+        if entry.file_name().to_string_lossy().starts_with(PREFIX) {
+            std::fs::remove_dir_all(entry.path())?;
+        }
+    }
+    Ok(())
+}
 
 /// The image receiving service.
 #[derive(Clone)]
@@ -178,7 +192,10 @@ fn convert(mut upload: Upload, scratch: &Path) -> Result<Converted, Failure> {
         account_file(&tree, &upload, b"etc/group"),
     );
     // The tool wants to make the file itself.
-    let directory = tempfile::tempdir_in(scratch).map_err(SquashError::from)?;
+    let directory = tempfile::Builder::new()
+        .prefix(PREFIX)
+        .tempdir_in(scratch)
+        .map_err(SquashError::from)?;
     let squashfs = directory.path().join(SQUASHFS);
     let (digest, length) = squash::squash(&tree, &mut upload.file, &squashfs)?;
     let mut layer = Layer::squashfs(digest, length);

@@ -56,7 +56,12 @@ fn main() -> ExitCode {
         trial("bad_layers_are_refused_and_leave_nothing", no_tool, || {
             run(bad_layers())
         }),
-        trial("overlayfs_sees_what_docker_meant", no_mounts, overlay),
+        trial("overlayfs_sees_what_docker_meant", no_mounts, || {
+            in_namespace("overlayfs_sees_what_docker_meant", mount_layers)
+        }),
+        trial("a_full_disk_is_told_and_leaves_nothing", no_mounts, || {
+            in_namespace("a_full_disk_is_told_and_leaves_nothing", full_disk)
+        }),
     ];
     libtest_mimic::run(&arguments, trials).exit_code()
 }
@@ -104,10 +109,13 @@ async fn start(router: Router) -> String {
 
 impl Bench {
     async fn new() -> Self {
+        Self::in_scratch(tempfile::tempdir().unwrap()).await
+    }
+
+    async fn in_scratch(scratch: tempfile::TempDir) -> Self {
         let blobs = Blobs::default();
         let store = start(Router::new().fallback(blob).with_state(Arc::clone(&blobs))).await;
         let controller = start(Router::new().route("/artifacts", post(artifact))).await;
-        let scratch = tempfile::tempdir().unwrap();
         let receiver = Receiver::new(
             Keys::parse("AUTH_KEY", "key").unwrap(),
             BlobClient::new(Http::new(&store).unwrap()),
@@ -283,14 +291,15 @@ async fn bad_layers() {
     assert_eq!(bench.under_way(), 0);
 }
 
-fn overlay() -> Result<(), Failed> {
+/// Runs a test in a mount namespace of its own.
+fn in_namespace<F: Future<Output = ()>>(name: &str, test: fn() -> F) -> Result<(), Failed> {
     if std::env::var_os(INSIDE).is_some() {
-        return run(mount_layers());
+        return run(test());
     }
     let status = Command::new("unshare")
         .args(["--mount", "--propagation", "private"])
         .arg(std::env::current_exe()?)
-        .arg("overlayfs_sees")
+        .args([name, "--exact"])
         .env(INSIDE, "1")
         .status()?;
     if status.success() {
@@ -298,6 +307,44 @@ fn overlay() -> Result<(), Failed> {
     } else {
         Err("the test failed inside its namespace".into())
     }
+}
+
+async fn full_disk() {
+    let scratch = tempfile::tempdir().unwrap();
+    mount(
+        &["-t", "tmpfs", "-o", "size=1m"],
+        Path::new("tmpfs"),
+        scratch.path(),
+    );
+    let path = scratch.path().to_owned();
+    let bench = Bench::in_scratch(scratch).await;
+    // The first does not fit while it is received, the second not while it is converted.
+    let noise = |length: u32| -> Vec<u8> {
+        let mut state = 1u32;
+        let bytes = (0..length).map(|_| {
+            state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+            state.to_be_bytes()[0]
+        });
+        bytes.collect()
+    };
+    for length in [2 << 20, 600 << 10] {
+        let mut tar = tar::Builder::new(Vec::new());
+        let mut header = Header::new_gnu();
+        header.set_size(length.into());
+        tar.append_data(&mut header, "file", noise(length).as_slice())
+            .unwrap();
+        let tar = tar.into_inner().unwrap();
+        let error = bench.client.put_layer(&id_of(&tar), full(tar)).await.unwrap_err();
+        assert!(
+            error.code == ErrorCode::LimitExceeded && error.message.contains("full"),
+            "{error:?}"
+        );
+        assert_eq!(bench.under_way(), 0);
+    }
+    assert!(bench.stored().is_empty());
+    let small = tar_of(&[("file", F, "fits")]);
+    bench.client.put_layer(&id_of(&small), full(small)).await.unwrap();
+    assert!(Command::new("umount").arg(path).status().unwrap().success());
 }
 
 async fn mount_layers() {

@@ -605,10 +605,10 @@ impl Screen {
         let deadline = Instant::now() + Duration::from_secs(20);
         while !self.text.contains(wanted) {
             let left = deadline.saturating_duration_since(Instant::now());
-            match self.pieces.recv_timeout(left) {
-                Ok(piece) => self.text.push_str(&String::from_utf8_lossy(&piece)),
-                Err(_) => panic!("{wanted:?} did not come; there was {:?}", self.text),
-            }
+            let Ok(piece) = self.pieces.recv_timeout(left) else {
+                panic!("{wanted:?} did not come; there was {:?}", self.text)
+            };
+            self.text.push_str(&String::from_utf8_lossy(&piece));
         }
     }
 }

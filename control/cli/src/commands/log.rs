@@ -51,16 +51,16 @@ impl Log {
             job_id: self.job.clone(),
             process_type: self.process_type.clone(),
         };
-        let mut last: Option<Timestamp> = None;
+        // The latest line that was shown, and what it was when the stream broke: those up to it come again.
+        let (mut last, mut shown): (Option<Timestamp>, Option<Timestamp>) = (None, None);
         loop {
             let broken = match target.controller.log(&target.app.id, &options).await {
                 Ok(mut lines) => loop {
                     match lines.next().await {
                         Some(Ok((_, line))) => {
-                            // After a break, lines that were shown come again.
-                            if last.is_none_or(|last| line.timestamp > last) {
+                            if shown.is_none_or(|shown| line.timestamp > shown) {
                                 self.show(&line, context.globals.json)?;
-                                last = Some(line.timestamp);
+                                last = last.max(Some(line.timestamp));
                             }
                         }
                         Some(Err(why)) => break Some(why),
@@ -78,6 +78,7 @@ impl Log {
             }
             // What came meanwhile is asked for again.
             options.lines = last.map_or(self.lines, |_| None);
+            shown = last;
             tokio::time::sleep(PAUSE).await;
         }
     }
