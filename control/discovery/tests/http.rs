@@ -303,6 +303,7 @@ fn nobody_joins_as_a_host_that_is_there() {
 
 #[test]
 fn metadata_and_leaders() {
+    use EventKind::{Current, Leader, ServiceMeta as Meta, Up};
     block_on(async {
         let cluster = Cluster::one();
         cluster.ready(0).await;
@@ -355,7 +356,6 @@ fn metadata_and_leaders() {
                 break;
             }
         }
-        use EventKind::{Current, Leader, ServiceMeta as Meta, Up};
         assert_eq!(kinds, [Up, Up, Leader, Meta, Current, Meta, Leader]);
         let gone = ServiceMeta {
             leader_id: Some("nobody".into()),

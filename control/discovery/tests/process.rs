@@ -113,16 +113,11 @@ impl Process {
 
     fn spawn(dir: &Path, ip: Ipv4Addr, port: u16, disk: Option<&str>) -> Child {
         let this = std::env::current_exe().unwrap();
-        let mut command = match disk {
-            None => Command::new(this),
-            Some(_) => {
-                let mut command = Command::new("unshare");
-                command.arg("--mount").arg(this);
-                command
-            }
-        };
+        let mut command = Command::new(&this);
         if let Some(size) = disk {
-            command.env("DISCOVERD_TEST_DISK", size);
+            // A mount namespace for the disk.
+            command = Command::new("unshare");
+            command.arg("--mount").arg(this).env("DISCOVERD_TEST_DISK", size);
         }
         command
             .env("DISCOVERD_TEST_PORT", port.to_string())
@@ -317,7 +312,7 @@ async fn full_disk() {
     std::fs::copy(process.data().join("raft").join("journal"), &copy).unwrap();
     let mut entries = 0;
     Journal::open(&copy, |record| {
-        entries += u32::from(matches!(record, Record::Entry(_)))
+        entries += u32::from(matches!(record, Record::Entry(_)));
     })
     .unwrap();
     assert!(entries > 3);
