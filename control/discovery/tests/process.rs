@@ -60,6 +60,7 @@ fn disk_tests_impossible() -> Option<&'static str> {
 
 /// The process under test.
 fn child(port: u16) -> std::process::ExitCode {
+    flynn_api::server::init_logging("discoverd");
     let mut options = Options::from_env().unwrap();
     if let Ok(size) = std::env::var("DISCOVERD_TEST_DISK") {
         // In a mount namespace of its own, which goes with the process.
