@@ -41,6 +41,8 @@ struct Sim {
     deletes: Vec<(String, String)>,
     next_id: u64,
     faults: bool,
+    /// How likely a job is to crash in a step.
+    crashes: f64,
 }
 
 fn formation(app: u32, release: u32, random: &mut StdRng) -> ExpandedFormation {
@@ -144,6 +146,8 @@ impl Sim {
             deletes: Vec::new(),
             next_id: 0,
             faults: true,
+            // Some clusters have apps that do not stay up.
+            crashes: if seed.is_multiple_of(4) { 0.4 } else { 0.02 },
         }
     }
 
@@ -363,7 +367,7 @@ impl Sim {
     }
 
     fn run_jobs(&mut self) {
-        let (faults, now) = (self.faults, self.now);
+        let (faults, now, crashes) = (self.faults, self.now, self.crashes);
         for host in self.hosts.values_mut().filter(|host| host.up) {
             for job in host.jobs.values_mut() {
                 let changed = match job.status {
@@ -372,7 +376,7 @@ impl Sim {
                         job.healthy = !faults || self.random.random_bool(0.7);
                         true
                     }
-                    HostJobState::Running if faults && self.random.random_bool(0.02) => {
+                    HostJobState::Running if faults && self.random.random_bool(crashes) => {
                         (job.status, job.ended_at, job.exit_status) =
                             (HostJobState::Crashed, Some(now), Some(1));
                         true
