@@ -4,6 +4,7 @@ mod attach;
 mod run;
 mod show;
 
+use std::path::Path;
 use std::process::ExitCode;
 
 use anyhow::Context as _;
@@ -159,13 +160,13 @@ pub async fn operate(command: Operator) -> anyhow::Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// Says what to do where nobody answers.
+/// Says what to do where nobody answers: the one failure that does not come from the daemon.
 fn reach<T>(result: flynn_api::Result<T>) -> anyhow::Result<T> {
-    result.map_err(|error| match error.code {
-        flynn_api::ErrorCode::Unavailable => anyhow::anyhow!(
-            "{error}\nIs the daemon running? Start it with `flynn-host daemon` (as root; see its log)"
-        ),
-        _ => error.into(),
+    result.map_err(|error| {
+        if Path::new(host::SOCKET).exists() && !error.message.starts_with("no answer") {
+            return error.into();
+        }
+        anyhow::anyhow!("{error}\nIs the daemon running? Start it with `flynn-host daemon` (as root)")
     })
 }
 

@@ -30,12 +30,20 @@ pub(super) fn jobs<'a>(jobs: impl Iterator<Item = &'a ActiveJob>, now: Timestamp
             &age(since, now),
             name(label::APP_NAME),
             name(label::PROCESS_TYPE),
-            &job.internal_ip
-                .map_or_else(|| "host".into(), |address| address.to_string()),
+            &address(job),
             &job.restarts.to_string(),
         ]);
     }
     table.trim_fmt()
+}
+
+/// A job's own address, or in whose network it is.
+fn address(job: &ActiveJob) -> String {
+    match job.internal_ip {
+        Some(address) => address.to_string(),
+        None if job.job.config.host_network => "host".into(),
+        None => "-".into(),
+    }
 }
 
 /// How long ago, in the largest unit that fits.

@@ -10,6 +10,13 @@ use std::sync::{Arc, Mutex, PoisonError};
 use flynn_api::host::{EndpointStatus, NetworkConfig, NetworkStatus};
 use flynn_api::{Error, Result};
 use flynn_overlay::Allocator;
+use rustix::mount::MountFlags;
+
+/// The file system of pinned programs.
+const BPF: &str = "/sys/fs/bpf";
+
+/// Its mark.
+const BPF_MAGIC: i64 = 0xcafe_4a11;
 
 /// Where programs and maps are pinned.
 const PINS: &str = "/sys/fs/bpf/flynn";
@@ -75,6 +82,7 @@ impl Networking {
             uplink: None,
         };
         let subnet = wanted.subnet;
+        mount_bpf().map_err(|error| Error::internal(format!("cannot mount {BPF}: {error}")))?;
         let network = flynn_overlay::Network::up(wanted)
             .await
             .map_err(failed("bring the cluster network up"))?;
@@ -169,6 +177,15 @@ impl Up {
             .unwrap_or_else(PoisonError::into_inner)
             .release(address);
     }
+}
+
+/// Most init systems have mounted it; a machine without one gets it here.
+fn mount_bpf() -> std::io::Result<()> {
+    if rustix::fs::statfs(BPF)?.f_type == BPF_MAGIC {
+        return Ok(());
+    }
+    let flags = MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC;
+    Ok(rustix::mount::mount("bpf", BPF, "bpf", flags, Some(c"mode=700"))?)
 }
 
 fn failed(what: &str) -> impl Fn(flynn_overlay::Error) -> Error + '_ {
