@@ -62,39 +62,92 @@ impl Daemon {
         }
         // A task of its own: it goes on when the caller hangs up.
         let daemon = Arc::clone(self);
-        let start = tokio::spawn(async move { daemon.start(&id, Backoff::default()).await });
+        let start = tokio::spawn(async move { daemon.start(&id).await });
         start
             .await
             .unwrap_or_else(|_| Err(Error::internal("the start of the job was cut off")))
     }
 
     /// Prepares a job that is in the table and starts its supervisor.
-    async fn start(self: &Arc<Self>, id: &str, backoff: Backoff) -> Result<()> {
-        let result = {
-            // The semaphore is never closed.
-            let _permit = self.starts.acquire().await;
-            self.try_start(id).await
-        };
-        match result {
+    async fn start(self: &Arc<Self>, id: &str) -> Result<()> {
+        match self.attempt(id).await {
             Ok(connection) => {
-                tokio::spawn(Arc::clone(self).follow(id.to_owned(), Some(connection), backoff));
+                tokio::spawn(Arc::clone(self).follow(id.to_owned(), Some(connection), Backoff::default()));
                 Ok(())
             }
             Err(error) => {
                 tracing::warn!(job = id, %error, "cannot start");
-                self.change(id, |status| {
-                    let state = if status.stop_requested {
-                        JobState::Done
-                    } else {
-                        JobState::Failed
-                    };
-                    status.end(state, Timestamp::now());
-                    status.error = Some(error.message.clone());
-                });
-                self.clean_up(id, None).await;
+                self.give_up(id, &error.message).await;
                 Err(error)
             }
         }
+    }
+
+    /// Starts a job again whose supervisor is gone, after `pause`, and tries on while that fails: the job is to be
+    /// kept, and what it needs (its network, room on the disk, a port) may come.
+    async fn restart(self: &Arc<Self>, id: &str, mut backoff: Backoff, mut pause: Duration) {
+        self.change(id, |status| {
+            status.state = JobState::Starting;
+            status.restarts += 1;
+            status.boot_id = boot_id();
+            status.supervisor = None;
+            status.address = None;
+            status.pid = None;
+            status.ended_at = None;
+            status.healthy = false;
+        });
+        loop {
+            if self.stopped_within(id, pause).await {
+                return self.give_up(id, "stopped before it was started again").await;
+            }
+            match self.attempt(id).await {
+                Ok(connection) => {
+                    tokio::spawn(Arc::clone(self).follow(id.to_owned(), Some(connection), backoff));
+                    return;
+                }
+                Err(error) => {
+                    tracing::warn!(job = id, %error, "cannot start it again; trying on");
+                    self.change(id, |status| status.error = Some(error.message.clone()));
+                    self.clean_up_container(id, None).await;
+                    pause = backoff.after(Duration::ZERO);
+                }
+            }
+        }
+    }
+
+    async fn attempt(&self, id: &str) -> Result<Connection> {
+        // The semaphore is never closed.
+        let _permit = self.starts.acquire().await;
+        self.try_start(id).await
+    }
+
+    /// Whether somebody asks for a job's stop before this time is over.
+    async fn stopped_within(&self, id: &str, time: Duration) -> bool {
+        let until = Instant::now() + time;
+        loop {
+            if self.refuse_stopped(id).is_err() {
+                return true;
+            }
+            let left = until.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return false;
+            }
+            sleep(left.min(Duration::from_millis(100))).await;
+        }
+    }
+
+    /// Ends a job that has no supervisor.
+    async fn give_up(&self, id: &str, why: &str) {
+        self.change(id, |status| {
+            let state = if status.stop_requested {
+                JobState::Done
+            } else {
+                JobState::Failed
+            };
+            status.end(state, Timestamp::now());
+            status.error = Some(why.to_owned());
+        });
+        self.clean_up(id, None).await;
     }
 
     async fn try_start(&self, id: &str) -> Result<Connection> {
@@ -266,22 +319,13 @@ impl Daemon {
         }
         // What was left of the container goes before anybody hears that the job is over.
         self.kill_container(&id).await;
-        let end = self.end_of(&id);
+        let resurrect = self.end_of(&id);
         let address = self.table.get(&id).and_then(|entry| entry.status.address);
-        let again = end.is_some_and(|end| end.resurrect);
-        if again {
+        if resurrect {
             let pause = backoff.after(began.elapsed());
             tracing::warn!(job = id, ?pause, "the supervisor is gone; starting the job again");
             self.clean_up_container(&id, address).await;
-            sleep(pause).await;
-            self.change(&id, |status| {
-                status.state = JobState::Starting;
-                status.restarts += 1;
-                status.supervisor = None;
-                status.address = None;
-                status.pid = None;
-            });
-            let _ = self.start(&id, backoff).await;
+            self.restart(&id, backoff, pause).await;
         } else {
             self.clean_up(&id, address).await;
         }
@@ -296,31 +340,36 @@ impl Daemon {
         }
     }
 
-    /// The end of a job whose supervisor is gone, by what the supervisor wrote last. None when there is no such job.
-    fn end_of(&self, id: &str) -> Option<Ended> {
-        let entry = self.table.get(id)?;
-        let stored = Status::read(&self.paths.job(id))
+    /// Notes the end of a job whose supervisor is gone, by what that has written last. Whether it is to be started
+    /// again.
+    fn end_of(&self, id: &str) -> bool {
+        let Some(entry) = self.table.get(id) else {
+            return false;
+        };
+        let mut stored = Status::read(&self.paths.job(id))
             .ok()
             .flatten()
-            .unwrap_or(entry.status);
+            .unwrap_or(entry.status.clone());
+        stored.stop_requested |= entry.status.stop_requested;
+        if is_to_be_kept(&entry.job, &stored) {
+            self.table.note(id, |entry| entry.status = stored);
+            return true;
+        }
         if stored.state.is_terminal() {
             self.table.update(id, stored);
-            return Some(Ended { resurrect: false });
+            return false;
         }
-        let resurrect = entry.job.resurrect && !stored.stop_requested;
-        self.table.note(id, |entry| entry.status = stored.clone());
-        if !resurrect {
-            self.change(id, |status| {
-                let state = if status.stop_requested {
-                    JobState::Done
-                } else {
-                    JobState::Crashed
-                };
-                status.end(state, Timestamp::now());
-                status.error = Some("its supervisor was killed, and the container with it".into());
-            });
-        }
-        Some(Ended { resurrect })
+        self.table.note(id, |entry| entry.status = stored);
+        self.change(id, |status| {
+            let state = if status.stop_requested {
+                JobState::Done
+            } else {
+                JobState::Crashed
+            };
+            status.end(state, Timestamp::now());
+            status.error = Some("its supervisor was killed, and the container with it".into());
+        });
+        false
     }
 
     /// Changes a status that no supervisor owns: on the disk, then in the table.
@@ -416,16 +465,14 @@ impl Daemon {
             let id = job.id.clone();
             let alive =
                 status.boot_id == boot && status.supervisor.is_some_and(crate::status::ProcessId::is_alive);
-            if status.state.is_terminal() && !alive {
-                let resurrect = job.resurrect && !status.stop_requested && status.boot_id != boot;
-                if resurrect {
-                    status.state = JobState::Starting;
+            let resurrect = is_to_be_kept(&job, &status);
+            if !alive {
+                // Bringing the network up has taken it back; by now it may be another's.
+                status.address = None;
+                if status.state.is_terminal() && !resurrect {
+                    self.take_in(job, status, Vec::new(), false);
+                    continue;
                 }
-                self.take_in(job, status, Vec::new(), resurrect);
-                if resurrect {
-                    self.start_again(id);
-                }
-                continue;
             }
             let ports = launch
                 .as_ref()
@@ -436,7 +483,6 @@ impl Daemon {
                 .flat_map(|launch| &launch.layers)
                 .filter_map(|path| path.file_name()?.to_str()?.parse().ok())
                 .collect();
-            let resurrect = job.resurrect && !status.stop_requested;
             self.take_in(job, status.clone(), ports, true);
             if alive {
                 let held = self
@@ -466,7 +512,7 @@ impl Daemon {
                     status.error = Some(why.into());
                 });
                 let daemon = Arc::clone(self);
-                tokio::spawn(async move { daemon.clean_up(&id, status.address).await });
+                tokio::spawn(async move { daemon.clean_up(&id, None).await });
             }
         }
     }
@@ -482,22 +528,11 @@ impl Daemon {
         let _ = self.table.insert(entry, None);
     }
 
-    /// Starts a job again whose supervisor is gone.
     fn start_again(self: &Arc<Self>, id: String) {
         let daemon = Arc::clone(self);
         tokio::spawn(async move {
-            let address = daemon.table.get(&id).and_then(|entry| entry.status.address);
-            daemon.clean_up_container(&id, address).await;
-            daemon.change(&id, |status| {
-                status.state = JobState::Starting;
-                status.restarts += 1;
-                status.boot_id = boot_id();
-                status.supervisor = None;
-                status.address = None;
-                status.pid = None;
-                status.ended_at = None;
-            });
-            let _ = daemon.start(&id, Backoff::default()).await;
+            daemon.clean_up_container(&id, None).await;
+            daemon.restart(&id, Backoff::default(), Duration::ZERO).await;
         });
     }
 
@@ -568,8 +603,10 @@ impl Daemon {
     }
 }
 
-struct Ended {
-    resurrect: bool,
+/// Whether a job without a supervisor is started again. One that is over although nobody stopped it was ended by its
+/// host's end; one that could never be started is its maker's to start anew.
+fn is_to_be_kept(job: &Job, status: &Status) -> bool {
+    job.resurrect && !status.stop_requested && status.state != JobState::Failed
 }
 
 fn already(there: &Entry, job: &Job) -> Result<()> {

@@ -123,8 +123,8 @@ impl Daemon {
         }
     }
 
-    /// Brings the network up that this host had before. A failure is said, and tried again when bootstrap or join
-    /// come by; jobs in the host's network start without.
+    /// Brings the network up that this host had before. A failure is said, and tried again later; jobs
+    /// in the host's network start without.
     async fn restore_network(&self, stored: &[store::Stored]) {
         let Some(config) = self.config().network else {
             return;

@@ -19,6 +19,9 @@ use crate::identities;
 /// Between looks at the certificate.
 const CERTIFICATE_CHECK: Duration = Duration::from_secs(1);
 
+/// Between attempts to bring the network up.
+const NETWORK_RETRY: Duration = Duration::from_secs(5);
+
 /// Serves until SIGTERM.
 pub(super) async fn run(daemon: Arc<Daemon>) -> anyhow::Result<()> {
     let stop = shutdown();
@@ -26,11 +29,26 @@ pub(super) async fn run(daemon: Arc<Daemon>) -> anyhow::Result<()> {
     tracing::info!(id = daemon.host_id, socket = host::SOCKET, "ready");
     let tls = tokio::spawn(listen_tls(Arc::clone(&daemon), stop.clone()));
     let registration = tokio::spawn(register(Arc::clone(&daemon), stop.clone()));
+    let network = tokio::spawn(keep_network(Arc::clone(&daemon)));
     serve(socket, api::router(daemon), stop.cancelled()).await?;
+    network.abort();
     let _ = tokio::join!(tls, registration);
     let _ = std::fs::remove_file(host::SOCKET);
     tracing::info!("stopped; jobs go on");
     Ok(())
+}
+
+/// Brings the network up that the host had before, when the daemon's start could not.
+async fn keep_network(daemon: Arc<Daemon>) {
+    loop {
+        sleep(NETWORK_RETRY).await;
+        if daemon.network.peek().is_none()
+            && let Some(config) = daemon.config().network
+            && let Err(error) = daemon.configure_network(config).await
+        {
+            tracing::error!(%error, "the network is not up; trying on");
+        }
+    }
 }
 
 /// Serves on the host's address once it has a certificate, and anew when that has been renewed.

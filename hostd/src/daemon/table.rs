@@ -78,7 +78,10 @@ impl Table {
         let mut entries = self.entries();
         let Some(entry) = entries.get_mut(id) else { return };
         let event = event_of(&entry.status, &status);
+        // A supervisor may not have heard of it yet.
+        let stop_requested = entry.status.stop_requested;
         entry.status = status;
+        entry.status.stop_requested |= stop_requested;
         if let Some(event) = event {
             self.announce(event, entry);
         }

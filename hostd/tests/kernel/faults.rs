@@ -235,6 +235,44 @@ pub(crate) async fn a_new_boot_is_noticed() {
     assert_eq!(host.api.job(&stopped.id).await.unwrap().status, JobState::Done);
 }
 
+pub(crate) async fn a_kept_job_comes_back_after_a_shutdown() {
+    let host = Host::boot().await;
+    let mut job = host.job("trap 'exit 0' TERM; while :; do sleep 0.05; done");
+    job.resurrect = true;
+    let first = host.run(&job).await;
+    let supervisor = first.supervisor_pid.unwrap();
+    // What an init system does at the end: SIGTERM to everyone.
+    host.stop_daemon();
+    kill(supervisor, 15);
+    assert!(
+        host.until(async || (!lives(supervisor)).then_some(()))
+            .await
+            .is_some()
+    );
+    let stored = Status::read(&host.state.join("jobs").join(&job.id))
+        .unwrap()
+        .unwrap();
+    assert!(stored.state.is_terminal() && !stored.stop_requested);
+    // What it needs is not there at first: it is tried again.
+    let layer = host
+        .state
+        .join("layers")
+        .join(format!("{}.squashfs", host.layer.id));
+    fs::rename(&layer, layer.with_extension("away")).unwrap();
+    host.start().await;
+    host.wait(&job.id, |job| {
+        job.error
+            .as_ref()
+            .is_some_and(|error| error.contains("not on this host"))
+    })
+    .await;
+    fs::rename(layer.with_extension("away"), &layer).unwrap();
+    let second = host.wait(&job.id, |job| job.status == JobState::Running).await;
+    assert_ne!(second.supervisor_pid, first.supervisor_pid);
+    host.api.stop_job(&job.id).await.unwrap();
+    host.end(&job.id).await;
+}
+
 pub(crate) async fn two_daemons_do_not_share_a_state() {
     let host = Host::boot().await;
     let second = std::process::Command::new(env!("CARGO_BIN_EXE_flynn-host"))

@@ -48,7 +48,7 @@ fn main() -> ExitCode {
         attached: pipes_lose_nothing terminals_have_sizes_and_signals attaches_before_and_after;
         faults: containers_outlive_the_daemon an_end_without_a_daemon_is_kept
             a_container_dies_with_its_supervisor a_kept_job_survives_its_supervisor a_broken_record_harms_no_other
-            wrong_layers_leave_nothing a_full_disk_is_said_and_survived a_new_boot_is_noticed
+            wrong_layers_leave_nothing a_full_disk_is_said_and_survived a_new_boot_is_noticed a_kept_job_comes_back_after_a_shutdown
             two_daemons_do_not_share_a_state;
         network: containers_have_addresses services_are_registered;
     ];
