@@ -2,12 +2,14 @@
 //!
 //! It holds nothing that is not on the disk or in the supervisors, so that it can be killed at any moment.
 
+mod adopt;
 mod api;
 mod exe;
 mod images;
 mod keep;
 mod network;
 mod serve;
+mod start;
 mod store;
 mod table;
 

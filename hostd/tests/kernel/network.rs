@@ -159,3 +159,45 @@ pub(crate) async fn services_are_registered() {
     host.api.stop_job(&job.id).await.unwrap();
     host.end(&job.id).await;
 }
+
+pub(crate) async fn missing_layers_are_fetched() {
+    let host = Host::new(|_| {});
+    host.start().await;
+    let bytes = std::fs::read(&host.layer_file).unwrap();
+    let fetches = Arc::new(Mutex::new(0));
+    let (counted, wanted) = (
+        Arc::clone(&fetches),
+        format!("/layers/{}.squashfs", host.layer.id),
+    );
+    let serve_layer = async move |uri: axum::http::Uri| {
+        *counted.lock().unwrap() += 1;
+        // First something else, then what was asked for.
+        if uri.path() == wanted {
+            bytes
+        } else {
+            b"something else".to_vec()
+        }
+    };
+    let listener = Listener::tcp(([192, 0, 2, 1], 0).into()).await.unwrap();
+    let url = format!("http://{}", listener.local_addr().unwrap());
+    tokio::spawn(serve(
+        listener,
+        Router::new().fallback(serve_layer),
+        std::future::pending(),
+    ));
+
+    let from = |path: &str, job: &mut Job| job.artifacts[0].layer_url_template = Some(format!("{url}{path}"));
+    let mut wrong = host.job("true");
+    from("/wrong/{id}", &mut wrong);
+    let error = host.api.add_job(&wrong).await.unwrap_err();
+    assert!(error.message.contains("cut short"), "{error}");
+    assert_eq!(std::fs::read_dir(host.state.join("layers")).unwrap().count(), 0);
+
+    // Two jobs that want one layer fetch it once.
+    let (mut one, mut two) = (host.job("echo one"), host.job("echo two"));
+    from("/layers/{id}.squashfs", &mut one);
+    from("/layers/{id}.squashfs", &mut two);
+    let (one, two) = tokio::join!(host.finish(&one), host.finish(&two));
+    assert_eq!((one.1, two.1), (vec!["one".to_owned()], vec!["two".to_owned()]));
+    assert_eq!(*fetches.lock().unwrap(), 2);
+}

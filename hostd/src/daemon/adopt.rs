@@ -1,0 +1,128 @@
+//! Taking over what an earlier daemon, or an earlier boot, has left.
+
+use std::sync::{Arc, PoisonError};
+use std::time::Duration;
+
+use flynn_api::host::{Job, JobState};
+use flynn_api::{Digest, Result};
+use jiff::Timestamp;
+
+use super::Daemon;
+use super::keep::{call, is_to_be_kept};
+use super::store::Stored;
+use super::table::Entry;
+use crate::container::Place;
+use crate::control::{Connection, Request};
+use crate::paths::Paths;
+use crate::status::{Status, boot_id};
+use crate::supervisor::Backoff;
+
+impl Daemon {
+    /// Takes over what an earlier daemon, or an earlier boot, has left.
+    pub(super) fn adopt(self: &Arc<Self>, stored: Vec<Stored>) {
+        let boot = boot_id();
+        for Stored {
+            job,
+            mut status,
+            launch,
+        } in stored
+        {
+            let id = job.id.clone();
+            let alive =
+                status.boot_id == boot && status.supervisor.is_some_and(crate::status::ProcessId::is_alive);
+            let resurrect = is_to_be_kept(&job, &status);
+            if !alive {
+                // Bringing the network up has taken it back; by now it may be another's.
+                status.address = None;
+                if status.state.is_terminal() && !resurrect {
+                    self.take_in(job, status, Vec::new(), false);
+                    continue;
+                }
+            }
+            let ports = launch
+                .as_ref()
+                .map(|launch| launch.ports.clone())
+                .unwrap_or_default();
+            let layers: Vec<Digest> = launch
+                .iter()
+                .flat_map(|launch| &launch.layers)
+                .filter_map(|path| path.file_name()?.to_str()?.parse().ok())
+                .collect();
+            self.take_in(job, status.clone(), ports, true);
+            if alive {
+                let held = self
+                    .mounts
+                    .lock()
+                    .unwrap_or_else(PoisonError::into_inner)
+                    .acquire(&self.paths, &id, &layers);
+                if let Err(error) = held {
+                    tracing::warn!(job = id, %error, "an adopted job's layers");
+                }
+                tokio::spawn(Arc::clone(self).resume(id));
+            } else if resurrect {
+                self.start_again(id);
+            } else {
+                let why = if status.boot_id == boot {
+                    "its supervisor was killed while the daemon was down"
+                } else {
+                    "host restarted"
+                };
+                self.change(&id, |status| {
+                    let state = if status.stop_requested {
+                        JobState::Done
+                    } else {
+                        JobState::Crashed
+                    };
+                    status.end(state, Timestamp::now());
+                    status.error = Some(why.into());
+                });
+                let daemon = Arc::clone(self);
+                tokio::spawn(async move { daemon.clean_up(&id, None).await });
+            }
+        }
+    }
+
+    fn take_in(&self, job: Job, status: Status, ports: Vec<u16>, attended: bool) {
+        let entry = Entry {
+            job: Arc::new(job),
+            status,
+            ports,
+            attended,
+        };
+        // Ids are names of directories, and so taken once.
+        let _ = self.table.insert(entry, None);
+    }
+
+    fn start_again(self: &Arc<Self>, id: String) {
+        let daemon = Arc::clone(self);
+        tokio::spawn(async move {
+            daemon.clean_up_container(&id, None).await;
+            daemon.restart(&id, Backoff::default(), Duration::ZERO).await;
+        });
+    }
+
+    /// Follows a supervisor that was there before this daemon. One that still waits for its network gets it.
+    async fn resume(self: Arc<Self>, id: String) {
+        let mut connection = Connection::open(&Paths::socket(&id)).await.ok();
+        if let (Some(connection), Some(entry)) = (&mut connection, self.table.get(&id))
+            && let Err(error) = self.plumb(connection, &entry).await
+        {
+            tracing::warn!(job = id, %error, "cannot give an adopted job its network");
+        }
+        self.follow(id, connection, Backoff::default()).await;
+    }
+
+    async fn plumb(&self, connection: &mut Connection, entry: &Entry) -> Result<()> {
+        let (status, config) = (&entry.status, &entry.job.config);
+        let mut place = Place {
+            address: status.address,
+            gateway: self.network.gateway(),
+        };
+        if !config.host_network && status.address.is_none() {
+            let pid = status.supervisor.map_or(0, |supervisor| supervisor.pid);
+            let network = self.network.get()?;
+            place.address = Some(self.attach(&network, pid).await?);
+        }
+        call(connection, &Request::Go(place)).await
+    }
+}

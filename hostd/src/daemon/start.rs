@@ -1,0 +1,323 @@
+//! Starting jobs: what they need first, then their supervisors.
+
+use std::net::{Ipv4Addr, TcpListener, UdpSocket};
+use std::sync::{Arc, PoisonError};
+use std::time::Duration;
+
+use flynn_api::host::{Job, JobEventKind, JobState};
+use flynn_api::image::ImageManifest;
+use flynn_api::{Digest, Error, ErrorCode, Result};
+use jiff::Timestamp;
+use tokio::time::{Instant, sleep};
+
+use super::keep::call;
+use super::table::Entry;
+use super::{Daemon, disk_error, store};
+use crate::container::Place;
+use crate::control::{Connection, Request};
+use crate::launch::{self, Bind, Launch};
+use crate::status::{Status, boot_id};
+use crate::supervisor::Backoff;
+use crate::{disk, files, identities, prepare, volumes};
+
+/// How long a supervisor may take to open its socket.
+const SUPERVISOR_START: Duration = Duration::from_secs(10);
+
+impl Daemon {
+    /// Takes a job and starts it; comes back when its supervisor has it.
+    pub(super) async fn add(self: &Arc<Self>, job: Job) -> Result<()> {
+        prepare::check(&job, &self.host_id)?;
+        if let Some(there) = self.table.get(&job.id) {
+            return already(&there, &job);
+        }
+        disk::check(self.paths.state())?;
+        let status = Status::new(Timestamp::now(), boot_id());
+        let id = job.id.clone();
+        let job = Arc::new(job);
+        let entry = Entry {
+            job: Arc::clone(&job),
+            status: status.clone(),
+            ports: Vec::new(),
+            attended: true,
+        };
+        if let Err(there) = self.table.insert(entry, Some(JobEventKind::Create)) {
+            return already(&there, &job);
+        }
+        if let Err(error) = store::create(&self.paths, &job, &status) {
+            self.table.remove(&id);
+            return Err(disk_error("keep the job", &error));
+        }
+        // A task of its own: it goes on when the caller hangs up.
+        let daemon = Arc::clone(self);
+        let start = tokio::spawn(async move { daemon.start(&id).await });
+        start
+            .await
+            .unwrap_or_else(|_| Err(Error::internal("the start of the job was cut off")))
+    }
+
+    /// Prepares a job that is in the table and starts its supervisor.
+    async fn start(self: &Arc<Self>, id: &str) -> Result<()> {
+        match self.attempt(id).await {
+            Ok(connection) => {
+                tokio::spawn(Arc::clone(self).follow(id.to_owned(), Some(connection), Backoff::default()));
+                Ok(())
+            }
+            Err(error) => {
+                tracing::warn!(job = id, %error, "cannot start");
+                self.give_up(id, &error.message).await;
+                Err(error)
+            }
+        }
+    }
+
+    /// Starts a job again whose supervisor is gone, after `pause`, and tries on while that fails: the job is to be
+    /// kept, and what it needs (its network, room on the disk, a port) may come.
+    pub(super) async fn restart(self: &Arc<Self>, id: &str, mut backoff: Backoff, mut pause: Duration) {
+        self.change(id, |status| {
+            status.state = JobState::Starting;
+            status.restarts += 1;
+            status.boot_id = boot_id();
+            status.supervisor = None;
+            status.address = None;
+            status.pid = None;
+            status.ended_at = None;
+            status.healthy = false;
+        });
+        loop {
+            if self.stopped_within(id, pause).await {
+                return self.give_up(id, "stopped before it was started again").await;
+            }
+            match self.attempt(id).await {
+                Ok(connection) => {
+                    tokio::spawn(Arc::clone(self).follow(id.to_owned(), Some(connection), backoff));
+                    return;
+                }
+                Err(error) => {
+                    tracing::warn!(job = id, %error, "cannot start it again; trying on");
+                    self.change(id, |status| status.error = Some(error.message.clone()));
+                    self.clean_up_container(id, None).await;
+                    pause = backoff.after(Duration::ZERO);
+                }
+            }
+        }
+    }
+
+    async fn attempt(&self, id: &str) -> Result<Connection> {
+        // The semaphore is never closed.
+        let _permit = self.starts.acquire().await;
+        self.try_start(id).await
+    }
+
+    /// Whether somebody asks for a job's stop before this time is over.
+    async fn stopped_within(&self, id: &str, time: Duration) -> bool {
+        let until = Instant::now() + time;
+        loop {
+            if self.refuse_stopped(id).is_err() {
+                return true;
+            }
+            let left = until.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return false;
+            }
+            sleep(left.min(Duration::from_millis(100))).await;
+        }
+    }
+
+    /// Ends a job that has no supervisor.
+    async fn give_up(&self, id: &str, why: &str) {
+        self.change(id, |status| {
+            let state = if status.stop_requested {
+                JobState::Done
+            } else {
+                JobState::Failed
+            };
+            status.end(state, Timestamp::now());
+            status.error = Some(why.to_owned());
+        });
+        self.clean_up(id, None).await;
+    }
+
+    async fn try_start(&self, id: &str) -> Result<Connection> {
+        let entry = self.table.get(id).ok_or_else(|| Error::not_found("job", id))?;
+        let job = &entry.job;
+        // Without its network the job would only wait.
+        let network = if job.config.host_network {
+            None
+        } else {
+            Some(self.network.get()?)
+        };
+        let manifests = self.images(job).await?;
+        let layers = prepare::layers(&manifests)?;
+        let launch = self.launch(job, &manifests, &layers)?;
+        let job_dir = self.paths.job(id);
+        files::write_json(&job_dir.join(launch::FILE), &launch)
+            .map_err(|error| disk_error("keep the job", &error))?;
+        self.table.note(id, |entry| entry.ports.clone_from(&launch.ports));
+        self.refuse_stopped(id)?;
+
+        let mut child = self
+            .executable
+            .supervise(&job_dir)
+            .map_err(|error| Error::internal(format!("cannot start the job's supervisor: {error}")))?;
+        let pid = child.id().map_or(0, u32::cast_signed);
+        let connected = connect(&launch, &mut child).await;
+        // Whoever is left when it ends: a zombie would look like a process.
+        tokio::spawn(async move { child.wait().await });
+        let mut connection = connected?;
+        let address = match &network {
+            Some(network) => Some(self.attach(network, pid).await?),
+            None => None,
+        };
+        let place = Place {
+            address,
+            gateway: self.network.gateway(),
+        };
+        let result = call(&mut connection, &Request::Go(place))
+            .await
+            .and(self.refuse_stopped(id));
+        if let Err(error) = result {
+            let _ = call(&mut connection, &Request::Stop).await;
+            if let (Some(network), Some(address)) = (&network, address) {
+                network.detach(address).await;
+            }
+            return Err(error);
+        }
+        Ok(connection)
+    }
+
+    fn refuse_stopped(&self, id: &str) -> Result<()> {
+        match self.table.get(id) {
+            Some(entry) if !entry.status.stop_requested => Ok(()),
+            _ => Err(Error::conflict("the job was stopped before it was started")),
+        }
+    }
+
+    async fn images(&self, job: &Job) -> Result<Vec<ImageManifest>> {
+        let mut manifests = Vec::new();
+        for artifact in &job.artifacts {
+            let manifest = self.manifest(artifact).await?;
+            for layer in manifest.layers() {
+                self.layer(layer, artifact.layer_url_template.as_deref()).await?;
+            }
+            manifests.push(manifest);
+        }
+        Ok(manifests)
+    }
+
+    /// Mounts the layers, makes the volumes, gives out ports.
+    fn launch(&self, job: &Job, manifests: &[ImageManifest], layers: &[Digest]) -> Result<Launch> {
+        let free_port = || {
+            let socket = TcpListener::bind((Ipv4Addr::UNSPECIFIED, 0)).and_then(|socket| socket.local_addr());
+            socket
+                .map(|address| address.port())
+                .map_err(|error| Error::internal(format!("no free port: {error}")))
+        };
+        let ports = prepare::ports(&job.config, free_port)?;
+        if job.config.host_network {
+            for (port, number) in job.config.ports.iter().zip(&ports) {
+                check_port(*number, &port.proto)?;
+            }
+        }
+        let mut launch = prepare::launch(job, &self.as_host(), manifests, &ports, Vec::new())?;
+        let mut binds = Vec::new();
+        for volume in &job.config.volumes {
+            let source = volumes::ensure(&self.paths, &volume.volume_id, launch.uid, launch.gid)
+                .map_err(|error| disk_error("make the volume", &error))?;
+            binds.push(Bind {
+                source,
+                target: volume.path.clone().into(),
+                writable: true,
+            });
+        }
+        binds.extend(self.certificates(job));
+        launch.binds.splice(0..0, binds);
+        self.mounts
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .acquire(&self.paths, &job.id, layers)
+            .map_err(|error| Error::internal(error.to_string()))?;
+        Ok(launch)
+    }
+
+    /// The certificates of a system app's job, when the cluster has any yet.
+    fn certificates(&self, job: &Job) -> Option<Bind> {
+        let app = job
+            .metadata
+            .get(flynn_api::host::label::APP_NAME)
+            .filter(|_| prepare::is_system(job))?;
+        // It becomes part of a path.
+        if !prepare::is_volume_id(app) {
+            return None;
+        }
+        let source = identities::app_dir(self.paths.state(), app);
+        let target = "/etc/flynn/tls".into();
+        source.is_dir().then_some(Bind {
+            source,
+            target,
+            writable: false,
+        })
+    }
+
+    pub(super) async fn attach(&self, network: &super::network::Up, pid: i32) -> Result<Ipv4Addr> {
+        let address = network.allocate()?;
+        match network.attach(pid, address).await {
+            Ok(()) => Ok(address),
+            Err(error) => {
+                network.detach(address).await;
+                Err(error)
+            }
+        }
+    }
+}
+
+fn already(there: &Entry, job: &Job) -> Result<()> {
+    if *there.job == *job {
+        return Ok(());
+    }
+    Err(Error::new(
+        ErrorCode::ObjectExists,
+        format!(
+            "there is another job {}; a job never changes: choose a new id",
+            job.id
+        ),
+    ))
+}
+
+/// Connects to a supervisor that was just started.
+async fn connect(launch: &Launch, child: &mut tokio::process::Child) -> Result<Connection> {
+    let deadline = Instant::now() + SUPERVISOR_START;
+    loop {
+        if let Ok(connection) = Connection::open(&launch.socket).await {
+            return Ok(connection);
+        }
+        if let Ok(Some(status)) = child.try_wait() {
+            return Err(Error::internal(format!(
+                "the job's supervisor ended at once ({status}); supervisor.log in the job's directory says why"
+            )));
+        }
+        if Instant::now() > deadline {
+            let _ = child.start_kill();
+            return Err(Error::new(
+                ErrorCode::Timeout,
+                "the job's supervisor did not begin in time",
+            ));
+        }
+        sleep(Duration::from_millis(2)).await;
+    }
+}
+
+/// Whether a port of the host is free.
+fn check_port(port: u16, proto: &str) -> Result<()> {
+    let address = (Ipv4Addr::UNSPECIFIED, port);
+    let taken = match proto {
+        "udp" => UdpSocket::bind(address).err(),
+        _ => TcpListener::bind(address).err(),
+    };
+    match taken {
+        None => Ok(()),
+        Some(error) => Err(Error::conflict(format!(
+            "port {port}/{proto} of this host cannot be had ({error}): find who listens on it with \
+             ss -lnp '( sport = :{port} )' and stop it, or give the job another port"
+        ))),
+    }
+}
