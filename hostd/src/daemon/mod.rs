@@ -16,7 +16,7 @@ mod table;
 use std::collections::BTreeMap;
 use std::io;
 use std::net::Ipv4Addr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use flynn_api::host::{HostStatus, NetworkConfig};
@@ -29,7 +29,7 @@ use self::table::Table;
 use crate::cgroup::Hierarchies;
 use crate::config::{HostConfig, Overrides};
 use crate::layers::{Mounts, Store};
-use crate::paths::Paths;
+use crate::paths::{Paths, RUN};
 use crate::status::boot_id;
 use crate::{disk, prepare};
 
@@ -66,7 +66,7 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
     use anyhow::Context;
     let paths = Paths::create(&options.state)
         .with_context(|| format!("cannot use the state directory {}", options.state.display()))?;
-    let _lock = lock(&paths)?;
+    let _locks = [lock(paths.state())?, lock(Path::new(RUN))?];
     let config = HostConfig::load(paths.state(), &options.overrides)?;
     let hierarchies = Hierarchies::find().context("cannot find the cgroup hierarchies")?;
     crate::cgroup::prepare(&hierarchies).context("cannot make the cgroup flynn")?;
@@ -100,16 +100,11 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
     serve::run(daemon).await
 }
 
-/// Two daemons on one state directory would fight over its jobs.
-fn lock(paths: &Paths) -> anyhow::Result<std::fs::File> {
-    let path = paths.state().join("lock");
-    let file = std::fs::File::create(&path)?;
-    file.try_lock().map_err(|_| {
-        anyhow::anyhow!(
-            "another flynn-host daemon uses {}: stop it first",
-            paths.state().display()
-        )
-    })?;
+/// Two daemons would fight over the jobs of one state directory, and over the sockets and pins of one host.
+fn lock(dir: &Path) -> anyhow::Result<std::fs::File> {
+    let file = std::fs::File::create(dir.join("lock"))?;
+    file.try_lock()
+        .map_err(|_| anyhow::anyhow!("another flynn-host daemon uses {}: stop it first", dir.display()))?;
     Ok(file)
 }
 
