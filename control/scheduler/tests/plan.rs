@@ -113,7 +113,7 @@ fn tags_decide_and_what_cannot_be_placed_is_said() {
     let mut wanted = formation("r", 2, ProcessType::default());
     wanted.tags = BTreeMap::from([("web".into(), Meta::from([("disk".into(), "ssd".into())]))]);
     assert_eq!(
-        starts(&plan(&desired(&[wanted.clone()]), &hosts, at(0))),
+        starts(&plan(&desired(std::slice::from_ref(&wanted)), &hosts, at(0))),
         ["b", "b"]
     );
     let misplaced = view(&[("a", vec![running(&wanted, "a-1")])]);
@@ -134,7 +134,7 @@ fn nothing_is_done_before_enough_is_known() {
     // One host's jobs are not known yet: what is missing may run there.
     let mut hosts = view(&[("a", vec![])]);
     hosts.registered(&BTreeMap::from([("a".into(), false), ("b".into(), false)]), at(0));
-    let planned = plan(&desired(&[wanted.clone()]), &hosts, at(0));
+    let planned = plan(&desired(std::slice::from_ref(&wanted)), &hosts, at(0));
     assert_eq!((planned.starts.len(), planned.wake_at), (0, Some(at(60))));
     assert_eq!(
         starts(&plan(&desired(&[wanted]), &hosts, at(60))),
@@ -203,10 +203,16 @@ fn what_its_host_restarts_is_not_replaced_unless_the_host_is_gone() {
     );
     let crashed = active(wanted.job("web", "a-1", 0).expect("a job"), JobState::Crashed);
     let mut hosts = view(&[("a", vec![crashed]), ("b", vec![])]);
-    assert!(plan(&desired(&[wanted.clone()]), &hosts, at(0)).starts.is_empty());
+    assert!(
+        plan(&desired(std::slice::from_ref(&wanted)), &hosts, at(0))
+            .starts
+            .is_empty()
+    );
     hosts.answering("a", false, at(1));
     assert!(
-        plan(&desired(&[wanted.clone()]), &hosts, at(1)).starts.is_empty(),
+        plan(&desired(std::slice::from_ref(&wanted)), &hosts, at(1))
+            .starts
+            .is_empty(),
         "one signal is not enough"
     );
     hosts.registered(&BTreeMap::from([("b".into(), false)]), at(2));
