@@ -36,24 +36,31 @@ pub(crate) fn measure() -> Result<Vec<Process>> {
 /// `None` for kernel threads and for what ended meanwhile.
 fn process(path: &Path) -> Option<Process> {
     let exe = fs::read_link(path.join("exe")).ok()?;
-    let program = exe.file_name()?.to_str()?.to_owned();
     let line = fs::read(path.join("cmdline")).ok()?;
-    let mut words = line
-        .split(|byte| *byte == 0)
-        .map(|word| String::from_utf8_lossy(word).into_owned());
-    let first = words.next().unwrap_or_default();
-    let platform = program.starts_with("flynn-host") || program.starts_with("flynn-system");
-    let name = match words.next() {
-        Some(role) if platform => format!("{program} {role}"),
-        _ if platform => format!("{program} {first}"),
-        _ => program,
-    };
+    let (name, platform) = name(&exe, &line);
     let rollup = fs::read_to_string(path.join("smaps_rollup")).ok()?;
     Some(Process {
         name,
         pss: pss(&rollup)?,
         platform,
     })
+}
+
+/// What a process is called, and whether it is the platform's. Supervisors run a file that is nowhere in sight: they
+/// go by what they call themselves.
+fn name(exe: &Path, line: &[u8]) -> (String, bool) {
+    let mut words = line.split(|byte| *byte == 0).map(String::from_utf8_lossy);
+    let called = words.next().unwrap_or_default().into_owned();
+    let called = Path::new(&called)
+        .file_name()
+        .and_then(|name| name.to_str())
+        .unwrap_or_default();
+    let program = exe.file_name().and_then(|name| name.to_str()).unwrap_or(called);
+    let platform = ["flynn-host", "flynn-system"].contains(&program);
+    match words.next().filter(|_| platform) {
+        Some(role) => (format!("{program} {role}"), platform),
+        None => (program.to_owned(), platform),
+    }
 }
 
 /// The line `Pss:` of a `smaps_rollup`, in bytes.
@@ -74,5 +81,21 @@ mod tests {
         assert_eq!(pss(rollup), Some(304 * 1024));
         assert_eq!(pss(""), None);
         assert!(measure().is_ok());
+    }
+
+    #[test]
+    fn the_platforms_processes_are_told_from_others() {
+        let supervisor = name(Path::new("/"), b"flynn-host\0supervise\0/jobs/x\0");
+        assert_eq!(supervisor, ("flynn-host supervise".into(), true));
+        let component = name(Path::new("/usr/bin/flynn-system"), b"/bin/flynn-system\0router\0");
+        assert_eq!(component, ("flynn-system router".into(), true));
+        assert!(!name(Path::new("/run/flynn-lab/program"), b"flynn-lab:init\0").1);
+        assert!(
+            !name(
+                Path::new("/usr/lib/postgresql/15/bin/postgres"),
+                b"postgres: walwriter \0"
+            )
+            .1
+        );
     }
 }

@@ -34,7 +34,13 @@ fn sum(platform: &Platform) -> Result<f64> {
         let entry = by_name.entry(&process.name).or_default();
         *entry = (entry.0 + 1, entry.1 + process.pss);
     }
-    ensure!(!by_name.is_empty(), "no process of the platform was found");
+    for needed in [
+        "flynn-host daemon",
+        "flynn-host supervise",
+        "flynn-system discoverd",
+    ] {
+        ensure!(by_name.contains_key(needed), "no process {needed} was found");
+    }
     for (name, (count, bytes)) in &by_name {
         eprintln!("    {:>7.1} MB  {name} ({count})", megabytes(*bytes));
     }
