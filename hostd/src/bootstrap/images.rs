@@ -65,7 +65,7 @@ pub async fn import(host: &HostClient, state: &Path, from: &Path) -> anyhow::Res
 }
 
 /// The image of this name.
-pub fn find(state: &Path, name: &str) -> anyhow::Result<ImageManifest> {
+pub(super) fn find(state: &Path, name: &str) -> anyhow::Result<ImageManifest> {
     let path = state.join(DIR).join(format!("{name}.json"));
     if !path.exists() {
         bail!("this host has no image {name}; bring it in with `flynn-host download --from DIR`");

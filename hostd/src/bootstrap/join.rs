@@ -70,20 +70,19 @@ pub async fn run(args: &Args) -> anyhow::Result<()> {
         images::import(&host, &args.state, images).await?;
     }
     let host_dir = identities::host_dir(&args.state);
-    let peers = match Identity::load(&host_dir) {
+    let peers = if Identity::load(&host_dir).is_ok() {
         // An earlier run came this far, and used the token up.
-        Ok(_) => vec![format!("{}:{}", args.address, flynn_api::discovery::PORT)],
-        Err(_) => {
-            say("asking for a certificate");
-            let (key_pem, signed) = ask(args, &host_id, address).await?;
-            Identity {
-                ca_pem: signed.ca,
-                cert_pem: signed.cert,
-                key_pem,
-            }
-            .save(&host_dir)?;
-            signed.peers
+        vec![format!("{}:{}", args.address, flynn_api::discovery::PORT)]
+    } else {
+        say("asking for a certificate");
+        let (key_pem, signed) = ask(args, &host_id, address).await?;
+        Identity {
+            ca_pem: signed.ca,
+            cert_pem: signed.cert,
+            key_pem,
         }
+        .save(&host_dir)?;
+        signed.peers
     };
     let identity = Identity::load(&host_dir)?;
     let remote = DiscoveryClient::new(Http::new(&discoverd_url(args.address))?.identity(&identity)?);
@@ -123,7 +122,7 @@ pub async fn run(args: &Args) -> anyhow::Result<()> {
         .context("cannot bring the host's network up")?;
 
     let own = DiscoveryClient::new(Http::new(&discoverd_url(address))?.identity(&identity)?);
-    let deadline = tokio::time::Instant::now() + Duration::from_secs(60);
+    let deadline = tokio::time::Instant::now() + Duration::from_mins(1);
     while let Err(error) = own.ping().await {
         if tokio::time::Instant::now() > deadline {
             bail!(

@@ -12,12 +12,12 @@ use serde::Deserialize;
 use serde_json::Value;
 
 /// The manifest that is used unless another is given.
-pub const DEFAULT: &str = include_str!("manifest.json");
+pub(super) const DEFAULT: &str = include_str!("manifest.json");
 
 /// What a cluster starts with.
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct Manifest {
+pub(super) struct Manifest {
     /// 1.
     pub version: u32,
     /// In starting order.
@@ -27,7 +27,7 @@ pub struct Manifest {
 /// Who starts an app.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "lowercase")]
-pub enum Start {
+pub(super) enum Start {
     /// Bootstrap, through the host's API, before there is a controller.
     Host,
     /// The controller and the scheduler.
@@ -38,7 +38,7 @@ pub enum Start {
 /// One app of the platform.
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct SystemApp {
+pub(super) struct SystemApp {
     /// Its name.
     pub name: String,
     /// The image that it runs: `<name>.json` in the host's images.
@@ -66,7 +66,7 @@ pub struct SystemApp {
 
 /// The ids that an app gets before the controller is there to give any.
 #[derive(Clone, Debug, PartialEq, Eq, serde::Serialize, Deserialize)]
-pub struct AppIds {
+pub(super) struct AppIds {
     /// The app's.
     pub app: String,
     /// Its first release's.
@@ -78,7 +78,7 @@ impl Manifest {
     ///
     /// # Errors
     /// When it is not JSON of this form, names a variable that is not there, or another version.
-    pub fn read(json: &str, variables: &BTreeMap<&str, String>) -> Result<Self, String> {
+    pub(super) fn read(json: &str, variables: &BTreeMap<&str, String>) -> Result<Self, String> {
         let mut value: Value = serde_json::from_str(json).map_err(|why| format!("it is not JSON: {why}"))?;
         fill(&mut value, variables)?;
         let manifest: Self = serde_json::from_value(value).map_err(|why| why.to_string())?;
@@ -121,7 +121,7 @@ fn fill_text(text: &str, variables: &BTreeMap<&str, String>) -> Result<String, S
 
 impl SystemApp {
     /// The app as the controller will know it.
-    pub fn app(&self, ids: &AppIds) -> App {
+    pub(super) fn app(&self, ids: &AppIds) -> App {
         let mut meta = Meta::from([(SYSTEM_APP.into(), "true".into())]);
         if self.critical {
             meta.insert(SYSTEM_CRITICAL.into(), "true".into());
@@ -135,7 +135,7 @@ impl SystemApp {
     }
 
     /// Its first release.
-    pub fn release(&self, ids: &AppIds, artifact_id: &str) -> Release {
+    pub(super) fn release(&self, ids: &AppIds, artifact_id: &str) -> Release {
         Release {
             id: ids.release.clone(),
             app_id: Some(ids.app.clone()),
@@ -147,7 +147,7 @@ impl SystemApp {
     }
 
     /// Its formation, to make jobs of before there is a controller.
-    pub fn formation(&self, ids: &AppIds, image: &ImageManifest) -> ExpandedFormation {
+    pub(super) fn formation(&self, ids: &AppIds, image: &ImageManifest) -> ExpandedFormation {
         ExpandedFormation {
             app: self.app(ids),
             release: self.release(ids, ""),
@@ -160,7 +160,7 @@ impl SystemApp {
 }
 
 /// The artifact of an image that every host has: its layers are fetched from nowhere.
-pub fn artifact(image: &ImageManifest) -> Artifact {
+pub(super) fn artifact(image: &ImageManifest) -> Artifact {
     Artifact::image(image.clone(), format!("flynn-image:{}", image.id()), None)
 }
 

@@ -19,7 +19,7 @@ const FILE: &str = "bootstrap.json";
 
 /// What was made up. Secret.
 #[derive(Serialize, Deserialize)]
-pub struct State {
+pub(super) struct State {
     /// The form of this file.
     pub version: u32,
     /// The cluster's domain.
@@ -38,7 +38,7 @@ pub struct State {
 
 impl State {
     /// What an earlier run made up, or something new for this domain.
-    pub fn open(dir: &Path, domain: Option<&str>) -> anyhow::Result<Self> {
+    pub(super) fn open(dir: &Path, domain: Option<&str>) -> anyhow::Result<Self> {
         if let Some(state) = files::read_json::<Self>(&dir.join(FILE))? {
             if let Some(domain) = domain
                 && domain != state.domain
@@ -82,13 +82,13 @@ impl State {
     }
 
     /// Writes it down, for root alone.
-    pub fn save(&self, dir: &Path) -> std::io::Result<()> {
+    pub(super) fn save(&self, dir: &Path) -> std::io::Result<()> {
         files::private_dir(dir)?;
         files::write_json(&dir.join(FILE), self)
     }
 
     /// The variables of the manifest.
-    pub fn variables(&self) -> BTreeMap<&str, String> {
+    pub(super) fn variables(&self) -> BTreeMap<&str, String> {
         let secrets = self
             .secrets
             .iter()
@@ -97,12 +97,12 @@ impl State {
     }
 
     /// A secret by its variable's name.
-    pub fn secret(&self, name: &str) -> &str {
+    pub(super) fn secret(&self, name: &str) -> &str {
         self.secrets.get(name).map_or("", String::as_str)
     }
 
     /// The ids of an app, made up at the first call.
-    pub fn ids(&mut self, app: &str) -> &AppIds {
+    pub(super) fn ids(&mut self, app: &str) -> &AppIds {
         self.apps.entry(app.to_owned()).or_insert_with(|| AppIds {
             app: Uuid::new_v4().to_string(),
             release: Uuid::new_v4().to_string(),
@@ -110,7 +110,7 @@ impl State {
     }
 
     /// By what the CLI knows the cluster: base64 of the SHA-256 of its certificate's DER.
-    pub fn tls_pin(&self) -> anyhow::Result<String> {
+    pub(super) fn tls_pin(&self) -> anyhow::Result<String> {
         let der = CertificateDer::from_pem_slice(self.secret("TLS_CERT").as_bytes())
             .map_err(|why| anyhow::anyhow!("the cluster's certificate in {FILE} cannot be read: {why}"))?;
         let digest = <sha2::Sha256 as sha2::Digest>::digest(&der);
@@ -118,7 +118,7 @@ impl State {
     }
 
     /// By what a joining host knows the CA.
-    pub fn ca_fingerprint(&self) -> Result<Digest, TlsError> {
+    pub(super) fn ca_fingerprint(&self) -> Result<Digest, TlsError> {
         flynn_api::tls::fingerprint(&self.ca_cert)
     }
 }

@@ -27,7 +27,7 @@ use super::{Bootstrap, images};
 
 impl Bootstrap {
     /// Certificates: this host's, and one for each app of the platform, before there is anybody else to sign them.
-    pub fn certificates(&self, apps: &[SystemApp]) -> anyhow::Result<()> {
+    pub(super) fn certificates(&self, apps: &[SystemApp]) -> anyhow::Result<()> {
         if self.state.ca_key.is_empty() {
             return Ok(());
         }
@@ -42,7 +42,7 @@ impl Bootstrap {
         issue(
             &crate::identities::host_dir(&self.dir),
             PeerIdentity::Host(self.host_id.clone()),
-            &[address.clone()],
+            std::slice::from_ref(&address),
         )?;
         for app in apps {
             let sans = [address.clone(), format!("{}.discoverd", app.name)];
@@ -56,7 +56,7 @@ impl Bootstrap {
     }
 
     /// Starts an app through the host's API, unless it runs.
-    pub async fn start(&mut self, app: &SystemApp) -> anyhow::Result<()> {
+    pub(super) async fn start(&mut self, app: &SystemApp) -> anyhow::Result<()> {
         let image = images::find(&self.dir, &app.image)?;
         let ids = self.state.ids(&app.name).clone();
         self.state.save(&self.dir)?;
@@ -128,7 +128,7 @@ impl Bootstrap {
     }
 
     /// Discoverd over mutual TLS, as this host.
-    pub fn discoverd(&self) -> anyhow::Result<DiscoveryClient> {
+    pub(super) fn discoverd(&self) -> anyhow::Result<DiscoveryClient> {
         let identity = Identity::load(&crate::identities::host_dir(&self.dir))?;
         let url = format!("https://{}:{}", self.address, flynn_api::discovery::PORT);
         Ok(DiscoveryClient::new(
@@ -139,7 +139,7 @@ impl Bootstrap {
     }
 
     /// Hands the CA to discoverd; from then on its leader signs.
-    pub async fn hand_over_ca(&mut self) -> anyhow::Result<()> {
+    pub(super) async fn hand_over_ca(&mut self) -> anyhow::Result<()> {
         let discoverd = self.discoverd()?;
         self.wait("discoverd answers", async || discoverd.ping().await.map(Some))
             .await?;
@@ -176,7 +176,7 @@ impl Bootstrap {
     }
 
     /// Takes a subnet for this host and brings its network up.
-    pub async fn network(&mut self) -> anyhow::Result<Ipv4Addr> {
+    pub(super) async fn network(&mut self) -> anyhow::Result<Ipv4Addr> {
         let discoverd = self.discoverd()?;
         let lease = self
             .wait("this host holds a subnet", async || {
@@ -212,7 +212,7 @@ impl Bootstrap {
     }
 
     /// Waits until a service has a leader.
-    pub async fn wait_leader(&self, service: &str) -> anyhow::Result<()> {
+    pub(super) async fn wait_leader(&self, service: &str) -> anyhow::Result<()> {
         let discoverd = self.gateway.as_ref().context("the network is not up")?;
         self.wait(&format!("{service} has a leader"), async || {
             found(discoverd.leader(service).await)
@@ -222,7 +222,7 @@ impl Bootstrap {
     }
 
     /// The controller, by the address that discoverd knows.
-    pub async fn controller(&self) -> anyhow::Result<ControllerClient> {
+    pub(super) async fn controller(&self) -> anyhow::Result<ControllerClient> {
         let discoverd = self.gateway.as_ref().context("the network is not up")?;
         let instance = self
             .wait("the controller is found", async || {
@@ -240,7 +240,11 @@ impl Bootstrap {
     }
 
     /// Tells the controller of an app, its release, its formation and its routes.
-    pub async fn adopt(&mut self, controller: &ControllerClient, app: &SystemApp) -> anyhow::Result<()> {
+    pub(super) async fn adopt(
+        &mut self,
+        controller: &ControllerClient,
+        app: &SystemApp,
+    ) -> anyhow::Result<()> {
         let image = images::find(&self.dir, &app.image)?;
         let ids = self.state.ids(&app.name).clone();
         self.state.save(&self.dir)?;
@@ -283,7 +287,7 @@ impl Bootstrap {
     }
 
     /// Waits until the scheduler reports an app's jobs as up.
-    pub async fn wait_up(&self, controller: &ControllerClient, app: &SystemApp) -> anyhow::Result<()> {
+    pub(super) async fn wait_up(&self, controller: &ControllerClient, app: &SystemApp) -> anyhow::Result<()> {
         let Some(ids) = self.state.apps.get(&app.name) else {
             bail!("{} has no id", app.name)
         };
@@ -419,7 +423,7 @@ fn free_subnet(network: Ipv4Net, leases: &NetworkLeases) -> Option<Ipv4Net> {
 
 impl State {
     /// What the operator types to use the cluster.
-    pub fn cluster_add(&self) -> anyhow::Result<String> {
+    pub(super) fn cluster_add(&self) -> anyhow::Result<String> {
         Ok(format!(
             "flynn cluster add -p {} default {} {}",
             self.tls_pin()?,
