@@ -32,6 +32,16 @@ impl Allocator {
         }
     }
 
+    /// Puts free addresses that had owners until lately behind the others, as if they were released now in this order.
+    pub fn rest(&mut self, lately: impl IntoIterator<Item = Ipv4Addr>) {
+        for address in lately {
+            if let Some(place) = self.free.iter().position(|free| *free == address) {
+                self.free.remove(place);
+                self.free.push_back(address);
+            }
+        }
+    }
+
     /// An address that nobody has, or `None` when all are taken.
     pub fn allocate(&mut self) -> Option<Ipv4Addr> {
         let address = self.free.pop_front()?;
@@ -141,6 +151,16 @@ mod tests {
         let given: Vec<_> = std::iter::from_fn(|| allocator.allocate()).collect();
         assert_eq!(given.len(), 253);
         assert_eq!(given.last(), Some(&first));
+    }
+
+    #[test]
+    fn addresses_with_owners_until_lately_rest() {
+        let at = |last: u8| Ipv4Addr::new(100, 100, 1, last);
+        let mut allocator = Allocator::new(subnet(), [at(4)]);
+        allocator.rest([at(3), at(2), at(4), Ipv4Addr::LOCALHOST]);
+        let given: Vec<_> = std::iter::from_fn(|| allocator.allocate()).collect();
+        assert_eq!(given.len(), 252);
+        assert_eq!((given[0], &given[250..]), (at(5), &[at(3), at(2)][..]));
     }
 
     #[test]

@@ -5,11 +5,11 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use flynn_api::Result;
 use flynn_api::client::Retry;
 use flynn_api::client::controller::ControllerClient;
 use flynn_api::client::discovery::DiscoveryClient;
 use flynn_api::controller::Job;
+use flynn_api::{Error, ErrorCode, Result};
 use futures::StreamExt as _;
 use jiff::Timestamp;
 
@@ -104,7 +104,7 @@ pub(crate) async fn tell(shared: Arc<Shared>, controller: Controller) {
                 retry.reset();
                 shared.outbox(|outbox| outbox.taken(report));
             }
-            Err(error) if error.retry || error.code.status().is_server_error() => {
+            Err(error) if may_pass(&error) => {
                 tracing::debug!(%error, job = report.id, "a report has to wait");
                 shared.outbox(report::Outbox::postpone);
                 retry.wait().await;
@@ -115,6 +115,13 @@ pub(crate) async fn tell(shared: Arc<Shared>, controller: Controller) {
             }
         }
     }
+}
+
+/// Whether another try may succeed. One who does not take our key is no controller, or not yet ours: after a host
+/// went down, another job may have the address that discoverd still knows the controller by.
+fn may_pass(error: &Error) -> bool {
+    let stranger = matches!(error.code, ErrorCode::Unauthorized | ErrorCode::Forbidden);
+    error.retry || stranger || error.code.status().is_server_error()
 }
 
 async fn put(client: ControllerClient, report: &Job) -> Result<ControllerClient> {

@@ -64,6 +64,10 @@ struct Daemon {
 /// Runs the daemon until it is told to stop. Jobs go on.
 pub async fn run(options: Options) -> anyhow::Result<()> {
     use anyhow::Context;
+    anyhow::ensure!(
+        rustix::process::geteuid().is_root(),
+        "the daemon makes namespaces, mounts and cgroups, which only root may: run it as root"
+    );
     let paths = Paths::create(&options.state)
         .with_context(|| format!("cannot use the state directory {}", options.state.display()))?;
     let _locks = [lock(paths.state())?, lock(Path::new(RUN))?];
@@ -127,18 +131,21 @@ impl Daemon {
             return;
         };
         let boot = boot_id();
-        let in_use: Vec<Ipv4Addr> = stored
-            .iter()
-            .filter(|stored| {
-                stored.status.boot_id == boot
-                    && stored
-                        .status
-                        .supervisor
-                        .is_some_and(crate::status::ProcessId::is_alive)
-            })
-            .filter_map(|stored| stored.status.address)
-            .collect();
-        if let Err(error) = self.network.configure(&config, &in_use).await {
+        let runs = |stored: &&store::Stored| {
+            stored.status.boot_id == boot
+                && stored
+                    .status
+                    .supervisor
+                    .is_some_and(crate::status::ProcessId::is_alive)
+        };
+        let (running, ended): (Vec<_>, Vec<_>) = stored.iter().partition(runs);
+        let addresses = |jobs: Vec<&store::Stored>| -> Vec<Ipv4Addr> {
+            jobs.into_iter()
+                .filter_map(|stored| stored.status.address)
+                .collect()
+        };
+        let (in_use, lately) = (addresses(running), addresses(ended));
+        if let Err(error) = self.network.configure(&config, &in_use, &lately).await {
             tracing::error!(%error, "the network is not up");
             self.notice(format!("the network is not up: {error}"));
         }
@@ -159,7 +166,7 @@ impl Daemon {
             .into_iter()
             .map(|(address, _)| address)
             .collect();
-        if self.network.configure(&wanted, &in_use).await? {
+        if self.network.configure(&wanted, &in_use, &[]).await? {
             let saved = {
                 let mut config = self.config.lock().unwrap_or_else(PoisonError::into_inner);
                 config.network = Some(wanted);

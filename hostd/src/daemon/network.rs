@@ -57,8 +57,14 @@ impl Networking {
         self.peek().map(|up| up.network.gateway())
     }
 
-    /// Brings the network up; `in_use` are the addresses of jobs that run. Whether it was down before.
-    pub(super) async fn configure(&self, config: &NetworkConfig, in_use: &[Ipv4Addr]) -> Result<bool> {
+    /// Brings the network up; `in_use` are the addresses of jobs that run, `lately` those of jobs that ran: others may
+    /// still take them for what they were. Whether it was down before.
+    pub(super) async fn configure(
+        &self,
+        config: &NetworkConfig,
+        in_use: &[Ipv4Addr],
+        lately: &[Ipv4Addr],
+    ) -> Result<bool> {
         let _changing = self.changing.lock().await;
         if let Some(up) = self.peek() {
             if up.config == *config {
@@ -91,7 +97,9 @@ impl Networking {
             .reconcile(in_use)
             .await
             .map_err(failed("compare the network with the jobs"))?;
-        let addresses = Mutex::new(Allocator::new(subnet, in_use.iter().copied()));
+        let mut addresses = Allocator::new(subnet, in_use.iter().copied());
+        addresses.rest(lately.iter().copied());
+        let addresses = Mutex::new(addresses);
         let up = Arc::new(Up {
             config: config.clone(),
             network,

@@ -64,7 +64,11 @@ fn agree(platform: &Platform) -> Result<()> {
             .collect();
         known.sort();
         there.sort();
-        Ok((known == there && !known.is_empty()).then_some(()))
+        ensure!(
+            known == there && !known.is_empty(),
+            "the controller knows {known:?}, the host has {there:?}"
+        );
+        Ok(Some(()))
     })
 }
 
