@@ -92,6 +92,11 @@ fn main() -> ExitCode {
 }
 
 fn run(command: Command) -> anyhow::Result<ExitCode> {
+    if !matches!(command, Command::Version) && !rustix::process::geteuid().is_root() {
+        anyhow::bail!(
+            "flynn-host needs root: namespaces, mounts and the host's state belong to it. Run it with sudo"
+        );
+    }
     match command {
         // One thread: no runtime is made here.
         Command::Supervise { job_dir } => {

@@ -30,6 +30,8 @@ pub(super) struct Manifest {
 pub(super) enum Start {
     /// Bootstrap, through the host's API, before there is a controller.
     Host,
+    /// Bootstrap, once the controller knows all apps: the scheduler, which would stop what it knows no formation of.
+    Adopted,
     /// The controller and the scheduler.
     #[default]
     Controller,

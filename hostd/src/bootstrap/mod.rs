@@ -162,6 +162,10 @@ impl Bootstrap {
             say(&format!("making {} an app", app.name));
             self.adopt(&controller, app).await?;
         }
+        for app in manifest.apps.iter().filter(|app| app.start == Start::Adopted) {
+            say(&format!("starting {}", app.name));
+            self.start(app).await?;
+        }
         for app in &manifest.apps {
             say(&format!("waiting until {} is up", app.name));
             self.wait_up(&controller, app).await?;
