@@ -7,7 +7,7 @@ use crate::protocol::HostStatus;
 use crate::stage::{HostPlan, Stage, hand};
 use crate::switch::Switch;
 use anyhow::{Context, Result, bail};
-use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
+use rustix::process::{Pid, PidfdFlags, Signal, WaitOptions, pidfd_open, pidfd_send_signal, waitpid};
 use std::collections::BTreeMap;
 use std::fs;
 use std::io::{BufRead, BufReader, Write};
@@ -141,6 +141,8 @@ impl MachineHost {
             let _ = power.monitor.wait();
             for running in power.services.values_mut() {
                 let _ = running.helper.wait();
+                // Killed at the same moment as its parent, it has come to the keeper.
+                let _ = waitpid(Pid::from_raw(running.pid), WaitOptions::empty());
             }
         }
         self.group.remove()

@@ -9,6 +9,7 @@ use crate::stage::{ForwardPlan, Stage, hand, plan};
 use crate::switch::Switch;
 use anyhow::{Context, Result, bail};
 use rustix::mount::{MountPropagationFlags, mount_change};
+use rustix::process::Pid;
 use rustix::thread::UnshareFlags;
 use serde::{Deserialize, Serialize};
 use std::fs;
@@ -60,6 +61,8 @@ pub(crate) fn main() -> Result<i32> {
     if detached {
         rustix::process::setsid().context("cannot make a session")?;
     }
+    // Services whose helper was killed are reaped here, not by whoever is the machine's process 1.
+    rustix::process::set_child_subreaper(Pid::from_raw(1)).context("cannot become a reaper")?;
     let keeper = Keeper::start(&config)?;
     // The same thread for good: monitors die with the thread that started them.
     let runtime = tokio::runtime::Builder::new_current_thread()
