@@ -1,5 +1,6 @@
 //! Clients and servers of this crate against each other, over each transport.
 #![cfg(all(feature = "client", feature = "server"))]
+#![expect(clippy::unwrap_used, reason = "the helpers of a test panic as the test does")]
 
 use axum::routing::{get, post, put};
 use axum::{Extension, Router};
