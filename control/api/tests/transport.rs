@@ -79,7 +79,7 @@ async fn exercise(http: Http, who: &str) {
         .await;
     assert_eq!(numbers.len(), 1000);
     assert_eq!(numbers[999], (Some("999".into()), 999));
-    let mut stream = host.attach(&AttachRequest::default()).await.unwrap();
+    let stream = host.attach(&AttachRequest::default()).await.unwrap();
     let (mut reader, mut writer) = tokio::io::split(stream);
     let write =
         tokio::spawn(async move { attach::write_frame(&mut writer, kinds::STDIN, &vec![7; 3 << 20]).await });
