@@ -9,7 +9,8 @@
 //! - Whatever was answered with success is committed. A change and the events that tell of it are one transaction.
 //! - Event ids become visible in their order, so a stream resumes at an id without gap or duplicate.
 //! - Releases and artifacts never change. A formation's generation grows with each change.
-//! - A job's state goes forward only; an app has at most one unfinished deployment: the database refuses the rest.
+//! - A job's state goes forward only, unless its host has restarted it since; an app has at most one unfinished
+//!   deployment: the database refuses the rest.
 //! - Deployments and scale requests are worked on in short transactions which hold a row lock: several controllers
 //!   work side by side, each may be killed at any point, and another goes on from the last commit.
 //! - Secrets leave only where they are needed: environments in `GET /releases/{id}` and towards the scheduler, keys

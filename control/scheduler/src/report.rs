@@ -88,13 +88,15 @@ impl Outbox {
     }
 
     /// Queues one report, unless the controller has it. States only go forward there: a job that has been up and that
-    /// its supervisor restarts is still reported as up.
+    /// its supervisor restarts is still reported as up. But one that was over, and that its host has brought back after
+    /// all, is there again: `restarts` has grown.
     pub fn queue(&mut self, mut report: Report) {
         let told = self
             .taken
             .get(&report.id)
             .into_iter()
-            .chain(self.waiting.get(&report.id));
+            .chain(self.waiting.get(&report.id))
+            .filter(|told| told.state != JobState::Down || told.restarts >= report.restarts);
         report.state = told.map(|told| told.state).fold(report.state, JobState::max);
         if self.taken.get(&report.id) == Some(&report) {
             return;
@@ -195,6 +197,23 @@ mod tests {
         assert_eq!(
             outbox.first().map(|report| (report.state, report.restarts)),
             Some((JobState::Up, Some(1)))
+        );
+    }
+
+    #[test]
+    fn a_job_that_its_host_brings_back_is_there_again() {
+        let mut outbox = Outbox::default();
+        let with = |state, restarts| Report {
+            restarts: Some(restarts),
+            ..job("h-1", state)
+        };
+        outbox.taken(with(JobState::Down, 1));
+        outbox.queue(with(JobState::Starting, 1));
+        assert!(outbox.is_empty(), "that is an old word");
+        outbox.queue(with(JobState::Starting, 2));
+        assert_eq!(
+            outbox.first().map(|report| report.state),
+            Some(JobState::Starting)
         );
     }
 

@@ -151,10 +151,16 @@ pub(crate) async fn claim(c: &impl GenericClient, app: Uuid) -> Result<Option<Un
     one(c, &sql, &[&app]).await?.as_ref().map(unfinished).transpose()
 }
 
-/// The next step begins.
-pub(crate) async fn enter(c: &impl GenericClient, key: Uuid, step: Step) -> Result<()> {
-    let sql = "UPDATE deployments SET step = $2, step_started_at = now(), status = 'running' WHERE id = $1";
-    run(c, sql, &[&key, &word(&step)?]).await.map(drop)
+/// The next step begins; with `failure`, on the way back.
+pub(crate) async fn enter(
+    c: &impl GenericClient,
+    key: Uuid,
+    step: Step,
+    failure: Option<&str>,
+) -> Result<()> {
+    let sql = "UPDATE deployments SET step = $2, step_started_at = now(), status = 'running',
+               error = coalesce($3, error) WHERE id = $1";
+    run(c, sql, &[&key, &word(&step)?, &failure]).await.map(drop)
 }
 
 /// It is over.

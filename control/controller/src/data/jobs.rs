@@ -60,7 +60,8 @@ pub(crate) async fn active(c: &impl GenericClient) -> Result<Vec<Job>> {
     rows(c, &sql, &[]).await?.iter().map(read).collect()
 }
 
-/// Writes what is known of a job now. The database refuses states that go backward.
+/// Writes what is known of a job now. The database refuses states that go backward, unless the job was restarted since.
+/// A life that begins anew has no end yet.
 pub(crate) async fn put(c: &impl GenericClient, app: Uuid, release: Uuid, job: &Job) -> Result<Job> {
     let uuid = Uuid::try_parse(&job.uuid).map_err(|_| Error::invalid_field("uuid", "must be a UUID"))?;
     let sql = format!(
@@ -68,8 +69,10 @@ pub(crate) async fn put(c: &impl GenericClient, app: Uuid, release: Uuid, job: &
             host_error, run_at, restarts)
          VALUES ($1, $2, $3, $4, $5, $6::text::job_state, $7, $8, $9, $10, $11, $12)
          ON CONFLICT (uuid) DO UPDATE SET host_id = coalesce(nullif(excluded.host_id, ''), j.host_id),
-            state = excluded.state, exit_status = coalesce(excluded.exit_status, j.exit_status),
-            host_error = coalesce(excluded.host_error, j.host_error), run_at = excluded.run_at,
+            state = excluded.state,
+            exit_status = coalesce(excluded.exit_status, CASE WHEN excluded.state >= j.state THEN j.exit_status END),
+            host_error = coalesce(excluded.host_error, CASE WHEN excluded.state >= j.state THEN j.host_error END),
+            run_at = excluded.run_at,
             restarts = coalesce(excluded.restarts, j.restarts), updated_at = now()
          RETURNING {COLUMNS}"
     );

@@ -1,15 +1,22 @@
 //! Decides the next step of a deployment from what is seen. Pure: no clock, no database, no randomness.
 //!
-//! `all-at-once`: the new release is scaled up fully beside the old one; once all of its jobs are up it becomes the
-//! current release and the old one is scaled to nothing; once the old jobs are gone the deployment is complete.
-//! Until the switch a failure restores the old formation. After it there is nothing to go back to: the new release
-//! serves.
+//! Each process type goes over in one of two ways. *Beside*: its new jobs come up fully while the old ones run. *In
+//! turn*: one old job goes, and once it is down a new one takes its place; when that is up it is the next one's turn.
+//! The strategy `all-at-once` lets types go beside, except those that cannot share ([`must_take_turns`]);
+//! `one-down-one-up` lets all of them go in turn.
+//!
+//! First all that go beside come up, then the others take their turns, type after type in the order of their names;
+//! an omnipresent type goes wholesale, since its count is per host. Then the new release becomes the current one, and
+//! what is left of the old one is scaled to nothing; once that is down the deployment is complete.
+//!
+//! Until the switch a failure leads back: turns already taken are taken back in the same way, and what went beside
+//! goes. After the switch there is nothing to go back to: the new release serves.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
 
 use flynn_api::Error;
-use flynn_api::controller::{Job, Processes, Release};
+use flynn_api::controller::{Job, ProcessType, Processes, Release};
 use serde::{Deserialize, Serialize};
 
 /// More jobs of the new release than these going down fail the deployment.
@@ -19,13 +26,15 @@ pub(crate) const MAX_FAILURES: usize = 5;
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub(crate) enum Strategy {
-    /// The new release up fully, then the old one down.
+    /// The new release up fully, then the old one down; types that cannot share in turn.
     #[default]
     AllAtOnce,
+    /// One old job down, then one new job up, and so on.
+    OneDownOneUp,
 }
 
 impl Strategy {
-    const ALL: [Self; 1] = [Self::AllAtOnce];
+    const ALL: [Self; 2] = [Self::AllAtOnce, Self::OneDownOneUp];
 }
 
 impl std::fmt::Display for Strategy {
@@ -45,7 +54,7 @@ impl std::str::FromStr for Strategy {
                 let known: Vec<_> = Self::ALL.iter().map(Self::to_string).collect();
                 Error::invalid_field(
                     "strategy",
-                    format!("{text:?} is not known here; there is {}", known.join(", ")),
+                    format!("{text:?} is not known here; there are {}", known.join(", ")),
                 )
             })
     }
@@ -57,10 +66,29 @@ impl std::str::FromStr for Strategy {
 pub(crate) enum Step {
     /// Nothing has been done.
     Begin,
-    /// The new release is coming up.
+    /// Jobs of the new release are coming up.
     Up,
+    /// Jobs of the old release make room.
+    Down,
+    /// On the way back: jobs of the new release make room.
+    BackDown,
+    /// On the way back: jobs of the old release are coming up.
+    BackUp,
     /// The new release is current; the old one's jobs are ending.
     Drain,
+}
+
+/// One of the two releases, as it is seen.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Side {
+    /// What its formation wants, by type; omnipresent types per host.
+    pub(crate) wanted: Processes,
+    /// The jobs that this makes, by type.
+    pub(crate) expected: Processes,
+    /// Its jobs that are up, by type.
+    pub(crate) up: BTreeMap<String, u32>,
+    /// Its jobs that are not down, by type.
+    pub(crate) alive: BTreeMap<String, u32>,
 }
 
 /// What is seen of a deployment under way.
@@ -72,14 +100,16 @@ pub(crate) struct Seen<'a> {
     pub(crate) step_age: Duration,
     /// For how long at most.
     pub(crate) timeout: Duration,
-    /// Jobs of the new release that are to be up, by type.
-    pub(crate) expected: &'a Processes,
-    /// Jobs of the new release that are up, by type.
-    pub(crate) up: &'a BTreeMap<String, u32>,
+    /// What the new release shall have in the end, by type.
+    pub(crate) target: &'a Processes,
+    /// The types that go in turn.
+    pub(crate) turns: &'a Turns,
+    /// The old release.
+    pub(crate) old: &'a Side,
+    /// The new one.
+    pub(crate) new: &'a Side,
     /// Jobs of the new release that went down since the deployment began, the newest first.
     pub(crate) failures: &'a [Job],
-    /// Jobs of the old release that are not down.
-    pub(crate) old_jobs: u32,
 }
 
 /// What is to be done.
@@ -87,64 +117,207 @@ pub(crate) struct Seen<'a> {
 pub(crate) enum Action {
     /// Nothing now.
     Wait,
-    /// Put the new release's formation.
-    ScaleUp,
+    /// Put both formations, and go to this step.
+    Scale {
+        /// The old release's.
+        old: Processes,
+        /// The new release's.
+        new: Processes,
+        /// What is waited for then.
+        step: Step,
+        /// Why there is no way forward, when this is the first step of the way back.
+        failure: Option<String>,
+    },
     /// Make the new release current and scale the old one to nothing.
     Switch,
     /// It is done.
     Complete,
     /// It has failed.
     Fail {
-        /// Why, and what to do.
-        why: String,
+        /// Why, and what to do; `None`: as was said when the way back began.
+        why: Option<String>,
         /// Put things back as they were before.
         restore: bool,
     },
 }
 
+/// How a type takes its turns.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Turn {
+    /// All at once, since its count is per host.
+    pub(crate) wholesale: bool,
+    /// Its old and new jobs cannot share. The scheduler holds the new one back until the old one is down: it sees
+    /// that on the host. This controller might not, for the old job may be what it works with (its database).
+    pub(crate) exclusive: bool,
+}
+
+/// The types that go in turn.
+pub(crate) type Turns = BTreeMap<String, Turn>;
+
+/// Whether old and new jobs of a type cannot be there side by side: a volume that outlives its job belongs to one job
+/// at a time, and so does a port of the host.
+fn must_take_turns(process: &ProcessType) -> bool {
+    process.host_network || process.volumes.iter().any(|volume| !volume.delete_on_stop)
+}
+
+/// The types that go in turn, of those that run.
+pub(crate) fn turns(strategy: Strategy, new: &Release, target: &Processes) -> Turns {
+    let turn = |kind: &String| {
+        let process = new.processes.get(kind)?;
+        let exclusive = must_take_turns(process);
+        let wholesale = process.omni;
+        (exclusive || strategy == Strategy::OneDownOneUp)
+            .then(|| (kind.clone(), Turn { wholesale, exclusive }))
+    };
+    target.keys().filter_map(turn).collect()
+}
+
+/// The strategy that a deployment really follows: where every type has to go in turn, that is what it is called.
+pub(crate) fn followed(strategy: Strategy, new: &Release, target: &Processes) -> Strategy {
+    let turns = turns(strategy, new, target);
+    if !target.is_empty() && target.keys().all(|kind| turns.contains_key(kind)) {
+        Strategy::OneDownOneUp
+    } else {
+        strategy
+    }
+}
+
 /// The next action.
-pub(crate) fn next(strategy: Strategy, seen: &Seen<'_>) -> Action {
-    let Strategy::AllAtOnce = strategy;
+pub(crate) fn next(seen: &Seen<'_>) -> Action {
+    let late = seen.step_age >= seen.timeout;
+    let seconds = seen.timeout.as_secs();
     match seen.step {
-        Step::Begin => Action::ScaleUp,
-        Step::Up if missing(seen).is_empty() => Action::Switch,
-        Step::Up if seen.failures.len() > MAX_FAILURES => fail(seen, "its jobs keep going down"),
-        Step::Up if seen.step_age >= seen.timeout => {
-            let missing: Vec<_> = missing(seen)
+        Step::Begin => {
+            let beside = seen
+                .target
                 .iter()
-                .map(|(kind, n)| format!("{kind} {n}"))
-                .collect();
-            let seconds = seen.timeout.as_secs();
-            fail(
-                seen,
-                &format!("after {seconds} s there are not yet up: {}", missing.join(", ")),
-            )
+                .filter(|(kind, _)| !seen.turns.contains_key(*kind));
+            scale(seen.old.wanted.clone(), beside.map(owned).collect(), Step::Up)
         }
-        Step::Drain if seen.old_jobs == 0 => Action::Complete,
-        Step::Drain if seen.step_age >= seen.timeout => {
-            let (n, seconds) = (seen.old_jobs, seen.timeout.as_secs());
+        Step::Up if missing(seen.new).is_empty() => take_turn(seen, &seen.old.wanted, &seen.new.wanted)
+            .map_or(Action::Switch, |(old, new)| scale(old, new, Step::Down)),
+        Step::Down if surplus(seen, seen.old).is_empty() => {
+            let new = fill(seen, &seen.old.wanted, &seen.new.wanted);
+            scale(seen.old.wanted.clone(), new, Step::Up)
+        }
+        Step::Up | Step::Down if seen.failures.len() > MAX_FAILURES => {
+            back(seen, "the new release did not come up: its jobs keep going down")
+        }
+        Step::Up if late => {
+            let missing = counts(&missing(seen.new));
+            let what =
+                format!("the new release did not come up: after {seconds} s there are not yet up: {missing}");
+            back(seen, &what)
+        }
+        Step::Down if late => {
+            let left = counts(&surplus(seen, seen.old));
+            let what =
+                format!("after {seconds} s jobs of the old release that make room have not ended: {left}");
+            back(seen, &what)
+        }
+        Step::BackDown if surplus(seen, seen.new).is_empty() => {
+            let old = fill(seen, &seen.new.wanted, &seen.old.wanted);
+            scale(old, seen.new.wanted.clone(), Step::BackUp)
+        }
+        Step::BackUp if missing(seen.old).is_empty() => {
+            let done = Action::Fail {
+                why: None,
+                restore: true,
+            };
+            take_turn(seen, &seen.new.wanted, &seen.old.wanted)
+                .map_or(done, |(new, old)| scale(old, new, Step::BackDown))
+        }
+        // What is wanted is put back; the scheduler goes on from there.
+        Step::BackDown | Step::BackUp if late => Action::Fail {
+            why: None,
+            restore: true,
+        },
+        Step::Drain if total(&seen.old.alive) == 0 => Action::Complete,
+        Step::Drain if late => {
+            let n = total(&seen.old.alive);
             let why = format!(
                 "the new release is up and current, but after {seconds} s {n} jobs of the old one have not ended: \
                  look at them with `flynn ps` and stop them with `flynn kill`"
             );
-            Action::Fail { why, restore: false }
+            Action::Fail {
+                why: Some(why),
+                restore: false,
+            }
         }
-        Step::Up | Step::Drain => Action::Wait,
+        Step::Up | Step::Down | Step::BackDown | Step::BackUp | Step::Drain => Action::Wait,
     }
 }
 
+fn owned((kind, n): (&String, &u32)) -> (String, u32) {
+    (kind.clone(), *n)
+}
+
+fn scale(old: Processes, new: Processes, step: Step) -> Action {
+    Action::Scale {
+        old,
+        new,
+        step,
+        failure: None,
+    }
+}
+
+fn of(counts: &BTreeMap<String, u32>, kind: &str) -> u32 {
+    counts.get(kind).copied().unwrap_or(0)
+}
+
+fn total(counts: &BTreeMap<String, u32>) -> u32 {
+    counts.values().sum()
+}
+
+fn counts(counts: &BTreeMap<String, u32>) -> String {
+    let counts: Vec<_> = counts.iter().map(|(kind, n)| format!("{kind} {n}")).collect();
+    counts.join(", ")
+}
+
+/// The next turn from one release's counts to the other's: the first type that still has jobs to give makes room.
+/// A count of 0 is written out: it says that none is wanted, and not that nothing is known.
+fn take_turn(seen: &Seen<'_>, from: &Processes, to: &Processes) -> Option<(Processes, Processes)> {
+    let (kind, turn) = seen.turns.iter().find(|(kind, _)| of(from, kind) > 0)?;
+    let mut from = from.clone();
+    let left = if turn.wholesale { 0 } else { of(&from, kind) - 1 };
+    from.insert(kind.clone(), left);
+    let mut to = to.clone();
+    if turn.exclusive {
+        to.insert(kind.clone(), of(seen.target, kind).saturating_sub(left));
+    }
+    Some((from, to))
+}
+
+/// The counts of a release once it has taken all the room that the other one has made.
+fn fill(seen: &Seen<'_>, from: &Processes, to: &Processes) -> Processes {
+    let mut to = to.clone();
+    for kind in seen.turns.keys() {
+        to.insert(kind.clone(), of(seen.target, kind).saturating_sub(of(from, kind)));
+    }
+    to
+}
+
 /// Jobs that are not up yet, by type.
-fn missing(seen: &Seen<'_>) -> BTreeMap<String, u32> {
-    let up = |kind: &str| seen.up.get(kind).copied().unwrap_or(0);
-    let missing = seen
+fn missing(side: &Side) -> BTreeMap<String, u32> {
+    let missing = side
         .expected
         .iter()
-        .map(|(kind, wanted)| (kind.clone(), wanted.saturating_sub(up(kind))));
+        .map(|(kind, wanted)| (kind.clone(), wanted.saturating_sub(of(&side.up, kind))));
     missing.filter(|(_, n)| *n > 0).collect()
 }
 
-fn fail(seen: &Seen<'_>, what: &str) -> Action {
-    let mut why = format!("the new release did not come up: {what}");
+/// Jobs that are to make room and have not, by type.
+fn surplus(seen: &Seen<'_>, side: &Side) -> BTreeMap<String, u32> {
+    let surplus = seen.turns.keys().map(|kind| {
+        let n = of(&side.alive, kind).saturating_sub(of(&side.expected, kind));
+        (kind.clone(), n)
+    });
+    surplus.filter(|(_, n)| *n > 0).collect()
+}
+
+/// There is no way forward.
+fn back(seen: &Seen<'_>, what: &str) -> Action {
+    let mut why = what.to_owned();
     if let Some(job) = seen.failures.first() {
         let id = if job.id.is_empty() { &job.uuid } else { &job.id };
         why.push_str(&format!("; last went down {} job {id}", job.process_type));
@@ -157,25 +330,19 @@ fn fail(seen: &Seen<'_>, what: &str) -> Action {
         why.push_str(&format!(". `flynn log -j {id}` shows what it said"));
     }
     why.push_str(". The release before it runs on");
-    Action::Fail { why, restore: true }
-}
-
-/// Refuses a deployment whose strategy would do harm.
-///
-/// `all-at-once` runs old and new side by side. A volume belongs to one job at a time, so the new jobs would start on
-/// empty ones, and the data would stay behind with the old.
-pub(crate) fn check(strategy: Strategy, new: &Release, processes: &Processes) -> Result<(), Error> {
-    let Strategy::AllAtOnce = strategy;
-    let keeps_data = |kind: &&String| {
-        let process = new.processes.get(*kind);
-        process.is_some_and(|process| process.volumes.iter().any(|volume| !volume.delete_on_stop))
-    };
-    match processes.keys().find(keeps_data) {
-        None => Ok(()),
-        Some(kind) => Err(Error::conflict(format!(
-            "{kind} keeps data on a volume, and {strategy} would start its new jobs beside the old ones, without that \
-             data. Scale {kind} to 0, deploy, then scale it up again: the next job takes the volume over"
-        ))),
+    let untouched = |kind: &String| of(&seen.old.wanted, kind) >= of(seen.target, kind);
+    if seen.turns.keys().all(untouched) {
+        return Action::Fail {
+            why: Some(why),
+            restore: true,
+        };
+    }
+    // Room that nobody has taken yet goes back first, by way of the next step.
+    Action::Scale {
+        old: seen.old.wanted.clone(),
+        new: seen.new.wanted.clone(),
+        step: Step::BackDown,
+        failure: Some(why),
     }
 }
 
@@ -187,256 +354,12 @@ pub(crate) fn carried_over(old: &Processes, has: impl Fn(&str) -> bool) -> Proce
         .collect()
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use flynn_api::controller::{ProcessType, VolumeReq};
-
-    /// A generator of numbers that a seed determines (SplitMix64).
-    struct Dice(u64);
-
-    impl Dice {
-        fn roll(&mut self, sides: u64) -> u64 {
-            self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-            let mut z = self.0;
-            z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-            z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-            (z ^ (z >> 31)) % sides
-        }
-    }
-
-    /// Formations, and jobs that a scheduler makes and ends in its own time.
-    struct World {
-        dice: Dice,
-        wanted_new: Option<Processes>,
-        wanted_old: Processes,
-        new_up: BTreeMap<String, u32>,
-        old_jobs: u32,
-        failures: Vec<Job>,
-        current: &'static str,
-    }
-
-    impl World {
-        /// One second passes. `health` of 100 starts come up and stay so.
-        fn tick(&mut self, health: u64) {
-            for (kind, wanted) in self.wanted_new.clone().unwrap_or_default() {
-                let up = self.new_up.entry(kind.clone()).or_default();
-                if *up > 0 && self.dice.roll(100) >= health.max(50) {
-                    *up -= 1;
-                    self.failures.insert(
-                        0,
-                        Job {
-                            process_type: kind,
-                            uuid: "u".into(),
-                            ..Job::default()
-                        },
-                    );
-                } else if *up < wanted && self.dice.roll(3) > 0 {
-                    if self.dice.roll(100) < health {
-                        *up += 1;
-                    } else {
-                        let exit_status = Some(1);
-                        let job = Job {
-                            process_type: kind,
-                            uuid: "u".into(),
-                            exit_status,
-                            ..Job::default()
-                        };
-                        self.failures.insert(0, job);
-                    }
-                }
-            }
-            if self.wanted_new.is_none() {
-                self.new_up.clear();
-            }
-            let wanted_old: u32 = self.wanted_old.values().sum();
-            if self.old_jobs > wanted_old && self.dice.roll(4) > 0 {
-                self.old_jobs -= 1;
-            }
-            self.old_jobs = self.old_jobs.max(wanted_old);
-        }
-    }
-
-    /// Runs one deployment to its end; a restart of the controller forgets nothing but the step's clock.
-    fn simulate(seed: u64) -> String {
-        let mut dice = Dice(seed);
-        let processes: Processes = [("web", 1 + dice.roll(4)), ("worker", dice.roll(3))]
-            .into_iter()
-            .map(|(kind, n)| (kind.to_owned(), u32::try_from(n).unwrap()))
-            .filter(|(_, n)| *n > 0)
-            .collect();
-        let health = [0, 30, 70, 95, 100][usize::try_from(dice.roll(5)).unwrap()];
-        let timeout = 5 + dice.roll(40);
-        let mut world = World {
-            old_jobs: processes.values().sum(),
-            wanted_old: processes.clone(),
-            wanted_new: None,
-            new_up: BTreeMap::new(),
-            failures: Vec::new(),
-            current: "old",
-            dice,
-        };
-        let (mut step, mut age) = (Step::Begin, 0);
-        for _ in 0..400 {
-            let seen = Seen {
-                step,
-                step_age: Duration::from_secs(age),
-                timeout: Duration::from_secs(timeout),
-                expected: &processes,
-                up: &world.new_up,
-                failures: &world.failures,
-                old_jobs: world.old_jobs,
-            };
-            let action = next(Strategy::AllAtOnce, &seen);
-            assert_eq!(
-                action,
-                next(Strategy::AllAtOnce, &seen),
-                "the same sight, the same action"
-            );
-            match action {
-                Action::Wait => {
-                    assert!(age < timeout, "nothing waits beyond its time");
-                    assert!(step != Step::Up || world.failures.len() <= MAX_FAILURES);
-                }
-                Action::ScaleUp => {
-                    assert_eq!(step, Step::Begin);
-                    world.wanted_new = Some(processes.clone());
-                    (step, age) = (Step::Up, 0);
-                    continue;
-                }
-                Action::Switch => {
-                    assert_eq!(step, Step::Up);
-                    assert_eq!(
-                        world.wanted_old, processes,
-                        "the old release ran until the new one was up"
-                    );
-                    for (kind, n) in &processes {
-                        assert!(world.new_up[kind] >= *n, "all of the new release is up");
-                    }
-                    world.current = "new";
-                    world.wanted_old.clear();
-                    (step, age) = (Step::Drain, 0);
-                    continue;
-                }
-                Action::Complete => {
-                    assert_eq!((world.current, world.old_jobs), ("new", 0));
-                    return "complete".into();
-                }
-                Action::Fail { why, restore } => {
-                    assert_eq!(
-                        restore,
-                        world.current == "old",
-                        "it is put back if and only if not switched"
-                    );
-                    assert!(!restore || world.wanted_old == processes);
-                    assert!(why.contains("flynn ") || world.failures.is_empty(), "{why}");
-                    return if restore {
-                        "failed".into()
-                    } else {
-                        "undrained".into()
-                    };
-                }
-            }
-            world.tick(health);
-            age = if world.dice.roll(200) == 0 { 0 } else { age + 1 };
-        }
-        panic!("it never ended");
-    }
-
-    #[test]
-    fn five_hundred_deployments() {
-        let mut outcomes = BTreeMap::<String, u32>::new();
-        for seed in 0..500 {
-            let outcome = std::panic::catch_unwind(|| simulate(seed));
-            let outcome =
-                outcome.unwrap_or_else(|_| panic!("seed {seed} failed: simulate({seed}) replays it"));
-            *outcomes.entry(outcome).or_default() += 1;
-        }
-        assert!(
-            outcomes["complete"] > 100 && outcomes["failed"] > 100,
-            "both ends were reached: {outcomes:?}"
-        );
-    }
-
-    #[test]
-    fn a_failure_names_the_job_and_the_next_step() {
-        let job = Job {
-            id: "host1-u".into(),
-            process_type: "web".into(),
-            exit_status: Some(7),
-            host_error: Some("killed by its memory limit".into()),
-            ..Job::default()
-        };
-        let expected = [("web".to_owned(), 2)].into();
-        let seen = Seen {
-            step: Step::Up,
-            step_age: Duration::ZERO,
-            timeout: Duration::from_secs(9),
-            expected: &expected,
-            up: &BTreeMap::new(),
-            failures: &vec![job; MAX_FAILURES + 1],
-            old_jobs: 0,
-        };
-        let Action::Fail { why, restore: true } = next(Strategy::AllAtOnce, &seen) else {
-            panic!()
-        };
-        for part in [
-            "web job host1-u",
-            "exit status 7",
-            "memory limit",
-            "flynn log -j host1-u",
-        ] {
-            assert!(why.contains(part), "{why}");
-        }
-    }
-
-    #[test]
-    fn counts_carry_over_as_far_as_processes_do() {
-        let old = [
-            ("web".to_owned(), 2),
-            ("gone".to_owned(), 1),
-            ("off".to_owned(), 0),
-        ]
-        .into();
-        assert_eq!(
-            carried_over(&old, |kind| kind != "gone"),
-            [("web".to_owned(), 2)].into()
-        );
-    }
-
-    #[test]
-    fn data_is_not_left_behind() {
-        let volume = |delete_on_stop| VolumeReq {
-            path: "/data".into(),
-            delete_on_stop,
-        };
-        let release = |volume| {
-            let process = ProcessType {
-                volumes: vec![volume],
-                ..ProcessType::default()
-            };
-            Release {
-                processes: [("db".to_owned(), process)].into(),
-                ..Release::default()
-            }
-        };
-        let runs: Processes = [("db".to_owned(), 1)].into();
-        let why = check(Strategy::AllAtOnce, &release(volume(false)), &runs).unwrap_err();
-        assert!(why.message.contains("Scale db to 0, deploy"), "{why}");
-        assert!(
-            check(Strategy::AllAtOnce, &release(volume(true)), &runs).is_ok(),
-            "a volume that goes with its job"
-        );
-        assert!(
-            check(Strategy::AllAtOnce, &release(volume(false)), &Processes::new()).is_ok(),
-            "nothing runs"
-        );
-    }
-
-    #[test]
-    fn other_strategies_are_refused_by_name() {
-        assert_eq!("all-at-once".parse(), Ok(Strategy::AllAtOnce));
-        let error = "one-by-one".parse::<Strategy>().unwrap_err();
-        assert!(error.message.contains("all-at-once"), "{error}");
-    }
+/// The old release's counts before the deployment took any turn.
+pub(crate) fn restored(old: &Processes, target: &Processes) -> Processes {
+    let mut restored = old.clone();
+    restored.extend(target.iter().map(owned));
+    restored
 }
+
+#[cfg(test)]
+mod tests;

@@ -13,7 +13,7 @@ use serde_json::json;
 use tokio::sync::broadcast;
 use uuid::Uuid;
 
-use super::planner::{self, Action, MAX_FAILURES, Seen, Step, Strategy};
+use super::planner::{self, Action, MAX_FAILURES, Seen, Side, Step, Strategy};
 use crate::data::deployments::Unfinished;
 use crate::data::{self, Change, apps, deployments, formations, jobs, releases, scales};
 use crate::rules;
@@ -147,10 +147,20 @@ async fn deploy(change: &mut Change<'_>, unfinished: &Unfinished, hosts: Option<
     let Some(new) = releases::get_by_id(change.tx(), unfinished.new_release).await? else {
         return fail(change, unfinished, "the new release has been deleted", true).await;
     };
-    let Some(expected) = expected(&new.release, &deployment.processes, &deployment.tags, hosts) else {
+    let Some(new_side) = side(change.tx(), unfinished.app, &new, hosts).await? else {
         return Ok(());
     };
-    let counts = jobs::count(change.tx(), unfinished.app, unfinished.new_release).await?;
+    let old = match unfinished.old_release {
+        Some(old) => releases::get_by_id(change.tx(), old).await?,
+        None => None,
+    };
+    let old_side = match &old {
+        Some(old) => side(change.tx(), unfinished.app, old, hosts).await?,
+        None => Some(Side::default()),
+    };
+    let Some(old_side) = old_side else {
+        return Ok(());
+    };
     let limit = i64::try_from(MAX_FAILURES).unwrap_or_default() + 1;
     let failures = jobs::down_since(
         change.tx(),
@@ -160,42 +170,41 @@ async fn deploy(change: &mut Change<'_>, unfinished: &Unfinished, hosts: Option<
         limit,
     )
     .await?;
-    let action = planner::next(
-        strategy,
-        &Seen {
-            step: unfinished.step,
-            step_age: unfinished.step_age,
-            timeout: Duration::from_secs(u64::try_from(deployment.deploy_timeout).unwrap_or_default()),
-            expected: &expected,
-            up: &rules::formation::in_state(&counts, JobState::Up),
-            failures: &failures,
-            old_jobs: old_jobs(change.tx(), unfinished).await?,
-        },
-    );
+    let action = planner::next(&Seen {
+        step: unfinished.step,
+        step_age: unfinished.step_age,
+        timeout: Duration::from_secs(u64::try_from(deployment.deploy_timeout).unwrap_or_default()),
+        target: &deployment.processes,
+        turns: &planner::turns(strategy, &new.release, &deployment.processes),
+        old: &old_side,
+        new: &new_side,
+        failures: &failures,
+    });
     match action {
         Action::Wait => Ok(()),
-        Action::ScaleUp => {
-            let formation = formations::put(
-                change.tx(),
+        Action::Scale {
+            old: old_wanted,
+            new: new_wanted,
+            step,
+            failure,
+        } => {
+            if let Some(old) = old {
+                put(change, unfinished.app, old.id, &old_wanted, None).await?;
+            }
+            put(
+                change,
                 unfinished.app,
-                unfinished.new_release,
-                &deployment.processes,
-                &deployment.tags,
-                None,
+                new.id,
+                &new_wanted,
+                Some(&deployment.tags),
             )
             .await?;
-            change.tell(
-                EventKind::Scale,
-                Some(&formation.app_id),
-                &formation.release_id,
-                &formation,
-            )?;
-            deployments::enter(change.tx(), unfinished.id, Step::Up).await?;
-            tell(change, unfinished, "running", None)
+            deployments::enter(change.tx(), unfinished.id, step, failure.as_deref()).await?;
+            tell(change, unfinished, "running", failure.as_deref())
         }
         Action::Switch => {
             switch(change, unfinished).await?;
-            deployments::enter(change.tx(), unfinished.id, Step::Drain).await?;
+            deployments::enter(change.tx(), unfinished.id, Step::Drain, None).await?;
             tell(change, unfinished, "running", None)
         }
         Action::Complete => {
@@ -203,37 +212,61 @@ async fn deploy(change: &mut Change<'_>, unfinished: &Unfinished, hosts: Option<
             tracing::info!(deployment = %unfinished.id, "a deployment is complete");
             tell(change, unfinished, "complete", None)
         }
-        Action::Fail { why, restore } => fail(change, unfinished, &why, restore).await,
+        Action::Fail { why, restore } => {
+            let why = why.or_else(|| deployment.error.clone());
+            let why = why.as_deref().unwrap_or("the new release did not come up");
+            fail(change, unfinished, why, restore).await
+        }
     }
 }
 
-async fn old_jobs(tx: &Transaction<'_>, unfinished: &Unfinished) -> Result<u32> {
-    let Some(old) = unfinished.old_release else {
-        return Ok(0);
+/// What is seen of one release; none when that depends on hosts which cannot be seen now.
+async fn side(
+    tx: &Transaction<'_>,
+    app: Uuid,
+    release: &releases::Found,
+    hosts: Option<&[Meta]>,
+) -> Result<Option<Side>> {
+    let formation = formations::find(tx, app, release.id).await?.unwrap_or_default();
+    let Some(expected) = expected(&release.release, &formation.processes, &formation.tags, hosts) else {
+        return Ok(None);
     };
-    let counts = jobs::count(tx, unfinished.app, old).await?;
-    Ok(counts
-        .iter()
-        .filter(|((kind, _), _)| !kind.is_empty())
-        .map(|(_, n)| n)
-        .sum())
+    let counts = jobs::count(tx, app, release.id).await?;
+    Ok(Some(Side {
+        wanted: formation.processes,
+        expected,
+        up: rules::formation::in_state(&counts, JobState::Up),
+        alive: rules::formation::alive(&counts),
+    }))
+}
+
+/// Puts a formation, and tells of it if that changed it. Without `tags` it keeps its own.
+async fn put(
+    change: &mut Change<'_>,
+    app: Uuid,
+    release: Uuid,
+    processes: &Processes,
+    tags: Option<&Tags>,
+) -> Result<()> {
+    let there = formations::find(change.tx(), app, release).await?;
+    let generation = there.as_ref().map(|there| there.generation);
+    let own = there.map(|there| there.tags).unwrap_or_default();
+    let formation = formations::put(change.tx(), app, release, processes, tags.unwrap_or(&own), None).await?;
+    if generation == Some(formation.generation) {
+        return Ok(());
+    }
+    change.tell(
+        EventKind::Scale,
+        Some(&formation.app_id),
+        &formation.release_id,
+        &formation,
+    )
 }
 
 /// The new release becomes current, and nothing more is wanted of the old one.
 async fn switch(change: &mut Change<'_>, unfinished: &Unfinished) -> Result<()> {
     if let Some(old) = unfinished.old_release {
-        let tags = formations::find(change.tx(), unfinished.app, old)
-            .await?
-            .unwrap_or_default()
-            .tags;
-        let formation =
-            formations::put(change.tx(), unfinished.app, old, &Processes::new(), &tags, None).await?;
-        change.tell(
-            EventKind::Scale,
-            Some(&formation.app_id),
-            &formation.release_id,
-            &formation,
-        )?;
+        put(change, unfinished.app, old, &Processes::new(), None).await?;
     }
     set_release(
         change,
@@ -264,7 +297,14 @@ pub(crate) async fn set_release(
 
 async fn fail(change: &mut Change<'_>, unfinished: &Unfinished, why: &str, restore: bool) -> Result<()> {
     if restore {
-        // The old formation has not been touched; the new one goes.
+        // The old formation gets back what it gave; the new one goes.
+        let given = &unfinished.deployment.processes;
+        if let Some(old) = unfinished.old_release
+            && let Some(there) = formations::find(change.tx(), unfinished.app, old).await?
+        {
+            let restored = planner::restored(&there.processes, given);
+            put(change, unfinished.app, old, &restored, None).await?;
+        }
         let gone = formations::delete(change.tx(), unfinished.app, unfinished.new_release).await?;
         if let Some(formation) = gone {
             change.tell(

@@ -55,14 +55,14 @@ pub(crate) async fn create(
         .filter(|(kind, _)| has(kind))
         .map(|(k, v)| (k.clone(), v.clone()))
         .collect();
-    planner::check(strategy, &new.release, &processes)?;
+    let strategy = planner::followed(strategy, &new.release, &processes).to_string();
     // Nothing runs: the release is set, and whoever asked scales it.
     let complete = before.processes.values().all(|n| *n == 0);
     let deployment = deployments::New {
         app: found.id,
         old_release: old,
         new_release: new.id,
-        strategy: &found.app.strategy,
+        strategy: &strategy,
         processes: &processes,
         tags: &tags,
         timeout: found.app.deploy_timeout,

@@ -39,7 +39,8 @@ async fn find(c: &impl deadpool_postgres::GenericClient, app: &apps::Found, id: 
 
 /// `PUT /apps/{app}/jobs/{id}`: how the scheduler reports. The app may be deleted: its jobs still end.
 ///
-/// Repeated, a report changes nothing. A state that goes backward is refused (409).
+/// Repeated, a report changes nothing. A state that goes backward is refused (409), unless `restarts` has grown: a job
+/// that its host brings back keeps its id.
 pub(crate) async fn put(
     state: State,
     Path((app, id)): Path<(String, String)>,

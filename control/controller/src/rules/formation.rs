@@ -91,6 +91,15 @@ pub(crate) fn in_state(counts: &Counts, state: JobState) -> BTreeMap<String, u32
         .collect()
 }
 
+/// The jobs that are not down, by type. One-off jobs are not counted.
+pub(crate) fn alive(counts: &Counts) -> BTreeMap<String, u32> {
+    let mut alive = BTreeMap::new();
+    for ((kind, _), n) in counts.iter().filter(|((kind, _), _)| !kind.is_empty()) {
+        *alive.entry(kind.clone()).or_default() += n;
+    }
+    alive
+}
+
 /// Whether the jobs are those that were expected: each type has its number up, no more, and none is still stopping.
 pub(crate) fn is_reached(expected: &Processes, counts: &Counts) -> bool {
     let up = in_state(counts, JobState::Up);
