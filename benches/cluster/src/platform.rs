@@ -61,10 +61,11 @@ pub struct Platform {
 }
 
 impl Platform {
-    /// Boots a lab of one host with its daemon. The calling program must begin its `main` with [`flynn_lab::reexec`].
-    pub fn boot(name: &str, artifacts: &Artifacts) -> Result<Self> {
+    /// Boots a lab of so many hosts, each with its daemon; the platform comes to be on the first. The calling program
+    /// must begin its `main` with [`flynn_lab::reexec`].
+    pub fn boot(name: &str, artifacts: &Artifacts, hosts: u8) -> Result<Self> {
         let any = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
-        let mut config = LabConfig::new(name, artifacts.labs.join(name), 1);
+        let mut config = LabConfig::new(name, artifacts.labs.join(name), hosts);
         config.services = vec![Service {
             name: DAEMON.into(),
             command: vec![artifacts.flynn_host.display().to_string(), "daemon".into()],
@@ -91,7 +92,7 @@ impl Platform {
         })
     }
 
-    /// The lab's one host.
+    /// The lab's first host, which has the platform.
     pub fn host(&self) -> Host<'_> {
         self.lab.host(1)
     }
@@ -227,6 +228,11 @@ impl Platform {
         let archive = self.artifacts.example.display().to_string();
         self.run(["-a", app, "docker", "push", "--archive", &archive])?;
         self.answers(app, Duration::from_mins(1)).map(drop)
+    }
+
+    /// Where images are.
+    pub fn images(&self) -> &Path {
+        &self.artifacts.images
     }
 
     /// The host's binary.

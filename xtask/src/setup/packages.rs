@@ -77,6 +77,7 @@ const PACKAGES: &[(&str, &str, Need)] = &[
     ("e2fsprogs", "makes the lab's disks", Need::Lab),
     ("mount", "mounts the lab's disks", Need::Lab),
     ("curl", "asks what runs in the lab", Need::Test),
+    ("busybox-static", "what test containers run", Need::Test),
     ("procps", "finds processes in the lab", Need::Test),
     ("runc", "a peer of the benchmarks", Need::Bench),
     ("nginx", "a peer of the benchmarks", Need::Bench),

@@ -60,7 +60,7 @@ impl Cluster {
     fn make(&mut self) -> Result<()> {
         let artifacts = self.artifacts.as_ref().context("nothing is built")?;
         let name = format!("test-{}", std::process::id());
-        let platform = self.platform.insert(Platform::boot(&name, artifacts)?);
+        let platform = self.platform.insert(Platform::boot(&name, artifacts, 2)?);
         let made = platform.bootstrap().and_then(|took| {
             self.took = took;
             platform.cluster_add()

@@ -6,6 +6,7 @@
 mod faults;
 mod fixture;
 mod input;
+mod join;
 mod life;
 
 use fixture::Cluster;
@@ -39,6 +40,7 @@ const TESTS: &[(&str, Test)] = &[
     ("secrets_show_nowhere", input::secrets),
     ("killed_daemons_cost_no_request", faults::killed_daemons),
     ("the_app_answers_again_after_a_power_cut", faults::power_cut),
+    ("a_second_host_joins_with_a_token", join::joins),
     ("nothing_is_left_after_down", faults::down),
 ];
 

@@ -47,7 +47,7 @@ pub(super) fn measure(
 }
 
 fn first_answer(name: &str, artifacts: &Artifacts) -> Result<(Platform, f64)> {
-    let mut platform = Platform::boot(name, artifacts).context("the host does not boot")?;
+    let mut platform = Platform::boot(name, artifacts, 1).context("the host does not boot")?;
     let begun = Instant::now();
     let up = platform
         .bootstrap()

@@ -1,0 +1,73 @@
+//! A second host joins the cluster.
+
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use flynn_api::discovery::{Instance, Peer};
+use flynn_cluster_tests::{Platform, until};
+use serde::de::DeserializeOwned;
+
+use crate::fixture::Cluster;
+
+const LIMIT: Duration = Duration::from_mins(2);
+
+pub(crate) fn joins(cluster: &mut Cluster) -> Result<()> {
+    let platform = cluster.platform()?;
+    let token = flynn_host(platform, 1, &["token"])?;
+    let words: Vec<&str> = token.split_whitespace().collect();
+    let [_, "join", address, token] = words[..] else {
+        anyhow::bail!("`token` says {token:?}")
+    };
+
+    // A token of another cluster, and no token at all, get nowhere.
+    let (secret, fingerprint) = token.split_once('.').context("a token has two halves")?;
+    let foreign = format!("{secret}.{}", flynn_api::Digest::of(fingerprint.as_bytes()));
+    let wrong = format!("{}.{fingerprint}", "0".repeat(secret.len()));
+    for bad in [foreign.as_str(), wrong.as_str(), "nonsense"] {
+        let said = flynn_host(platform, 2, &["join", address, bad])
+            .err()
+            .context("it was let in")?;
+        eprintln!("      refused: {said:#}");
+    }
+
+    let images = platform.images().display().to_string();
+    flynn_host(platform, 2, &["join", address, token, "--images", &images])?;
+    until(LIMIT, "both hosts are known on the second host's gateway", || {
+        let hosts: Vec<Instance> = discoverd(platform, 2, "/services/flynn-host/instances")?;
+        let peers: Vec<Peer> = discoverd(platform, 2, "/raft/peers")?;
+        Ok((hosts.len() == 2 && peers.len() == 2).then_some(()))
+    })?;
+    until(LIMIT, "the second host runs what every host runs", || {
+        let jobs = flynn_host(platform, 2, &["ps"])?;
+        Ok(["discoverd", "router", "scheduler"]
+            .iter()
+            .all(|app| jobs.contains(app))
+            .then_some(()))
+    })
+}
+
+/// Runs `flynn-host` on a host.
+fn flynn_host(platform: &Platform, host: u8, args: &[&str]) -> Result<String> {
+    let output = platform
+        .lab()
+        .host(host)
+        .exec(&platform.flynn_host().display().to_string(), args.iter().copied())?;
+    let said = String::from_utf8_lossy(&output.stderr);
+    ensure!(output.status.success(), "flynn-host {}: {}", args[0], said.trim());
+    Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+}
+
+/// Asks discoverd as the containers of a host see it.
+fn discoverd<T: DeserializeOwned>(platform: &Platform, host: u8, path: &str) -> Result<T> {
+    let url = format!("http://100.100.{host}.1:{}{path}", flynn_api::discovery::PORT);
+    let output = platform
+        .lab()
+        .host(host)
+        .exec("curl", ["-sSf", "--max-time", "5", &url])?;
+    ensure!(
+        output.status.success(),
+        "{}",
+        String::from_utf8_lossy(&output.stderr).trim()
+    );
+    Ok(serde_json::from_slice(&output.stdout)?)
+}
