@@ -11,6 +11,9 @@
 //! - Releases and artifacts never change. A formation's generation grows with each change.
 //! - A job's state goes forward only, unless its host has restarted it since; an app has at most one unfinished
 //!   deployment: the database refuses the rest.
+//! - What old and new jobs cannot share (a volume that is kept, ports of the host) goes over one job down, one job up,
+//!   whatever the app's strategy; both formations then change in one transaction, and the scheduler starts the new job
+//!   once the old one is down. So the platform's own database can be deployed, though it is away meanwhile.
 //! - Deployments and scale requests are worked on in short transactions which hold a row lock: several controllers
 //!   work side by side, each may be killed at any point, and another goes on from the last commit.
 //! - Secrets leave only where they are needed: environments in `GET /releases/{id}` and towards the scheduler, keys

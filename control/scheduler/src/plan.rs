@@ -4,13 +4,15 @@
 //! - Nothing is stopped unless the controller's list is whole and fresh, nothing started before every host's jobs
 //!   are known.
 //! - Live jobs of a formation never exceed its count by the plan's doing.
-//! - The last healthy job of a platform or critical app's process type is not stopped while nothing else replaces it.
+//! - The last healthy job of a platform or critical app's process type is not stopped while nothing else replaces it,
+//!   or waits for what it has and cannot share (volumes, ports of its host).
+//! - What cannot be shared is handed over between releases: the new job is started once the old one is down.
 //! - `resurrect` jobs are replaced only when they are over for good ([`crate::view`]).
 
 use std::collections::{BTreeMap, BTreeSet};
 
 use flynn_api::Meta;
-use flynn_api::controller::{ExpandedFormation, SYSTEM_CRITICAL};
+use flynn_api::controller::{ExpandedFormation, ProcessType, SYSTEM_CRITICAL};
 use flynn_api::host::Resources;
 use flynn_api::spec::volume_id;
 use jiff::{SignedDuration, Timestamp};
@@ -262,27 +264,45 @@ impl<'a> Planner<'a> {
     }
 
     /// Whether a job may be stopped so that none is left of its formation: always, unless the platform needs one of
-    /// its kind and no other release's is up.
+    /// its kind and no other release's is up. One that cannot come up beside it is given way.
     fn may_end(&self, needed: bool, key: &Key) -> bool {
-        let wanted = |other: &Key| {
-            let formation = self
-                .desired
-                .formations
-                .get(&(other.app.clone(), other.release.clone()));
-            formation.is_some_and(|formation| {
-                formation
-                    .processes
-                    .get(&other.process_type)
-                    .is_some_and(|n| *n > 0)
-            })
-        };
-        let alike =
-            |other: &Key| other.app == key.app && other.process_type == key.process_type && other != key;
         !needed
-            || self.jobs.iter().any(|(other, jobs)| {
+            || self.releases_wanted(key).any(|(formation, _)| {
+                let release = &formation.release.id;
+                if *release == key.release {
+                    return false;
+                }
+                let process = formation.release.processes.get(&key.process_type);
                 let up = |placed: &Placed<'_>| placed.job.is_live() && placed.job.state == State::Up;
-                alike(other) && wanted(other) && jobs.iter().any(up)
+                process.is_some_and(cannot_share)
+                    || self
+                        .alike(key)
+                        .any(|(other, placed)| other.release == *release && up(placed))
             })
+    }
+
+    /// The formations of all releases that want jobs of this app and type, and how many.
+    fn releases_wanted<'s>(&'s self, key: &'s Key) -> impl Iterator<Item = (&'s ExpandedFormation, u32)> {
+        let of_app = self
+            .desired
+            .formations
+            .range((key.app.clone(), String::new())..)
+            .take_while(|((app, _), _)| *app == key.app);
+        of_app
+            .map(|(_, formation)| {
+                let n = formation.processes.get(&key.process_type);
+                (formation, n.copied().unwrap_or(0))
+            })
+            .filter(|(_, n)| *n > 0)
+    }
+
+    /// All releases' jobs of this app and type.
+    fn alike<'s>(&'s self, key: &'s Key) -> impl Iterator<Item = (&'s Key, &'s Placed<'a>)> {
+        let alike = |other: &Key| other.app == key.app && other.process_type == key.process_type;
+        self.jobs
+            .iter()
+            .filter(move |(other, _)| alike(other))
+            .flat_map(|(other, jobs)| jobs.iter().map(move |placed| (*other, placed)))
     }
 
     fn formation(&mut self, formation: &ExpandedFormation, key: &Key, may_start: bool) {
@@ -333,6 +353,8 @@ impl<'a> Planner<'a> {
             tags,
             resources: &process.resources,
             count,
+            indices: self.releases_wanted(key).map(|(_, n)| n).sum(),
+            host_network: process.host_network,
         };
         if omni {
             let hosts: Vec<String> = self.fitting(tags).cloned().collect();
@@ -405,9 +427,10 @@ impl<'a> Planner<'a> {
         };
         let mut places: Vec<_> = jobs.iter().filter(is_empty).collect();
         places.sort_by_key(|placed| (std::cmp::Reverse(placed.job.ended_at), placed.id));
-        let mut taken: BTreeSet<u32> = jobs
-            .iter()
-            .filter_map(|placed| wanted.index_of(placed.job))
+        let mut taken: BTreeSet<u32> = self
+            .alike(wanted.key)
+            .filter(|(_, placed)| host.is_none_or(|host| host == placed.host_id))
+            .filter_map(|(_, placed)| wanted.index_of(placed.job))
             .collect();
         for place in (0..missing).map(|place| places.get(place)) {
             let (restarts, not_before) = match place.map(|placed| placed.job) {
@@ -442,6 +465,19 @@ impl<'a> Planner<'a> {
         }
     }
 
+    /// Whether no job that is to go first has the host's ports.
+    fn has_room(&self, wanted: &Wanted<'_>, host: &String) -> bool {
+        let in_the_way = |other: &Key, placed: &Placed<'_>| {
+            let job = placed.job;
+            let goes = job.asked_to_stop.is_some() || other.release != wanted.key.release;
+            placed.host_id == host && job.host_network && job.state != State::Down && goes
+        };
+        !wanted.host_network
+            || !self
+                .alike(wanted.key)
+                .any(|(other, placed)| in_the_way(other, placed))
+    }
+
     /// A host and, for a job with volumes, their index: where volumes are already, else the best host.
     fn place(
         &self,
@@ -462,11 +498,15 @@ impl<'a> Planner<'a> {
                 "no host that is ready has the tags wanted"
             });
         }
+        let hosts: BTreeSet<&String> = hosts.into_iter().filter(|id| self.has_room(wanted, id)).collect();
+        if hosts.is_empty() {
+            return Err("its ports are in use by a job of another release, or by one that is stopping");
+        }
         let Some(path) = wanted.volume_path() else {
             return best(&hosts).map(|host| (host, 0)).ok_or("no host is ready");
         };
         let mut new = None;
-        for index in (0..wanted.count).filter(|index| !taken.contains(index)) {
+        for index in (0..wanted.indices).filter(|index| !taken.contains(index)) {
             let volume = volume_id(&wanted.key.app, &wanted.key.process_type, path, index);
             let mut owners =
                 self.view.hosts().iter().filter(|(id, owner)| {
@@ -485,6 +525,11 @@ impl<'a> Planner<'a> {
     }
 }
 
+/// Whether old and new jobs of a type cannot be there side by side. The controller's deployments know the same rule.
+fn cannot_share(process: &ProcessType) -> bool {
+    process.host_network || process.volumes.iter().any(|volume| !volume.delete_on_stop)
+}
+
 /// One process type of a formation.
 struct Wanted<'a> {
     formation: &'a ExpandedFormation,
@@ -493,6 +538,10 @@ struct Wanted<'a> {
     resources: &'a Resources,
     /// How many: altogether, or on each host.
     count: u32,
+    /// How many all releases together want: that many sets of volumes there are.
+    indices: u32,
+    /// Its ports are its host's own.
+    host_network: bool,
 }
 
 impl<'a> Wanted<'a> {
@@ -505,6 +554,6 @@ impl<'a> Wanted<'a> {
     fn index_of(&self, job: &Job) -> Option<u32> {
         let path = self.volume_path().filter(|_| job.state != State::Down)?;
         let volume = |index: &u32| volume_id(&self.key.app, &self.key.process_type, path, *index);
-        (0..self.count).find(|index| job.volumes.contains(&volume(index)))
+        (0..self.indices).find(|index| job.volumes.contains(&volume(index)))
     }
 }

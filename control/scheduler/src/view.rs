@@ -73,6 +73,8 @@ pub struct Job {
     pub supervisor_restarts: u32,
     /// Volumes.
     pub volumes: Vec<String>,
+    /// Its ports are its host's own.
+    pub host_network: bool,
     /// Limits.
     pub resources: Resources,
     /// Program and arguments, kept for one-off jobs alone.
@@ -146,6 +148,7 @@ impl Job {
                 .iter()
                 .map(|volume| volume.volume_id.clone())
                 .collect(),
+            host_network: spec.config.host_network,
             resources: spec.resources.clone(),
             args,
             created_at: now,

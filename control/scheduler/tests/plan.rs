@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use flynn_api::Meta;
-use flynn_api::controller::{App, ExpandedFormation, ProcessType, Release, SYSTEM_APP};
+use flynn_api::controller::{App, ExpandedFormation, ProcessType, Release, SYSTEM_APP, VolumeReq};
 use flynn_api::host::{ActiveJob, Job, JobState};
 use flynn_scheduler::plan::{Desired, Plan, plan};
 use flynn_scheduler::view::View;
@@ -176,6 +176,49 @@ fn the_platform_keeps_its_last_job() {
     );
     let both = view(&[("a", vec![job, running(&new, "a-2")])]);
     assert_eq!(stops(&plan(&desired(&[old, new]), &both, at(0))), ["a-1"]);
+}
+
+#[test]
+fn what_cannot_be_shared_is_handed_over() {
+    let data = ProcessType {
+        volumes: vec![VolumeReq {
+            path: "/data".into(),
+            delete_on_stop: false,
+        }],
+        ..ProcessType::default()
+    };
+    let port = ProcessType {
+        host_network: true,
+        omni: true,
+        ..ProcessType::default()
+    };
+    for process in [data, port] {
+        let mut old = formation("old", 0, process.clone());
+        old.app.meta = Meta::from([(SYSTEM_APP.into(), "true".into())]);
+        let mut new = formation("new", 1, process.clone());
+        new.app.meta = old.app.meta.clone();
+        let mut job = running(&old, "a-1");
+        let both = desired(&[old.clone(), new]);
+        let mut hosts = view(&[("a", vec![job.clone()])]);
+        assert!(
+            plan(&desired(&[old]), &hosts, at(0)).stops.is_empty(),
+            "nobody takes over yet"
+        );
+        let planned = plan(&both, &hosts, at(0));
+        assert_eq!((stops(&planned), starts(&planned)), (vec!["a-1"], vec![]));
+        assert!(planned.blocked[0].reason.contains("stopping"), "{planned:?}");
+        hosts.stopping("a-1", at(0));
+        assert!(
+            plan(&both, &hosts, at(1)).starts.is_empty(),
+            "the old job has not ended"
+        );
+        job.status = JobState::Done;
+        job.healthy = false;
+        job.ended_at = Some(at(2));
+        hosts.observe("a", &job, at(2));
+        let planned = plan(&both, &hosts, at(2));
+        assert_eq!((starts(&planned), planned.starts[0].volume_index), (vec!["a"], 0));
+    }
 }
 
 #[test]

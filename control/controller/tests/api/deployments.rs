@@ -1,7 +1,7 @@
 //! Deployments, with the test in the scheduler's place.
 
 use flynn_api::ErrorCode;
-use flynn_api::controller::{App, Deployment, Job, JobState, Release};
+use flynn_api::controller::{App, Deployment, Formation, Job, JobState, Processes, Release, VolumeReq};
 use futures::StreamExt as _;
 
 use crate::common::controller::{Running, job, start, start_with};
@@ -15,6 +15,9 @@ pub(crate) fn trials() -> Vec<libtest_mimic::Trial> {
         trial("deploy_fails_when_time_runs_out", timeout),
         trial("deploy_outlives_its_controller", restart),
         trial("deploys_of_two_controllers_are_one", two_controllers),
+        trial("deploy_in_turn_one_down_one_up", in_turn),
+        trial("deploy_in_turn_goes_back_when_it_fails", in_turn_back),
+        trial("deploy_of_what_keeps_data_hands_over", hands_over),
     ]
 }
 
@@ -271,4 +274,128 @@ async fn two_controllers() {
     assert_eq!(formation.generation, 1, "put once");
     one.stop().await;
     two.stop().await;
+}
+
+/// An app of two `web` that is deployed in turn, its new release, and the deployment.
+async fn begin_in_turn(running: &Running) -> (App, Release, Vec<Job>, Release, Deployment) {
+    let (app, old, jobs) = running.running_app("shop", 2).await;
+    let strategy = App {
+        id: app.id.clone(),
+        strategy: "one-down-one-up".into(),
+        deploy_timeout: 60,
+        ..App::default()
+    };
+    running.client.update_app(&strategy).await.unwrap();
+    let new = running.release(&app).await;
+    let deployment = running.client.deploy("shop", &new.id).await.unwrap();
+    assert_eq!(deployment.strategy, "one-down-one-up");
+    (app, old, jobs, new, deployment)
+}
+
+async fn in_turn() {
+    let mut running = start().await;
+    let (app, old, old_jobs, new, deployment) = begin_in_turn(&running).await;
+    for (n, job_down) in (0..).zip(&old_jobs) {
+        wanted(&running, &app, &old, 1 - n).await;
+        wanted(&running, &app, &new, n).await;
+        report(&running, job_down, JobState::Stopping).await;
+        // The next controller goes on where this one was.
+        running = start_with(running.kill().await).await;
+        wanted(&running, &app, &new, n).await;
+        report(&running, job_down, JobState::Down).await;
+        wanted(&running, &app, &new, n + 1).await;
+        assert_eq!(running.client.app_release("shop").await.unwrap().id, old.id);
+        report(&running, &job(&app, &new, "web", JobState::Up), JobState::Up).await;
+    }
+    assert_eq!(finished(&running, &deployment).await.status, "complete");
+    assert_eq!(running.client.app_release("shop").await.unwrap().id, new.id);
+    running.stop().await;
+}
+
+async fn in_turn_back() {
+    let running = start().await;
+    let client = &running.client;
+    let (app, old, old_jobs, new, deployment) = begin_in_turn(&running).await;
+    wanted(&running, &app, &old, 1).await;
+    report(&running, &old_jobs[0], JobState::Down).await;
+    wanted(&running, &app, &new, 1).await;
+    let last = job(&app, &new, "web", JobState::Starting);
+    report(&running, &last, JobState::Starting).await;
+    for _ in 0..6 {
+        client
+            .put_job(&Job {
+                exit_status: Some(7),
+                ..job(&app, &new, "web", JobState::Down)
+            })
+            .await
+            .unwrap();
+    }
+    wanted(&running, &app, &new, 0).await;
+    assert!(
+        status(&running, &deployment)
+            .await
+            .error
+            .unwrap()
+            .contains("exit status 7"),
+        "why it goes back is told at once"
+    );
+    wanted(&running, &app, &old, 1).await;
+    report(&running, &last, JobState::Down).await;
+    wanted(&running, &app, &old, 2).await;
+    report(&running, &job(&app, &old, "web", JobState::Up), JobState::Up).await;
+    let failed = finished(&running, &deployment).await;
+    assert_eq!(failed.status, "failed");
+    assert!(failed.error.unwrap().contains("exit status 7"));
+    assert_eq!(client.app_release("shop").await.unwrap().id, old.id);
+    assert_eq!(
+        client.formation("shop", &new.id).await.unwrap_err().code,
+        ErrorCode::NotFound
+    );
+    running.stop().await;
+}
+
+/// The platform's own database goes and comes with such a deployment: both formations change in one transaction.
+async fn hands_over() {
+    let running = start().await;
+    let client = &running.client;
+    let meta = ["flynn-system-app", "flynn-system-critical"].map(|flag| (flag.to_owned(), "true".to_owned()));
+    let app = App {
+        name: "db".into(),
+        meta: meta.into(),
+        ..App::default()
+    };
+    let app = client.create_app(&app).await.unwrap();
+    let mut release = running.release(&app).await;
+    release.id.clear();
+    release.created_at = None;
+    release.processes.remove("worker");
+    release.processes.get_mut("web").unwrap().volumes = vec![VolumeReq {
+        path: "/data".into(),
+        delete_on_stop: false,
+    }];
+    let old = client.create_release(&release).await.unwrap();
+    let new = client.create_release(&release).await.unwrap();
+    assert_ne!(old.id, new.id, "equal releases are two");
+    client.set_app_release(&app.id, &old.id).await.unwrap();
+    let formation = Formation {
+        app_id: app.id.clone(),
+        release_id: old.id.clone(),
+        processes: Processes::from([("web".into(), 1)]),
+        ..Formation::default()
+    };
+    client.put_formation(&formation).await.unwrap();
+    let old_job = job(&app, &old, "web", JobState::Up);
+    client.put_job(&old_job).await.unwrap();
+
+    let deployment = client.deploy("db", &new.id).await.unwrap();
+    assert_eq!(deployment.strategy, "one-down-one-up", "whatever the app says");
+    wanted(&running, &app, &new, 1).await;
+    let given = client.formation("db", &old.id).await.unwrap().processes;
+    assert_eq!(given.get("web"), Some(&0), "0, and not left out");
+    // The scheduler tells of both at once, when the database is back.
+    report(&running, &job(&app, &new, "web", JobState::Up), JobState::Up).await;
+    report(&running, &old_job, JobState::Down).await;
+    assert_eq!(finished(&running, &deployment).await.status, "complete");
+    assert_eq!(client.app_release("db").await.unwrap().id, new.id);
+    running.stop().await;
 }

@@ -344,6 +344,22 @@ async fn jobs() {
     client.put_job(&job).await.unwrap();
     let there = client.job("shop", &placed).await.unwrap();
     assert_eq!((there.state, there.exit_status), (JobState::Down, Some(3)));
+    // After a power cut its host brings it back, under the same id.
+    let back = |restarts| flynn_api::controller::Job {
+        state: JobState::Up,
+        exit_status: None,
+        restarts: Some(restarts),
+        ..job.clone()
+    };
+    assert_eq!(
+        client.put_job(&back(0)).await.unwrap_err().code,
+        ErrorCode::Conflict
+    );
+    client.put_job(&back(1)).await.unwrap();
+    let there = client.job("shop", &placed).await.unwrap();
+    assert_eq!((there.state, there.exit_status), (JobState::Up, None));
+    job.restarts = Some(1);
+    client.put_job(&job).await.unwrap();
     assert!(client.active_jobs().await.unwrap().is_empty());
     let filter = flynn_api::client::controller::EventFilter {
         object_types: vec!["job"],
@@ -353,7 +369,7 @@ async fn jobs() {
     let events = client.events(&filter).await.unwrap();
     assert_eq!(
         events.len(),
-        3,
+        5,
         "one for each change, none for repetition: {events:?}"
     );
     assert!(events.iter().all(|event| event.object_type == EventKind::Job));
