@@ -158,7 +158,11 @@ async fn follow(controller: &ControllerClient, id: &str) -> Result<Option<Deploy
             }
         }
     }
-    let deployment = controller.deployment(id).await?;
+    let deployment = match controller.deployment(id).await {
+        // The controller, or its database, may be what is being deployed.
+        Err(why) if why.retry => return Ok(None),
+        deployment => deployment?,
+    };
     match deployment.status.as_str() {
         "complete" => Ok(Some(deployment)),
         "failed" => Err(failed(deployment.error.as_deref())),

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use clap::{Args, Subcommand};
-use flynn_api::controller::Release as Known;
+use flynn_api::controller::{Deployment, Release as Known};
 use flynn_api::redact;
 use serde_json::Value;
 
@@ -204,9 +204,8 @@ async fn rollback(target: &Target, id: Option<String>, yes: bool) -> Result<()> 
     let release = if let Some(id) = id {
         target.release_or_current(Some(&id)).await?
     } else {
-        let newer = releases.iter().position(|release| release.id == current);
-        let older = newer.and_then(|at| releases.into_iter().nth(at + 1));
-        older.ok_or_else(|| {
+        let deployments = target.controller.deployments(&target.app.id).await?;
+        before(&current, releases, &deployments).ok_or_else(|| {
             usage("there is no release before the current one; name one: flynn release rollback <id>")
         })?
     };
@@ -225,6 +224,26 @@ async fn rollback(target: &Target, id: Option<String>, yes: bool) -> Result<()> 
     wait::deploy(&target.controller, &target.app, &release).await?;
     note(format!("Rolled back to release {}.", release.id));
     Ok(())
+}
+
+/// The release that the current one came after: what ran when it was first deployed, or else the next older one. So
+/// one rollback after the other goes further back, and what was rolled back from is not returned to.
+fn before(current: &str, mut releases: Vec<Known>, deployments: &[Deployment]) -> Option<Known> {
+    let first = deployments
+        .iter()
+        .rev()
+        .find(|deployment| deployment.new_release_id == current && deployment.status == "complete");
+    let ran = first.and_then(|first| first.old_release_id.as_deref());
+    let at = ran
+        .filter(|ran| *ran != current)
+        .and_then(|ran| releases.iter().position(|release| release.id == ran))
+        .or_else(|| {
+            releases
+                .iter()
+                .position(|release| release.id == current)
+                .map(|at| at + 1)
+        })?;
+    (at < releases.len()).then(|| releases.swap_remove(at))
 }
 
 #[cfg(test)]
@@ -260,6 +279,40 @@ mod tests {
         assert!(
             update(&release, json!([]), false).is_err()
                 && update(&release, json!({"env": 1}), false).is_err()
+        );
+    }
+
+    #[test]
+    fn rollbacks_go_further_back_and_never_to_what_was_left() {
+        let releases = || {
+            let release = |id: &str| Known {
+                id: id.into(),
+                ..Known::default()
+            };
+            ["4", "3", "2", "1"].map(release).to_vec()
+        };
+        let deployed = |(old, new): &(&str, &str)| Deployment {
+            old_release_id: Some((*old).into()),
+            new_release_id: (*new).into(),
+            status: "complete".into(),
+            ..Deployment::default()
+        };
+        // The newest first: 3 was no good, and 4 was made of 2.
+        let deployments: Vec<_> = [("2", "4"), ("3", "2"), ("2", "3"), ("1", "2")]
+            .iter()
+            .map(deployed)
+            .collect();
+        let goes_to = |current: &str| {
+            before(current, releases(), &deployments).map_or(String::new(), |release| release.id)
+        };
+        assert_eq!(
+            ["4", "3", "2", "1"].map(goes_to),
+            ["2", "2", "1", ""].map(String::from)
+        );
+        assert_eq!(
+            before("3", releases(), &[]).unwrap().id,
+            "2",
+            "the next older one"
         );
     }
 }
