@@ -150,8 +150,45 @@ pub(crate) fn killed_daemons(cluster: &mut Cluster) -> Result<()> {
     })
 }
 
+pub(crate) fn full_disk(cluster: &mut Cluster) -> Result<()> {
+    let platform = cluster.app()?;
+    let before = platform.run(["-a", APP, "release", "show"])?;
+    // Reserved without being written, but for the last bit.
+    let fill = "cd /var/lib/flynn; fallocate -l $(($(stat -f -c '%f * %S' .) - 100000000)) filler; \
+                dd if=/dev/zero of=filler bs=1M oflag=append conv=notrunc 2>/dev/null; df . | tail -1";
+    let filled = platform.host().run("sh", ["-c", fill])?;
+    eprintln!("    the disk is full: {}", filled.trim());
+    let load = Load::start(platform.router(), &format!("{APP}.{DOMAIN}"), 20);
+    let said = platform.refused(["-a", APP, "run", "--", "true"]);
+    platform.host().run("rm", ["/var/lib/flynn/filler"])?;
+    let said = said?;
+    ensure!(
+        said.contains("space") || said.contains("full"),
+        "what is full is not said: {said}"
+    );
+    let report = load.stop()?;
+    ensure!(
+        report.failures.is_empty(),
+        "requests failed while the disk was full: {:?}",
+        report.failures.first()
+    );
+    ensure!(
+        platform.run(["-a", APP, "release", "show"])? == before,
+        "the release changed"
+    );
+    until(LIMIT, "commands run again", || {
+        Ok(platform
+            .output(["-a", APP, "run", "--", "true"])?
+            .status
+            .success()
+            .then_some(()))
+    })
+}
+
 pub(crate) fn power_cut(cluster: &mut Cluster) -> Result<()> {
     let platform = cluster.app()?;
+    // What was acknowledged a moment before is on the disk.
+    platform.run(["-a", APP, "env", "set", "KEPT=through the cut"])?;
     platform.host().power_cut()?;
     ensure!(
         platform.get(&format!("{APP}.{DOMAIN}"), "/").is_err(),
@@ -169,6 +206,11 @@ pub(crate) fn power_cut(cluster: &mut Cluster) -> Result<()> {
         Ok(Some(()))
     })?;
     agree(platform)?;
+    let value = platform.run(["-a", APP, "env", "get", "KEPT"])?;
+    ensure!(
+        value.trim() == "through the cut",
+        "the release from before the cut is lost: {value:?}"
+    );
     platform.run(["-a", APP, "env", "set", "GREETING=After the cut"])?;
     until(LIMIT, "a deployment goes through", || {
         Ok(platform

@@ -134,6 +134,14 @@ pub(crate) fn names(cluster: &mut Cluster) -> Result<()> {
     let said = platform.refused(["-a", "nowhere", "ps"])?;
     ensure!(said.contains("nowhere"), "{said}");
     platform.refused(["-a", APP, "scale", "web=many"])?;
+    let said = platform.refused(["-a", APP, "route", "add", "tcp", "--port", "1113"])?;
+    ensure!(said.contains("1113"), "the host's own port is not named: {said}");
+    platform.run(["-a", APP, "route", "add", "tcp", "--port", "3456"])?;
+    let said = platform.refused(["-a", APP, "route", "add", "tcp", "--port", "3456"])?;
+    ensure!(
+        said.contains("3456") && said.contains(APP),
+        "who has the port is not said: {said}"
+    );
     unharmed(platform)
 }
 

@@ -167,6 +167,34 @@ pub(crate) fn shell(cluster: &mut Cluster) -> Result<()> {
         stdout.contains("out") && stderr.contains("err"),
         "stdout {stdout:?}, stderr {stderr:?}"
     );
+    // With a terminal, which `script` lends it.
+    let mut command = platform.flynn();
+    let flynn = command.get_program().display().to_string();
+    let line =
+        format!("{flynn} -a {APP} run -- sh -c 'test -t 0 && test -t 1 && echo a terminal of $TERM; exit 7'");
+    command.env("TERM", "xterm");
+    let mut script = std::process::Command::new("script");
+    script.args(["--quiet", "--return", "--command", &line, "/dev/null"]);
+    for (name, value) in command.get_envs() {
+        match value {
+            Some(value) => script.env(name, value),
+            None => script.env_remove(name),
+        };
+    }
+    let output = script
+        .stdin(std::process::Stdio::null())
+        .output()
+        .context("cannot run script")?;
+    let said = String::from_utf8_lossy(&output.stdout);
+    ensure!(
+        said.contains("a terminal of xterm"),
+        "on a terminal it said {said:?}"
+    );
+    ensure!(
+        output.status.code() == Some(7),
+        "on a terminal the exit code was {:?}",
+        output.status.code()
+    );
     Ok(())
 }
 

@@ -39,6 +39,7 @@ const TESTS: &[(&str, Test)] = &[
     ("hosts_say_what_they_lack", input::hosts),
     ("secrets_show_nowhere", input::secrets),
     ("killed_daemons_cost_no_request", faults::killed_daemons),
+    ("a_full_disk_is_said_and_passes", faults::full_disk),
     ("the_app_answers_again_after_a_power_cut", faults::power_cut),
     ("a_second_host_joins_with_a_token", join::joins),
     ("nothing_is_left_after_down", faults::down),
