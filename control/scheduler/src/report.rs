@@ -23,7 +23,12 @@ pub fn report(host_id: &str, id: &str, job: &Job) -> Report {
         (State::Starting, None) => JobState::Starting,
         (State::Up, None) => JobState::Up,
     };
-    let restarts = job.restarts.saturating_add(job.supervisor_restarts);
+    // One that was given up together with its host, and that is back with it, begins anew for the controller.
+    let back = u32::from(job.lost && job.state != State::Down);
+    let restarts = job
+        .restarts
+        .saturating_add(job.supervisor_restarts)
+        .saturating_add(back);
     Report {
         id: id.to_owned(),
         uuid: uuid_of(id).to_owned(),

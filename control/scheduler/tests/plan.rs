@@ -3,9 +3,12 @@
 use std::collections::BTreeMap;
 
 use flynn_api::Meta;
-use flynn_api::controller::{App, ExpandedFormation, ProcessType, Release, SYSTEM_APP, VolumeReq};
+use flynn_api::controller::{
+    App, ExpandedFormation, JobState as Told, ProcessType, Release, SYSTEM_APP, VolumeReq,
+};
 use flynn_api::host::{ActiveJob, Job, JobState};
 use flynn_scheduler::plan::{Desired, Plan, plan};
+use flynn_scheduler::report::Outbox;
 use flynn_scheduler::view::View;
 use jiff::{SignedDuration, Timestamp};
 
@@ -218,6 +221,42 @@ fn what_cannot_be_shared_is_handed_over() {
         hosts.observe("a", &job, at(2));
         let planned = plan(&both, &hosts, at(2));
         assert_eq!((starts(&planned), planned.starts[0].volume_index), (vec!["a"], 0));
+    }
+}
+
+/// What the controller would take of this: it refuses states that go backward while `restarts` do not grow.
+#[test]
+fn jobs_that_come_back_are_told_of_as_up() {
+    for (resurrect, restarts) in [(true, 1), (false, 0)] {
+        let process = ProcessType {
+            resurrect,
+            ..ProcessType::default()
+        };
+        let mut job = running(&formation("r", 1, process), "a-1");
+        let mut hosts = view(&[("a", vec![job.clone()])]);
+        let mut outbox = Outbox::default();
+        let mut told = Vec::new();
+        let mut tell = |hosts: &View| {
+            outbox.update(hosts);
+            while let Some(report) = outbox.first().cloned() {
+                told.push((report.state, report.restarts.unwrap()));
+                outbox.taken(report);
+            }
+        };
+        tell(&hosts);
+        // Its host is without power, and comes back; or it was only out of reach.
+        hosts.registered(&BTreeMap::new(), at(10));
+        hosts.answering("a", false, at(10));
+        tell(&hosts);
+        hosts.registered(&BTreeMap::from([("a".into(), false)]), at(100));
+        hosts.answering("a", true, at(100));
+        job.restarts = restarts;
+        let asked = hosts.ask();
+        hosts.list("a", asked, &BTreeMap::from([("a-1".into(), job)]), at(100));
+        tell(&hosts);
+        let states: Vec<_> = told.iter().map(|(state, _)| *state).collect();
+        assert_eq!(states, [Told::Up, Told::Down, Told::Up]);
+        assert!(told[2].1 > told[1].1, "{told:?}");
     }
 }
 
