@@ -51,7 +51,7 @@ pub struct App {
     /// Labels.
     #[serde(default, skip_serializing_if = "Meta::is_empty")]
     pub meta: Meta,
-    /// How it is deployed; `all-at-once` by default.
+    /// How it is deployed: `all-at-once` (the default) or `one-down-one-up`.
     #[serde(default)]
     pub strategy: String,
     /// The current release.
@@ -357,7 +357,7 @@ pub struct Deployment {
     /// To this one.
     #[serde(rename = "new_release", default)]
     pub new_release_id: String,
-    /// `all-at-once`, …
+    /// `all-at-once` or `one-down-one-up`.
     #[serde(default)]
     pub strategy: String,
     /// `pending`, `running`, `complete`, `failed`.
