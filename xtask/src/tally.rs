@@ -2,6 +2,15 @@
 
 use std::ops::AddAssign;
 
+/// Who runs tests.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Runner {
+    /// cargo-nextest
+    Nextest,
+    /// libtest, or libtest-mimic, which writes as it does
+    Libtest,
+}
+
 /// How many tests did what.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Tally {
@@ -19,29 +28,33 @@ impl AddAssign for Tally {
 }
 
 impl Tally {
-    /// What a line of a runner's output adds: the summary of nextest or of libtest and its like.
-    pub(crate) fn of_line(line: &str) -> Option<Self> {
+    /// What a line of a runner's output adds. Each runner's own summary counts: nextest repeats those of the tests that
+    /// failed, for it runs each alone.
+    pub(crate) fn of_line(runner: Runner, line: &str) -> Option<Self> {
         let line = plain(line);
         let line = line.trim();
-        if let Some((_, counts)) = line
-            .strip_prefix("Summary [")
-            .and_then(|rest| rest.split_once("run: "))
-        {
-            // `2 tests run: 1 passed (1 slow), 1 failed, 3 skipped`; those that time out have failed.
-            let failed = count(counts, "failed") + count(counts, "timed out") + count(counts, "exec failed");
-            return Some(Self {
-                passed: count(counts, "passed"),
-                failed,
-                skipped: count(counts, "skipped"),
-            });
+        match runner {
+            // `Summary [ 0.1s] 2 tests run: 1 passed (1 slow), 1 failed, 3 skipped`; what times out has failed.
+            Runner::Nextest => {
+                let (_, counts) = line.strip_prefix("Summary [")?.split_once("run: ")?;
+                let failed =
+                    count(counts, "failed") + count(counts, "timed out") + count(counts, "exec failed");
+                Some(Self {
+                    passed: count(counts, "passed"),
+                    failed,
+                    skipped: count(counts, "skipped"),
+                })
+            }
+            // `test result: ok. 3 passed; 0 failed; 1 ignored; 0 measured; 0 filtered out`
+            Runner::Libtest => {
+                let counts = line.strip_prefix("test result: ")?.split_once(". ")?.1;
+                Some(Self {
+                    passed: count(counts, "passed"),
+                    failed: count(counts, "failed"),
+                    skipped: count(counts, "ignored"),
+                })
+            }
         }
-        // `test result: ok. 3 passed; 0 failed; 1 ignored; 0 measured; 0 filtered out`
-        let counts = line.strip_prefix("test result: ")?.split_once(". ")?.1;
-        Some(Self {
-            passed: count(counts, "passed"),
-            failed: count(counts, "failed"),
-            skipped: count(counts, "ignored"),
-        })
     }
 }
 
@@ -85,7 +98,7 @@ mod tests {
                 skipped,
             })
         };
-        for (line, expected) in [
+        let nextest = [
             (
                 "     Summary [   0.012s] 3 tests run: 3 passed, 0 skipped",
                 tally(3, 0, 0),
@@ -99,6 +112,13 @@ mod tests {
                 tally(1, 0, 0),
             ),
             (
+                "    test result: FAILED. 0 passed; 1 failed; 0 ignored; 0 measured; 7 filtered out",
+                None,
+            ),
+            ("the Summary [ of it", None),
+        ];
+        let libtest = [
+            (
                 "test result: ok. 3 passed; 0 failed; 1 ignored; 0 measured; 0 filtered out; finished in 0.00s",
                 tally(3, 0, 1),
             ),
@@ -107,9 +127,12 @@ mod tests {
                 tally(0, 2, 0),
             ),
             ("running 3 tests", None),
-            ("the Summary [ of it", None),
-        ] {
-            assert_eq!(Tally::of_line(line), expected, "{line}");
+        ];
+        for (line, expected) in nextest {
+            assert_eq!(Tally::of_line(Runner::Nextest, line), expected, "{line}");
+        }
+        for (line, expected) in libtest {
+            assert_eq!(Tally::of_line(Runner::Libtest, line), expected, "{line}");
         }
     }
 }

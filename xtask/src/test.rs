@@ -1,7 +1,7 @@
 //! `cargo xtask test`: everything that CI runs. The last line on stdout counts the tests of all runners.
 
 use crate::setup::{self, Need};
-use crate::tally::Tally;
+use crate::tally::{Runner, Tally};
 use crate::{build, exec, image, lint, ui, workspace};
 use anyhow::{Context, Result, bail};
 use std::collections::BTreeSet;
@@ -91,7 +91,7 @@ fn all(args: &Args) -> Result<(Tally, Vec<String>)> {
             "--color=never",
         ]);
         nextest.args(["--no-tests=pass", "--exclude", CLUSTER]);
-        counted(&mut nextest, args.long)
+        counted(Runner::Nextest, &mut nextest, args.long)
     });
     note("unit, simulation and kernel tests", unit);
 
@@ -104,7 +104,7 @@ fn all(args: &Args) -> Result<(Tally, Vec<String>)> {
             let mut cargo = exec::cargo();
             // One at a time: each has a cluster, and two cores are soon shared out.
             cargo.args(["test", "--locked", "--package", CLUSTER, "--", "--test-threads=1"]);
-            counted(&mut cargo, args.long)
+            counted(Runner::Libtest, &mut cargo, args.long)
         });
         note("cluster tests", cluster);
     }
@@ -113,7 +113,7 @@ fn all(args: &Args) -> Result<(Tally, Vec<String>)> {
 
 /// Runs a test runner, shows what it says, and counts its summaries. A runner that fails without a failed test (its
 /// tests do not compile, say) is an error.
-fn counted(command: &mut Command, long: bool) -> Result<Tally> {
+fn counted(runner: Runner, command: &mut Command, long: bool) -> Result<Tally> {
     command
         .stdin(Stdio::null())
         .stderr(Stdio::piped())
@@ -126,8 +126,8 @@ fn counted(command: &mut Command, long: bool) -> Result<Tally> {
         child.stderr.take().context("no stderr")?,
     );
     let mut tally = std::thread::scope(|scope| {
-        let other = scope.spawn(|| tallied(stdout));
-        let mut tally = tallied(stderr);
+        let other = scope.spawn(|| tallied(runner, stdout));
+        let mut tally = tallied(runner, stderr);
         tally += other.join().unwrap_or_default();
         tally
     });
@@ -140,14 +140,14 @@ fn counted(command: &mut Command, long: bool) -> Result<Tally> {
 }
 
 /// Passes a stream on to stderr, line by line, and counts.
-fn tallied(stream: impl std::io::Read) -> Tally {
+fn tallied(runner: Runner, stream: impl std::io::Read) -> Tally {
     let mut tally = Tally::default();
     let mut lines = BufReader::new(stream);
     let mut line = Vec::new();
     while lines.read_until(b'\n', &mut line).is_ok_and(|read| read > 0) {
         // A closed stderr is no reason not to count.
         let _ = std::io::stderr().write_all(&line);
-        if let Some(counts) = Tally::of_line(&String::from_utf8_lossy(&line)) {
+        if let Some(counts) = Tally::of_line(runner, &String::from_utf8_lossy(&line)) {
             tally += counts;
         }
         line.clear();
