@@ -9,7 +9,7 @@ use std::time::Duration;
 use flynn_api::{Error, ErrorCode};
 use openraft::ChangeMembers;
 use openraft::async_runtime::WatchReceiver as _;
-use openraft::errors::{ClientWriteError, RaftError};
+use openraft::errors::{ChangeMembershipError, ClientWriteError, RaftError};
 use serde::{Deserialize, Serialize};
 
 use crate::node::{Forwarded, Node};
@@ -21,6 +21,8 @@ pub const MAX_VOTERS: usize = 5;
 const CAUGHT_UP: u64 = 100;
 /// How long a change of members may take.
 const TIMEOUT: Duration = Duration::from_secs(15);
+/// Between two looks at whether another change is through.
+const PAUSE: Duration = Duration::from_millis(20);
 
 /// A change of the members.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -92,17 +94,36 @@ pub async fn change_here(node: &Node, change: &MemberChange) -> Result<Forwarded
             }
         }
     };
-    submit(node, members, retain).await
+    let deadline = tokio::time::Instant::now() + TIMEOUT;
+    loop {
+        match submit(node, members.clone(), retain).await? {
+            Submitted::Taken => return Ok(Forwarded::Taken(())),
+            Submitted::NotLeader => return Ok(Forwarded::NotLeader),
+            // A learner that is being made a voter, say.
+            Submitted::Busy if tokio::time::Instant::now() < deadline => tokio::time::sleep(PAUSE).await,
+            Submitted::Busy => {
+                return Err(Error::unavailable(
+                    "another change of the members does not come to its end",
+                ));
+            }
+        }
+    }
 }
 
-async fn submit(
-    node: &Node,
-    members: ChangeMembers<u64, Member>,
-    retain: bool,
-) -> Result<Forwarded<()>, Error> {
+/// What came of a change that was put to Raft.
+enum Submitted {
+    Taken,
+    NotLeader,
+    /// Another change is under way: Raft makes one at a time.
+    Busy,
+}
+
+async fn submit(node: &Node, members: ChangeMembers<u64, Member>, retain: bool) -> Result<Submitted, Error> {
+    use ClientWriteError::{ChangeMembershipError as Refused, ForwardToLeader};
     match node.raft.change_membership(members, retain).await {
-        Ok(_) => Ok(Forwarded::Taken(())),
-        Err(RaftError::APIError(ClientWriteError::ForwardToLeader(_))) => Ok(Forwarded::NotLeader),
+        Ok(_) => Ok(Submitted::Taken),
+        Err(RaftError::APIError(ForwardToLeader(_))) => Ok(Submitted::NotLeader),
+        Err(RaftError::APIError(Refused(ChangeMembershipError::InProgress(_)))) => Ok(Submitted::Busy),
         Err(RaftError::APIError(error)) => Err(Error::conflict(format!(
             "the members cannot be changed now: {error}"
         ))),
