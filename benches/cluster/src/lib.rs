@@ -12,5 +12,5 @@ mod wait;
 
 pub use artifacts::Artifacts;
 pub use load::{Failure, Load, Report};
-pub use platform::{Answer, Bootstrapped, DOMAIN, Platform};
+pub use platform::{Answer, Bootstrapped, DOMAIN, FLYNN_HOST, IMAGES, PROGRAM, Platform};
 pub use wait::until;

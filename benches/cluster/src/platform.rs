@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use flynn_api::client::{Http, full};
-use flynn_lab::{Forward, Host, Lab, LabConfig, Service};
+use flynn_lab::{Bind, Forward, Host, Lab, LabConfig, Service};
 use http::header::HOST;
 use http::{Request, StatusCode};
 use http_body_util::BodyExt as _;
@@ -19,6 +19,15 @@ use crate::{Artifacts, until};
 
 /// The cluster's domain.
 pub const DOMAIN: &str = "flynn.localhost";
+
+/// Where the lab's hosts have the host's binary. They do not see the machine's own paths: a checkout below `/tmp`, say.
+pub const FLYNN_HOST: &str = "/usr/local/bin/flynn-host";
+
+/// Where the lab's hosts have the images.
+pub const IMAGES: &str = "/usr/local/share/flynn/images";
+
+/// Where the lab's hosts have the program that booted the lab.
+pub const PROGRAM: &str = "/usr/local/bin/lab-program";
 
 /// What the host's daemon is called in the lab.
 const DAEMON: &str = "flynn-host";
@@ -68,9 +77,18 @@ impl Platform {
         let mut config = LabConfig::new(name, artifacts.labs.join(name), hosts);
         config.services = vec![Service {
             name: DAEMON.into(),
-            command: vec![artifacts.flynn_host.display().to_string(), "daemon".into()],
+            command: vec![FLYNN_HOST.into(), "daemon".into()],
             env: [("RUST_LOG".to_owned(), "info".to_owned())].into(),
         }];
+        let bind = |from: &Path, to: &str| Bind {
+            from: from.to_owned(),
+            to: to.into(),
+        };
+        config.binds = vec![
+            bind(&artifacts.flynn_host, FLYNN_HOST),
+            bind(&artifacts.images, IMAGES),
+            bind(&std::env::current_exe()?, PROGRAM),
+        ];
         config.forwards = [80, 443].map(|port| Forward { listen: any, port }).into();
         let lab = Lab::start(&config)?;
         let forwards = lab.forwards()?;
@@ -130,10 +148,8 @@ impl Platform {
                 .then_some(()))
         })?;
         let begun = Instant::now();
-        let mut command = self.host().command(&self.artifacts.flynn_host)?;
-        command
-            .args(["bootstrap", "--json", "--domain", DOMAIN, "--images"])
-            .arg(&self.artifacts.images);
+        let mut command = self.host().command(FLYNN_HOST)?;
+        command.args(["bootstrap", "--json", "--domain", DOMAIN, "--images", IMAGES]);
         let output = command.stdin(Stdio::null()).stderr(Stdio::inherit()).output()?;
         if !output.status.success() {
             bail!("bootstrap failed: {}; what it says is above", output.status);
@@ -228,16 +244,6 @@ impl Platform {
         let archive = self.artifacts.example.display().to_string();
         self.run(["-a", app, "docker", "push", "--archive", &archive])?;
         self.answers(app, Duration::from_mins(1)).map(drop)
-    }
-
-    /// Where images are.
-    pub fn images(&self) -> &Path {
-        &self.artifacts.images
-    }
-
-    /// The host's binary.
-    pub fn flynn_host(&self) -> &Path {
-        &self.artifacts.flynn_host
     }
 
     /// The example's docker-archive.

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use flynn_api::{Error, ErrorCode};
-use flynn_cluster_tests::{Answer, DOMAIN, Platform};
+use flynn_cluster_tests::{Answer, DOMAIN, FLYNN_HOST, Platform};
 use http::Method;
 
 use crate::fixture::{APP, Cluster};
@@ -147,12 +147,11 @@ pub(crate) fn names(cluster: &mut Cluster) -> Result<()> {
 
 pub(crate) fn hosts(cluster: &mut Cluster) -> Result<()> {
     let platform = cluster.platform()?;
-    let binary = platform.flynn_host().display().to_string();
     // A second daemon, on the same state and on one of its own.
     for state in ["/var/lib/flynn", "/tmp/second"] {
         let output = platform
             .host()
-            .exec("timeout", ["20", &binary, "daemon", "--state", state])?;
+            .exec("timeout", ["20", FLYNN_HOST, "daemon", "--state", state])?;
         let said = String::from_utf8_lossy(&output.stderr).into_owned();
         eprintln!("      refused: {}", said.lines().last().unwrap_or_default());
         ensure!(
@@ -166,7 +165,7 @@ pub(crate) fn hosts(cluster: &mut Cluster) -> Result<()> {
         "--reuid=65534",
         "--regid=65534",
         "--clear-groups",
-        binary.as_str(),
+        FLYNN_HOST,
         "daemon",
     ];
     let output = platform.host().exec("setpriv", user)?;

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use flynn_api::discovery::{Instance, Peer};
-use flynn_cluster_tests::{Platform, until};
+use flynn_cluster_tests::{FLYNN_HOST, IMAGES, Platform, until};
 use serde::de::DeserializeOwned;
 
 use crate::fixture::Cluster;
@@ -30,8 +30,7 @@ pub(crate) fn joins(cluster: &mut Cluster) -> Result<()> {
         eprintln!("      refused: {said:#}");
     }
 
-    let images = platform.images().display().to_string();
-    flynn_host(platform, 2, &["join", address, token, "--images", &images])?;
+    flynn_host(platform, 2, &["join", address, token, "--images", IMAGES])?;
     until(LIMIT, "both hosts are known on the second host's gateway", || {
         let hosts: Vec<Instance> = discoverd(platform, 2, "/services/flynn-host/instances")?;
         let peers: Vec<Peer> = discoverd(platform, 2, "/raft/peers")?;
@@ -48,10 +47,7 @@ pub(crate) fn joins(cluster: &mut Cluster) -> Result<()> {
 
 /// Runs `flynn-host` on a host.
 fn flynn_host(platform: &Platform, host: u8, args: &[&str]) -> Result<String> {
-    let output = platform
-        .lab()
-        .host(host)
-        .exec(&platform.flynn_host().display().to_string(), args.iter().copied())?;
+    let output = platform.lab().host(host).exec(FLYNN_HOST, args.iter().copied())?;
     let said = String::from_utf8_lossy(&output.stderr);
     ensure!(output.status.success(), "flynn-host {}: {}", args[0], said.trim());
     Ok(String::from_utf8_lossy(&output.stdout).into_owned())

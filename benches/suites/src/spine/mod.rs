@@ -6,7 +6,7 @@ mod router;
 mod start;
 
 use anyhow::{Context, Result};
-use flynn_cluster_tests::{Artifacts, Platform};
+use flynn_cluster_tests::{Artifacts, PROGRAM, Platform};
 
 use crate::row::Row;
 use crate::suites::Thoroughness;
@@ -43,8 +43,7 @@ pub(crate) fn run(thoroughness: Thoroughness) -> Result<Vec<Row>> {
 
 /// Runs this program on the platform's host, and gives what it says.
 fn inside<T: serde::de::DeserializeOwned>(platform: &Platform, args: &[&str]) -> Result<T> {
-    let program = std::env::current_exe()?;
-    let mut command = platform.host().command(&program)?;
+    let mut command = platform.host().command(PROGRAM)?;
     command
         .arg("inside")
         .args(args)
