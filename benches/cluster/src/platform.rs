@@ -90,7 +90,6 @@ impl Platform {
             bind(&std::env::current_exe()?, PROGRAM),
         ];
         config.forwards = [80, 443].map(|port| Forward { listen: any, port }).into();
-        config.binds = shown(artifacts)?;
         let lab = Lab::start(&config)?;
         let forwards = lab.forwards()?;
         let [http, https] = forwards[..] else {
@@ -330,23 +329,4 @@ impl Platform {
     pub fn down(self) -> Result<()> {
         self.lab.down()
     }
-}
-
-/// What hosts are shown where the machine has it: the checkout may be below `/tmp`, which hosts have of their own, or on
-/// a file system of its own, which hosts have not.
-fn shown(artifacts: &Artifacts) -> Result<Vec<Bind>> {
-    let program = std::env::current_exe().context("where is this program?")?;
-    let dirs = [
-        artifacts.flynn_host.parent(),
-        program.parent(),
-        Some(artifacts.images.as_path()),
-    ];
-    Ok(dirs
-        .into_iter()
-        .flatten()
-        .map(|dir| Bind {
-            from: dir.into(),
-            to: dir.into(),
-        })
-        .collect())
 }
