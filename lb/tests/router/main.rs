@@ -376,8 +376,14 @@ async fn a_killed_instance_costs_no_request() {
         while served.load(Ordering::Relaxed) < mark + 500 {
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
-        backends.push(Backend::start("new").await);
+        let new = Backend::start("new").await;
+        let known = Arc::clone(&new.served);
+        backends.push(new);
         control.set_backends("web", &backends.iter().collect::<Vec<_>>());
+        // The next kill must leave somebody whom the router knows.
+        while known.load(Ordering::Relaxed) == 0 {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
     }
     done.store(true, Ordering::Relaxed);
     while let Some(client) = clients.join_next().await {
