@@ -1,4 +1,4 @@
-//! Builds the eBPF programs and puts the object where `src/object.rs` embeds it from.
+//! Builds the eBPF programs and puts the objects where `src/object.rs` embeds them from.
 //!
 //! They are built for a target without a prebuilt standard library, so the compiler's sources are needed. Rustup's
 //! nightly has them as a component; so may the system's own compiler, which then takes the nightly flags because
@@ -13,7 +13,8 @@ use std::{
 };
 
 const TARGET: &str = "bpfel-unknown-none";
-const OBJECT: &str = "flynn-programs";
+/// The objects, one for each part of the data plane.
+const OBJECTS: [&str; 1] = ["overlay"];
 
 const RECIPES: &str =
     "The eBPF programs need a Rust compiler with its sources, and bpf-linker. Either of these does:
@@ -63,21 +64,26 @@ fn build() -> Result<(), String> {
     let mut failures = Vec::new();
     for toolchain in toolchains {
         match toolchain.build(&ebpf.join("programs"), &target_dir, &linker) {
-            Ok(object) => {
-                let to = out_dir.join(OBJECT);
-                return match fs::copy(&object, &to) {
-                    Ok(_) => Ok(()),
-                    Err(error) => Err(format!(
-                        "copying {} to {}: {error}",
-                        object.display(),
-                        to.display()
-                    )),
-                };
+            Ok(built) => {
+                return OBJECTS
+                    .into_iter()
+                    .try_for_each(|name| put(&built.join(name), &out_dir.join(name)));
             }
             Err(failure) => failures.push(failure),
         }
     }
     Err(failures.join("\n\n"))
+}
+
+fn put(object: &Path, to: &Path) -> Result<(), String> {
+    match fs::copy(object, to) {
+        Ok(_) => Ok(()),
+        Err(error) => Err(format!(
+            "copying {} to {}: {error}",
+            object.display(),
+            to.display()
+        )),
+    }
 }
 
 /// A compiler with the sources of its standard library, and the cargo to drive it.
@@ -127,6 +133,7 @@ fn has_sources(sysroot: &Path) -> bool {
 }
 
 impl Toolchain {
+    /// The directory with the objects.
     fn build(&self, programs: &Path, target_dir: &Path, linker: &Path) -> Result<PathBuf, String> {
         let mut command = clean(Command::new(&self.cargo[0]));
         command
@@ -148,7 +155,7 @@ impl Toolchain {
             .output()
             .map_err(|error| format!("With {}: {error}", self.name))?;
         if output.status.success() {
-            return Ok(target_dir.join(TARGET).join("release").join(OBJECT));
+            return Ok(target_dir.join(TARGET).join("release"));
         }
         Err(format!(
             "With {}, the programs do not build:\n{}",

@@ -1,4 +1,4 @@
-//! The object that `build.rs` made.
+//! The objects that `build.rs` made.
 
 use aya::{Ebpf, EbpfLoader, include_bytes_aligned};
 
@@ -7,12 +7,12 @@ use crate::{
     pins::Pins,
 };
 
-static OBJECT: &[u8] = include_bytes_aligned!(concat!(env!("OUT_DIR"), "/flynn-programs"));
+static OVERLAY: &[u8] = include_bytes_aligned!(concat!(env!("OUT_DIR"), "/overlay"));
 
 /// Loads it over the maps that are pinned; those which are missing are made and pinned.
 pub(crate) fn load(pins: &Pins) -> Result<Ebpf> {
     EbpfLoader::new()
         .default_map_pin_directory(pins.maps())
-        .load(OBJECT)
+        .load(OVERLAY)
         .map_err(|error| Error::kernel("loading the eBPF maps")(error.into()))
 }

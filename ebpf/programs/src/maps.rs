@@ -28,7 +28,7 @@ static COUNTERS: PerCpuArray<Counters> = PerCpuArray::pinned(MAX_LOCAL_ENDPOINTS
 static DROPS: PerCpuArray<u64> = PerCpuArray::pinned(MAX_DROP_REASONS, 0);
 
 #[inline(always)]
-pub(crate) fn config() -> Result<&'static Config, DropReason> {
+pub fn config() -> Result<&'static Config, DropReason> {
     match CONFIG.get(0) {
         Some(config) if config.flags & Config::READY != 0 => Ok(config),
         _ => Err(DropReason::NotReady),
@@ -36,19 +36,19 @@ pub(crate) fn config() -> Result<&'static Config, DropReason> {
 }
 
 #[inline(always)]
-pub(crate) fn endpoint4(address: Ipv4) -> Option<&'static Endpoint> {
+pub fn endpoint4(address: Ipv4) -> Option<&'static Endpoint> {
     // SAFETY: the map is not preallocated, so the entry outlives this program run; user space replaces entries whole.
     unsafe { ENDPOINTS4.get(address) }
 }
 
 #[inline(always)]
-pub(crate) fn endpoint6(address: Ipv6) -> Option<&'static Endpoint> {
+pub fn endpoint6(address: Ipv6) -> Option<&'static Endpoint> {
     // SAFETY: as above.
     unsafe { ENDPOINTS6.get(address) }
 }
 
 #[inline(always)]
-pub(crate) fn count_sent(ctx: &TcContext, endpoint: &Endpoint) {
+pub fn count_sent(ctx: &TcContext, endpoint: &Endpoint) {
     if let Some(counters) = COUNTERS.get_ptr_mut(endpoint.slot) {
         // SAFETY: this CPU's own slot, and programs are not preempted by one another on it.
         let counters = unsafe { &mut *counters };
@@ -58,7 +58,7 @@ pub(crate) fn count_sent(ctx: &TcContext, endpoint: &Endpoint) {
 }
 
 #[inline(always)]
-pub(crate) fn count_received(ctx: &TcContext, endpoint: &Endpoint) {
+pub fn count_received(ctx: &TcContext, endpoint: &Endpoint) {
     if let Some(counters) = COUNTERS.get_ptr_mut(endpoint.slot) {
         // SAFETY: as above.
         let counters = unsafe { &mut *counters };
@@ -68,7 +68,7 @@ pub(crate) fn count_received(ctx: &TcContext, endpoint: &Endpoint) {
 }
 
 #[inline(always)]
-pub(crate) fn count_drop(reason: DropReason) {
+pub fn count_drop(reason: DropReason) {
     if let Some(count) = DROPS.get_ptr_mut(reason as u32) {
         // SAFETY: as above.
         unsafe { *count += 1 };

@@ -8,27 +8,27 @@ use flynn_abi::{Config, DropReason, Endpoint, Ipv4, Ipv6, Mac};
 use crate::maps;
 
 /// What a frame carries, by the number in its header.
-pub(crate) enum Protocol {
+pub enum Protocol {
     Ipv4,
     Ipv6,
 }
 
 #[repr(C)]
-pub(crate) struct Ethernet {
+pub struct Ethernet {
     destination: Mac,
-    pub(crate) source: Mac,
+    pub source: Mac,
     protocol: [u8; 2],
 }
 
 /// A frame from its first byte on to the end of the fixed part of its IP header `H`.
 #[repr(C)]
-pub(crate) struct Frame<H> {
-    pub(crate) ethernet: Ethernet,
-    pub(crate) ip: H,
+pub struct Frame<H> {
+    pub ethernet: Ethernet,
+    pub ip: H,
 }
 
 #[repr(C)]
-pub(crate) struct Ipv4Header {
+pub struct Ipv4Header {
     version_and_length: u8,
     _service: u8,
     _total_length: [u8; 2],
@@ -41,7 +41,7 @@ pub(crate) struct Ipv4Header {
 }
 
 #[repr(C)]
-pub(crate) struct Ipv6Header {
+pub struct Ipv6Header {
     version_and_class: u8,
     _flow: [u8; 3],
     _payload_length: [u8; 2],
@@ -52,7 +52,7 @@ pub(crate) struct Ipv6Header {
 }
 
 /// One of the two IP versions: where its addresses are in a packet, and who is behind them.
-pub(crate) trait Header {
+pub trait Header {
     type Address: Copy;
 
     fn is_sound(&self) -> bool;
@@ -136,7 +136,7 @@ fn halves(address: Ipv6) -> [u64; 2] {
 
 /// What the frame carries, if it is something that the overlay takes at all.
 #[inline(always)]
-pub(crate) fn protocol(ctx: &TcContext) -> Result<Protocol, DropReason> {
+pub fn protocol(ctx: &TcContext) -> Result<Protocol, DropReason> {
     // SAFETY: the kernel hands programs a valid context.
     if unsafe { (*ctx.skb.skb).vlan_present } != 0 {
         return Err(DropReason::VlanTagged);
@@ -154,7 +154,7 @@ pub(crate) fn protocol(ctx: &TcContext) -> Result<Protocol, DropReason> {
 
 /// The frame's headers, sound by themselves.
 #[inline(always)]
-pub(crate) fn frame<H: Header>(ctx: &TcContext) -> Result<&Frame<H>, DropReason> {
+pub fn frame<H: Header>(ctx: &TcContext) -> Result<&Frame<H>, DropReason> {
     let frame = read::<Frame<H>>(ctx)?;
     if frame.ip.is_sound() {
         Ok(frame)
@@ -191,7 +191,7 @@ fn linear<T>(ctx: &TcContext) -> Option<&T> {
 
 /// Gives the frame the addresses that its receiver expects.
 #[inline(always)]
-pub(crate) fn address_to(ctx: &TcContext, destination: Mac, source: Mac) -> Result<(), DropReason> {
+pub fn address_to(ctx: &TcContext, destination: Mac, source: Mac) -> Result<(), DropReason> {
     let [a, b, c, d, e, f] = destination.octets();
     let [g, h, i, j, k, l] = source.octets();
     let addresses = [a, b, c, d, e, f, g, h, i, j, k, l];

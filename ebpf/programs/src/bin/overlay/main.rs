@@ -1,0 +1,37 @@
+//! The cluster network. Each program is a classifier on a network device and decides about one packet at a time:
+//!
+//! | program | where | what it does |
+//! | --- | --- | --- |
+//! | `from_container` | ingress of the host's end of a container's veth | lets only the container's own addresses pass, and finds the way |
+//! | `to_overlay` | egress of `flynn0` | the host's own way to a container |
+//! | `from_tunnel` | ingress of `flynn0` | what another host sent through the tunnel |
+#![no_std]
+#![no_main]
+
+mod from_container;
+mod from_tunnel;
+mod route;
+mod to_overlay;
+
+use aya_ebpf::{macros::classifier, programs::TcContext};
+use flynn_programs::{Decision, maps, packet, verdict};
+
+flynn_programs::object!();
+
+/// Host's end of a container's veth, ingress.
+#[classifier]
+fn from_container(ctx: TcContext) -> i32 {
+    verdict(from_container::decide(&ctx))
+}
+
+/// `flynn0`, egress.
+#[classifier]
+fn to_overlay(ctx: TcContext) -> i32 {
+    verdict(to_overlay::decide(&ctx))
+}
+
+/// `flynn0`, ingress.
+#[classifier]
+fn from_tunnel(_ctx: TcContext) -> i32 {
+    verdict(from_tunnel::decide())
+}
