@@ -18,12 +18,17 @@ pub(crate) struct Args {
     json: bool,
 }
 
-/// Runs a suite on built binaries and images.
+/// The suites that measure the whole platform; the others bring all they need.
+const OF_THE_PLATFORM: [&str; 1] = ["spine"];
+
+/// Runs a suite, where it needs them on built binaries and images.
 pub(crate) fn run(args: &Args) -> Result<()> {
     setup::check(&[Need::Build, Need::Images, Need::Lab, Need::Bench])?;
-    let profile = build::Profile::default();
-    build::run(profile)?;
-    image::make(&BTreeSet::from(image::Name::ALL), profile)?;
+    if OF_THE_PLATFORM.contains(&args.suite.as_str()) {
+        let profile = build::Profile::default();
+        build::run(profile)?;
+        image::make(&BTreeSet::from(image::Name::ALL), profile)?;
+    }
     let mut cargo = exec::cargo();
     // The harness itself measures nothing that its own speed could change: what it starts is built for release.
     cargo.args([

@@ -27,7 +27,7 @@ mod config;
 mod disk;
 mod host;
 mod keeper;
-mod netns;
+pub mod netns;
 mod protocol;
 mod stage;
 mod switch;
@@ -42,7 +42,7 @@ pub use stage::reexec;
 pub use wait::until;
 
 /// Makes namespaces for the calling thread, which must be the process's only one where they concern all.
-fn unshare(flags: rustix::thread::UnshareFlags) -> rustix::io::Result<()> {
+pub fn unshare(flags: rustix::thread::UnshareFlags) -> rustix::io::Result<()> {
     debug_assert!(!flags.contains(rustix::thread::UnshareFlags::FILES));
     // SAFETY: the one hazard of this call is in unsharing the table of file descriptors, which nobody here does.
     #[expect(unsafe_code, reason = "there is no safe form")]

@@ -1,16 +1,24 @@
 //! Doing things inside a network namespace, and the two tools that set one up.
 
 use anyhow::{Context, Result, bail};
-use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
+use rustix::thread::{LinkNameSpaceType, UnshareFlags, move_into_link_name_space};
+use std::fs::File;
 use std::io::Write;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::process::{Command, Stdio};
 
+/// Makes a network namespace that lives as long as somebody has its descriptor, or is inside.
+pub fn make() -> Result<OwnedFd> {
+    let made = std::thread::spawn(|| {
+        crate::unshare(UnshareFlags::NEWNET).context("cannot make a network namespace; this needs root")?;
+        Ok(File::open("/proc/thread-self/ns/net")?.into())
+    });
+    made.join()
+        .unwrap_or_else(|_| bail!("a thread that makes a network namespace panicked"))
+}
+
 /// Runs `work` on a thread of its own inside a network namespace. What it starts or opens is in there too.
-pub(crate) fn inside<T: Send>(
-    namespace: BorrowedFd<'_>,
-    work: impl FnOnce() -> Result<T> + Send,
-) -> Result<T> {
+pub fn inside<T: Send>(namespace: BorrowedFd<'_>, work: impl FnOnce() -> Result<T> + Send) -> Result<T> {
     std::thread::scope(|scope| {
         let thread = scope.spawn(|| {
             move_into_link_name_space(namespace.as_fd(), Some(LinkNameSpaceType::Network))
@@ -24,12 +32,12 @@ pub(crate) fn inside<T: Send>(
 }
 
 /// Runs lines of `ip` commands.
-pub(crate) fn ip(lines: &str) -> Result<()> {
+pub fn ip(lines: &str) -> Result<()> {
     feed(Command::new("ip").args(["-batch", "-"]), lines)
 }
 
 /// Runs an nftables script, all of it or nothing.
-pub(crate) fn nft(script: &str) -> Result<()> {
+pub fn nft(script: &str) -> Result<()> {
     feed(Command::new("nft").args(["-f", "-"]), script)
 }
 

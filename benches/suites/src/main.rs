@@ -4,13 +4,15 @@
 //! out: a table on standard error, and with `--json` one object per row on standard output; nothing else is there.
 //!
 //! - [`row`]: what a measurement comes to; [`samples`]: taking turns and medians
-//! - [`suites`]: which suites there are; [`spine`]: the first
-//! - [`inside`]: the parts that run on a host of the lab
+//! - [`suites`]: which suites there are; [`spine`]: one host with the platform; [`overlay`]: the cluster
+//!   network
+//! - [`inside`]: the parts that run on a host of the lab, or in a container's network
 //!
 //! Invariants: we and the peer are measured in one run, in turns, several times, and medians are compared. A row that
 //! cannot be taken is there all the same and says why. No row asserts: goals are told, not enforced.
 
 mod inside;
+mod overlay;
 mod row;
 mod samples;
 mod spine;

@@ -1,13 +1,15 @@
 //! Which suites there are.
 
 use crate::row::Row;
-use crate::spine;
+use crate::{overlay, spine};
 
 /// A suite.
 #[derive(Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
 pub(crate) enum Suite {
     /// One host: bootstrap, idle memory, container start, the router
     Spine,
+    /// Containers on one host and across two: request/response, connections, bulk TCP
+    Overlay,
 }
 
 /// How much is measured.
@@ -34,6 +36,7 @@ impl Suite {
     pub(crate) fn run(self, thoroughness: Thoroughness) -> anyhow::Result<Vec<Row>> {
         match self {
             Self::Spine => spine::run(thoroughness),
+            Self::Overlay => overlay::run(thoroughness),
         }
     }
 }

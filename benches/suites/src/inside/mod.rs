@@ -1,8 +1,9 @@
-//! The parts that run on a host of the lab, each saying what it measured as JSON on standard output.
+//! The parts that run on a host of the lab or in a namespace, each saying what it measured as JSON on standard output.
 
 pub(crate) mod containers;
 pub(crate) mod memory;
 pub(crate) mod router;
+pub(crate) mod traffic;
 
 /// What to measure.
 #[derive(clap::Subcommand)]
@@ -16,6 +17,10 @@ pub(crate) enum Inside {
     },
     /// The router and its peers
     Router(router::Args),
+    /// The one end of a TCP load: answers
+    Answer(traffic::Answer),
+    /// The other end: asks
+    Ask(traffic::Ask),
 }
 
 /// Measures.
@@ -24,6 +29,8 @@ pub(crate) fn run(inside: &Inside) -> anyhow::Result<()> {
         Inside::Memory => serde_json::to_string(&memory::measure()?)?,
         Inside::Containers { rounds } => serde_json::to_string(&containers::measure(*rounds)?)?,
         Inside::Router(args) => serde_json::to_string(&router::measure(args)?)?,
+        Inside::Answer(args) => serde_json::to_string(&traffic::answer(args)?)?,
+        Inside::Ask(args) => serde_json::to_string(&traffic::ask(args)?)?,
     };
     println!("{json}");
     Ok(())
@@ -35,7 +42,7 @@ fn daemon() -> anyhow::Result<flynn_api::client::host::HostClient> {
     Ok(flynn_api::client::host::HostClient::new(http))
 }
 
-fn runtime() -> anyhow::Result<tokio::runtime::Runtime> {
+pub(crate) fn runtime() -> anyhow::Result<tokio::runtime::Runtime> {
     Ok(tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()?)
