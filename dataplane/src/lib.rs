@@ -15,23 +15,32 @@
 mod container;
 mod error;
 mod hook;
+mod host;
 mod links;
 mod maps;
+mod mirror;
 mod network;
 mod object;
 mod pins;
+mod policy;
 mod program;
 
 use std::{
+    collections::BTreeSet,
     net::{Ipv4Addr, Ipv6Addr},
     path::Path,
 };
 
 pub use container::{Container, Traffic};
 pub use error::{Error, Result};
-pub use flynn_abi::{Counters, DropReason, VXLAN_PORT};
+pub use flynn_abi::{
+    Counters, DropReason, VXLAN_PORT,
+    policy::{HOST, Identity, MAX_IDENTITY, UNKNOWN},
+};
 pub use hook::Hook;
+pub use host::{Host, Way};
 pub use network::{Network, Prefix};
+pub use policy::{AppPolicy, Attachment, Limits, Policy, Port, Protocol};
 pub use program::{Outcome, Program};
 
 use links::Links;
@@ -83,8 +92,8 @@ impl Dataplane {
 
     /// Makes a container reachable and lets it send. Its counters start at zero; one with the same addresses that was
     /// there before is replaced and keeps its counters.
-    pub fn add(&mut self, container: &Container) -> Result<()> {
-        self.maps.add(container)
+    pub fn add(&mut self, container: &Container, attachment: &Attachment) -> Result<()> {
+        self.maps.add(container, attachment)
     }
 
     /// Forgets a container by its addresses: whether there was one.
@@ -95,6 +104,27 @@ impl Dataplane {
     /// The containers of this host with what went through them, by address.
     pub fn containers(&self) -> Result<Vec<(Container, Traffic)>> {
         self.maps.containers()
+    }
+
+    /// Replaces the cluster's other hosts; ways to those which stay are there all the time.
+    pub fn set_hosts(&mut self, hosts: &[Host]) -> Result<()> {
+        self.maps.set_hosts(hosts)
+    }
+
+    /// Replaces the addresses that are hosts' own, so that [`Policy::host_ports`] holds for them. IPv4 addresses are
+    /// given mapped.
+    pub fn set_host_addresses(&mut self, addresses: &BTreeSet<Ipv6Addr>) -> Result<()> {
+        self.maps.set_host_addresses(addresses)
+    }
+
+    /// Replaces what is known of other hosts' containers: addresses and identities.
+    pub fn set_remote(&mut self, remote: &[(Ipv4Addr, Option<Ipv6Addr>, Identity)]) -> Result<()> {
+        self.maps.set_remote(remote)
+    }
+
+    /// Replaces the policy.
+    pub fn set_policy(&mut self, policy: &Policy) -> Result<()> {
+        self.maps.set_policy(policy)
     }
 
     /// How many packets were dropped for each reason since the maps were made.

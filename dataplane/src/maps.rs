@@ -1,26 +1,37 @@
 //! The maps, with the host's own types in front of them.
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::{BTreeMap, BTreeSet, HashMap},
     net::{Ipv4Addr, Ipv6Addr},
 };
 
 use aya::{
     Ebpf, Pod,
-    maps::{Array, HashMap, Map, MapData, MapError, PerCpuArray, PerCpuValues},
+    maps::{Array, Map, MapData, MapError, PerCpuArray, PerCpuValues},
     util::nr_cpus,
 };
-use flynn_abi::{Config, Counters, DropReason, Endpoint, Ipv4, Ipv6, MAX_LOCAL_ENDPOINTS, Mac};
+use flynn_abi::{
+    Config, Counters, DropReason, Endpoint, Ipv4, Ipv6, MAX_LOCAL_ENDPOINTS, Mac, OpenPort, Pair, Peer,
+    policy::Identity,
+};
 
 use crate::{
-    Container, Network, Traffic,
+    Attachment, Container, Host, Network, Policy, Traffic,
     error::{Error, Refusal, Result},
+    mirror::Mirror,
 };
 
 pub(crate) struct Maps {
     config: Array<MapData, Config>,
-    endpoints4: HashMap<MapData, Ipv4, Endpoint>,
-    endpoints6: HashMap<MapData, Ipv6, Endpoint>,
+    endpoints4: Mirror<Ipv4, Endpoint>,
+    endpoints6: Mirror<Ipv6, Endpoint>,
+    hosts4: Mirror<Ipv4, flynn_abi::Host>,
+    peers: Mirror<Ipv4, Peer>,
+    host_addresses: Mirror<Ipv6, u32>,
+    identities: Mirror<Identity, u32>,
+    pairs: Mirror<Pair, u32>,
+    open_ports: Mirror<OpenPort, u32>,
+    limits: Array<MapData, flynn_abi::Limits>,
     counters: PerCpuArray<MapData, Counters>,
     drops: PerCpuArray<MapData, u64>,
     /// The slots of `counters` that are taken.
@@ -31,117 +42,185 @@ impl Maps {
     pub(crate) fn take(object: &mut Ebpf) -> Result<Self> {
         let mut maps = Self {
             config: take(object, "config")?,
-            endpoints4: take(object, "endpoints4")?,
-            endpoints6: take(object, "endpoints6")?,
+            endpoints4: Mirror::take(object, "endpoints4")?,
+            endpoints6: Mirror::take(object, "endpoints6")?,
+            hosts4: Mirror::take(object, "hosts4")?,
+            peers: Mirror::take(object, "peers")?,
+            host_addresses: Mirror::take(object, "host_addresses")?,
+            identities: Mirror::take(object, "identities")?,
+            pairs: Mirror::take(object, "pairs")?,
+            open_ports: Mirror::take(object, "open_ports")?,
+            limits: take(object, "limits")?,
             counters: take(object, "counters")?,
             drops: take(object, "drops")?,
             slots: BTreeSet::new(),
         };
-        maps.slots = maps.local()?.values().map(|endpoint| endpoint.slot).collect();
+        maps.slots = maps.local().map(|(_, endpoint)| endpoint.slot).collect();
         Ok(maps)
     }
 
     pub(crate) fn configure(&mut self, network: &Network) -> Result<()> {
         let gateway = Endpoint {
             flags: Endpoint::GATEWAY,
+            identity: flynn_abi::policy::HOST,
             ..Endpoint::default()
         };
-        let mut write = || -> Result<(), Refusal> {
-            self.endpoints4.insert(Ipv4::from(network.gateway4), gateway, 0)?;
-            if let Some(gateway6) = network.gateway6 {
-                self.endpoints6.insert(Ipv6::from(gateway6), gateway, 0)?;
-            }
-            for old in keys(&self.endpoints4, Endpoint::GATEWAY)? {
-                if old != Ipv4::from(network.gateway4) {
-                    absent_is_fine(self.endpoints4.remove(&old))?;
-                }
-            }
-            for old in keys(&self.endpoints6, Endpoint::GATEWAY)? {
-                if Some(old) != network.gateway6.map(Ipv6::from) {
-                    absent_is_fine(self.endpoints6.remove(&old))?;
-                }
-            }
-            Ok(self.config.set(0, network.config(), 0)?)
-        };
-        write().map_err(Error::kernel("telling the eBPF programs of the cluster network"))
+        let gateway4 = Ipv4::from(network.gateway4);
+        let gateway6 = network.gateway6.map(Ipv6::from);
+        self.endpoints4.put(gateway4, gateway)?;
+        if let Some(gateway6) = gateway6 {
+            self.endpoints6.put(gateway6, gateway)?;
+        }
+        let is_old = |endpoint: &Endpoint| endpoint.flags & Endpoint::GATEWAY != 0;
+        self.endpoints4
+            .remove_unless(|key, endpoint| !is_old(endpoint) || *key == gateway4)?;
+        self.endpoints6
+            .remove_unless(|key, endpoint| !is_old(endpoint) || Some(*key) == gateway6)?;
+        let policy = self.config()?.flags & (Config::ISOLATION | Config::HOST_PORTS);
+        let mut config = network.config();
+        config.flags |= policy;
+        self.set_config(config)
     }
 
-    pub(crate) fn add(&mut self, container: &Container) -> Result<()> {
+    pub(crate) fn set_hosts(&mut self, hosts: &[Host]) -> Result<()> {
+        let peers = hosts.iter().map(|host| (host.address.into(), host.peer()));
+        let hosts = hosts.iter().map(|host| (host.subnet.into(), host.entry()));
+        // Who may send before who is sent to, so that none of the answers comes from a stranger.
+        self.peers.set(&peers.collect())?;
+        self.hosts4.set(&hosts.collect())
+    }
+
+    pub(crate) fn set_host_addresses(&mut self, addresses: &BTreeSet<Ipv6Addr>) -> Result<()> {
+        let wanted = addresses.iter().map(|&address| (address.into(), 1)).collect();
+        self.host_addresses.set(&wanted)
+    }
+
+    pub(crate) fn set_remote(&mut self, remote: &[(Ipv4Addr, Option<Ipv6Addr>, Identity)]) -> Result<()> {
+        let entry = |identity| Endpoint {
+            flags: Endpoint::REMOTE,
+            identity,
+            ..Endpoint::default()
+        };
+        let four = remote
+            .iter()
+            .map(|&(ipv4, _, identity)| (ipv4.into(), entry(identity)));
+        let six = remote
+            .iter()
+            .filter_map(|&(_, ipv6, identity)| Some((ipv6?.into(), entry(identity))));
+        set_remote(&mut self.endpoints4, four.collect())?;
+        set_remote(&mut self.endpoints6, six.collect())
+    }
+
+    pub(crate) fn set_policy(&mut self, policy: &Policy) -> Result<()> {
+        let mut ports: HashMap<OpenPort, u32> = HashMap::new();
+        for port in policy.host_ports.iter().flatten() {
+            ports.insert(port.of(OpenPort::HOSTS), 1);
+        }
+        let pairs = policy.pairs();
+        // What allows comes before what forbids, and goes after it.
+        self.pairs.put_all(&pairs)?;
+        self.open_ports.put_all(&ports)?;
+        self.identities.set(&policy.identities())?;
+        let mut config = self.config()?;
+        config.flags &= !(Config::ISOLATION | Config::HOST_PORTS);
+        if policy.isolates() {
+            config.flags |= Config::ISOLATION;
+        }
+        if policy.host_ports.is_some() {
+            config.flags |= Config::HOST_PORTS;
+        }
+        self.set_config(config)?;
+        self.pairs.remove_unless(|key, _| pairs.contains_key(key))?;
+        self.open_ports
+            .remove_unless(|key, _| key.slot != OpenPort::HOSTS || ports.contains_key(key))
+    }
+
+    pub(crate) fn add(&mut self, container: &Container, attachment: &Attachment) -> Result<()> {
         let key = Ipv4::from(container.ipv4);
-        let before = self.local_endpoint(key)?;
+        let before = self.endpoints4.get(&key).copied().filter(is_local);
         let slot = match before {
             Some(endpoint) => endpoint.slot,
             None => self.free_slot()?,
         };
+        let mut flags = Endpoint::CONTAINER;
+        if attachment.system {
+            flags |= Endpoint::SYSTEM;
+        }
+        if !attachment.limits.is_none() {
+            flags |= Endpoint::LIMITED;
+        }
         let endpoint = Endpoint {
             ifindex: container.ifindex,
             slot,
             mac: Mac::new(container.mac),
-            flags: Endpoint::CONTAINER,
+            flags,
+            identity: attachment.identity,
             ..Endpoint::default()
         };
-        let mut write = || -> Result<(), Refusal> {
-            if before.is_none() {
-                let zeros = vec![Counters::default(); nr_cpus().map_err(|(_, error)| error)?];
-                self.counters.set(slot, PerCpuValues::try_from(zeros)?, 0)?;
-            }
-            // IPv4 last: an entry that only has its IPv6 half is not listed and its slot is given again.
-            if let Some(ipv6) = container.ipv6 {
-                self.endpoints6.insert(Ipv6::from(ipv6), endpoint, 0)?;
-            }
-            Ok(self.endpoints4.insert(key, endpoint, 0)?)
-        };
-        write().map_err(Error::kernel(format!("adding the endpoint {}", container.ipv4)))?;
+        self.prepare_slot(slot, before.is_none(), attachment)
+            .map_err(Error::kernel(format!("adding the endpoint {}", container.ipv4)))?;
+        let ports = attachment.open_ports.iter().map(|port| (port.of(slot), 1));
+        let ports: HashMap<OpenPort, u32> = ports.collect();
+        self.open_ports.put_all(&ports)?;
+        // IPv4 last: an entry that only has its IPv6 half is not listed and its slot is given again.
+        if let Some(ipv6) = container.ipv6 {
+            self.endpoints6.put(ipv6.into(), endpoint)?;
+        }
+        self.endpoints4.put(key, endpoint)?;
         self.slots.insert(slot);
+        self.open_ports
+            .remove_unless(|key, _| key.slot != slot || ports.contains_key(key))
+    }
+
+    fn prepare_slot(&mut self, slot: u32, is_new: bool, attachment: &Attachment) -> Result<(), Refusal> {
+        if is_new {
+            let zeros = vec![Counters::default(); nr_cpus().map_err(|(_, error)| error)?];
+            self.counters.set(slot, PerCpuValues::try_from(zeros)?, 0)?;
+        }
+        // Where nothing changes, nobody's account is cleared.
+        let wanted = attachment.limits.entry();
+        let mut present = self.limits.get(&slot, 0)?;
+        (present.sent.due, present.received.due) = (0, 0);
+        if is_new || present != wanted {
+            self.limits.set(slot, wanted, 0)?;
+        }
         Ok(())
     }
 
     pub(crate) fn remove(&mut self, ipv4: Ipv4Addr, ipv6: Option<Ipv6Addr>) -> Result<bool> {
-        let key = Ipv4::from(ipv4);
-        let endpoint = self.local_endpoint(key)?;
-        let mut write = || -> Result<(), Refusal> {
-            if let Some(ipv6) = ipv6 {
-                absent_is_fine(self.endpoints6.remove(&Ipv6::from(ipv6)))?;
-            }
-            if endpoint.is_some() {
-                absent_is_fine(self.endpoints4.remove(&key))?;
-            }
-            Ok(())
-        };
-        write().map_err(Error::kernel(format!("removing the endpoint {ipv4}")))?;
-        if let Some(endpoint) = endpoint {
-            self.slots.remove(&endpoint.slot);
+        if let Some(ipv6) = ipv6 {
+            self.endpoints6.remove(&ipv6.into())?;
         }
-        Ok(endpoint.is_some())
+        let key = Ipv4::from(ipv4);
+        let Some(endpoint) = self.endpoints4.get(&key).copied().filter(is_local) else {
+            return Ok(false);
+        };
+        self.endpoints4.remove(&key)?;
+        self.open_ports
+            .remove_unless(|port, _| port.slot != endpoint.slot)?;
+        self.slots.remove(&endpoint.slot);
+        Ok(true)
     }
 
     pub(crate) fn containers(&self) -> Result<Vec<(Container, Traffic)>> {
+        let local6 = self.endpoints6.iter().filter(|(_, endpoint)| is_local(endpoint));
+        let ipv6: BTreeMap<u32, Ipv6> = local6.map(|(key, endpoint)| (endpoint.slot, *key)).collect();
         let read = || -> Result<_, Refusal> {
-            let mut ipv6 = BTreeMap::new();
-            for entry in &self.endpoints6 {
-                let (key, endpoint) = entry?;
-                if endpoint.flags & Endpoint::CONTAINER != 0 {
-                    ipv6.insert(endpoint.slot, key.into());
-                }
-            }
             let mut containers = Vec::new();
-            for (address, endpoint) in self.local()? {
-                let traffic = self
-                    .counters
-                    .get(&endpoint.slot, 0)?
-                    .iter()
-                    .fold(Counters::default(), sum);
+            for (address, endpoint) in self.local() {
+                let counters = self.counters.get(&endpoint.slot, 0)?;
                 let container = Container {
                     ipv4: address,
-                    ipv6: ipv6.get(&endpoint.slot).copied(),
+                    ipv6: ipv6.get(&endpoint.slot).map(|&key| key.into()),
                     mac: endpoint.mac.octets(),
                     ifindex: endpoint.ifindex,
                 };
-                containers.push((container, traffic));
+                containers.push((container, counters.iter().fold(Counters::default(), sum)));
             }
+            containers.sort_by_key(|(container, _)| container.ipv4);
             Ok(containers)
         };
-        read().map_err(Error::kernel("reading the endpoints"))
+        read().map_err(Error::kernel("reading the counters"))
     }
 
     pub(crate) fn drops(&self) -> Result<Vec<(DropReason, u64)>> {
@@ -154,27 +233,20 @@ impl Maps {
         read().map_err(Error::kernel("reading the drop counters"))
     }
 
-    /// The containers of this host by address.
-    fn local(&self) -> Result<BTreeMap<Ipv4Addr, Endpoint>> {
-        let read = || -> Result<_, Refusal> {
-            let mut local = BTreeMap::new();
-            for entry in &self.endpoints4 {
-                let (key, endpoint) = entry?;
-                if endpoint.flags & Endpoint::CONTAINER != 0 {
-                    local.insert(key.into(), endpoint);
-                }
-            }
-            Ok(local)
-        };
-        read().map_err(Error::kernel("reading the endpoints"))
+    fn config(&self) -> Result<Config> {
+        let read = self.config.get(&0, 0);
+        read.map_err(|error| Error::kernel("reading the programs' configuration")(error.into()))
     }
 
-    fn local_endpoint(&self, key: Ipv4) -> Result<Option<Endpoint>> {
-        match self.endpoints4.get(&key, 0) {
-            Ok(endpoint) => Ok((endpoint.flags & Endpoint::CONTAINER != 0).then_some(endpoint)),
-            Err(MapError::KeyNotFound) => Ok(None),
-            Err(error) => Err(Error::kernel("reading an endpoint")(error.into())),
-        }
+    fn set_config(&mut self, config: Config) -> Result<()> {
+        let written = self.config.set(0, config, 0);
+        written.map_err(|error| Error::kernel("writing the programs' configuration")(error.into()))
+    }
+
+    /// The containers of this host by address.
+    fn local(&self) -> impl Iterator<Item = (Ipv4Addr, Endpoint)> {
+        let local = self.endpoints4.iter().filter(|(_, endpoint)| is_local(endpoint));
+        local.map(|(&key, &endpoint)| (key.into(), endpoint))
     }
 
     fn free_slot(&self) -> Result<u32> {
@@ -184,24 +256,19 @@ impl Maps {
     }
 }
 
-/// The addresses of the endpoints of a kind.
-fn keys<K: Pod>(endpoints: &HashMap<MapData, K, Endpoint>, kind: u16) -> Result<Vec<K>, MapError> {
-    let mut keys = Vec::new();
-    for entry in endpoints {
-        let (key, endpoint) = entry?;
-        if endpoint.flags & kind != 0 {
-            keys.push(key);
-        }
-    }
-    Ok(keys)
+fn is_local(endpoint: &Endpoint) -> bool {
+    endpoint.flags & Endpoint::CONTAINER != 0
 }
 
-fn absent_is_fine(removed: Result<(), MapError>) -> Result<(), MapError> {
-    match removed {
-        Err(MapError::KeyNotFound) => Ok(()),
-        Err(MapError::SyscallError(error)) if error.io_error.kind() == std::io::ErrorKind::NotFound => Ok(()),
-        other => other,
-    }
+/// Replaces the endpoints of other hosts. Where one of this host has the address, that stays.
+fn set_remote<K>(endpoints: &mut Mirror<K, Endpoint>, mut wanted: HashMap<K, Endpoint>) -> Result<()>
+where
+    K: Pod + Eq + std::hash::Hash,
+{
+    let is_remote = |endpoint: &Endpoint| endpoint.flags & Endpoint::REMOTE != 0;
+    wanted.retain(|key, _| endpoints.get(key).is_none_or(is_remote));
+    endpoints.put_all(&wanted)?;
+    endpoints.remove_unless(|key, endpoint| !is_remote(endpoint) || wanted.contains_key(key))
 }
 
 fn sum(all: Counters, cpu: &Counters) -> Counters {
@@ -213,7 +280,7 @@ fn sum(all: Counters, cpu: &Counters) -> Counters {
     }
 }
 
-fn take<M>(object: &mut Ebpf, name: &str) -> Result<M>
+pub(crate) fn take<M>(object: &mut Ebpf, name: &str) -> Result<M>
 where
     M: TryFrom<Map, Error = MapError>,
 {

@@ -11,10 +11,17 @@ pub enum Program {
     ToOverlay,
     /// What other hosts send through the tunnel: for the overlay's device.
     FromTunnel,
+    /// What comes from outside: for interfaces to other hosts.
+    FromUplink,
 }
 
 impl Program {
-    pub(crate) const ALL: [Self; 3] = [Self::FromContainer, Self::ToOverlay, Self::FromTunnel];
+    pub(crate) const ALL: [Self; 4] = [
+        Self::FromContainer,
+        Self::ToOverlay,
+        Self::FromTunnel,
+        Self::FromUplink,
+    ];
 
     /// Its name in the object and in pins.
     pub const fn name(self) -> &'static str {
@@ -22,6 +29,7 @@ impl Program {
             Self::FromContainer => "from_container",
             Self::ToOverlay => "to_overlay",
             Self::FromTunnel => "from_tunnel",
+            Self::FromUplink => "from_uplink",
         }
     }
 
@@ -32,7 +40,7 @@ impl Program {
     /// On which packets of the interface it runs.
     pub(crate) const fn side(self) -> TcAttachType {
         match self {
-            Self::FromContainer | Self::FromTunnel => TcAttachType::Ingress,
+            Self::FromContainer | Self::FromTunnel | Self::FromUplink => TcAttachType::Ingress,
             Self::ToOverlay => TcAttachType::Egress,
         }
     }

@@ -11,7 +11,7 @@ use std::{
     time::Duration,
 };
 
-use flynn_dataplane::{Container, Dataplane, DropReason, Error, Hook, Program};
+use flynn_dataplane::{Attachment, Container, Dataplane, DropReason, Error, Hook, Program};
 use support::{alone, ip, pins};
 
 const CONTAINER: Container = Container {
@@ -185,11 +185,11 @@ fn containers_outlive_the_process() {
             ..CONTAINER
         };
         let mut dataplane = open(bpffs, Hook::detect());
-        dataplane.add(&CONTAINER).unwrap();
+        dataplane.add(&CONTAINER, &Attachment::default()).unwrap();
         drop(dataplane);
 
         let mut dataplane = open(bpffs, Hook::detect());
-        dataplane.add(&other).unwrap();
+        dataplane.add(&other, &Attachment::default()).unwrap();
         let containers: Vec<_> = dataplane
             .containers()
             .unwrap()
@@ -213,6 +213,9 @@ fn counters_begin_at_zero_for_each_container() {
             cluster6: None,
             gateway4: Ipv4Addr::new(100, 100, 1, 1),
             gateway6: None,
+            subnet_length: 24,
+            address: None,
+            tunnel_mtu: 1450,
             gateway_mac: [2; 6],
         };
         dataplane.configure(&network).unwrap();
@@ -224,11 +227,11 @@ fn counters_begin_at_zero_for_each_container() {
             .unwrap();
         let received = |dataplane: &Dataplane| dataplane.containers().unwrap()[0].1.received_packets;
         for _ in 0..2 {
-            dataplane.add(&CONTAINER).unwrap();
+            dataplane.add(&CONTAINER, &Attachment::default()).unwrap();
             assert_eq!(received(&dataplane), 0);
             dataplane.dry_run(Program::ToOverlay, 1, &frame).unwrap();
             // The same again is no new one.
-            dataplane.add(&CONTAINER).unwrap();
+            dataplane.add(&CONTAINER, &Attachment::default()).unwrap();
             assert_eq!(received(&dataplane), 1);
             dataplane.remove(CONTAINER.ipv4, None).unwrap();
         }
@@ -243,12 +246,15 @@ fn as_many_containers_as_there_is_room_for() {
             ..CONTAINER
         };
         for number in 0..flynn_abi::MAX_LOCAL_ENDPOINTS {
-            dataplane.add(&container(number)).unwrap();
+            dataplane.add(&container(number), &Attachment::default()).unwrap();
         }
         let one_more = container(flynn_abi::MAX_LOCAL_ENDPOINTS);
-        assert!(matches!(dataplane.add(&one_more), Err(Error::Full(_))));
+        assert!(matches!(
+            dataplane.add(&one_more, &Attachment::default()),
+            Err(Error::Full(_))
+        ));
         dataplane.remove(container(7).ipv4, None).unwrap();
-        dataplane.add(&one_more).unwrap();
+        dataplane.add(&one_more, &Attachment::default()).unwrap();
     });
 }
 
@@ -264,7 +270,7 @@ fn unpinning_leaves_nothing() {
     alone(|bpffs| {
         let mut dataplane = open(bpffs, Hook::detect());
         dataplane.attach(Program::FromTunnel, "lo").unwrap();
-        dataplane.add(&CONTAINER).unwrap();
+        dataplane.add(&CONTAINER, &Attachment::default()).unwrap();
         dataplane.unpin().unwrap();
         assert!(passes_soon());
         assert!(!fs::exists(pins(bpffs)).unwrap());

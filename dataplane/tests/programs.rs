@@ -10,7 +10,9 @@ use std::{
 };
 
 use etherparse::PacketBuilder;
-use flynn_dataplane::{Container, Dataplane, DropReason, Network, Outcome, Prefix, Program, Traffic};
+use flynn_dataplane::{
+    Attachment, Container, Dataplane, DropReason, Network, Outcome, Prefix, Program, Traffic,
+};
 use proptest::{prelude::*, sample::Index, test_runner::TestRunner};
 use support::{alone, pins};
 
@@ -84,7 +86,7 @@ impl Bench {
         let mut dataplane = Dataplane::open(&pins(bpffs)).unwrap();
         dataplane.configure(&network()).unwrap();
         for container in [A, B] {
-            dataplane.add(&container).unwrap();
+            dataplane.add(&container, &Attachment::default()).unwrap();
         }
         Self(dataplane)
     }
@@ -169,6 +171,9 @@ fn network() -> Network {
         }),
         gateway4: GATEWAY4,
         gateway6: Some(GATEWAY6),
+        subnet_length: 24,
+        address: None,
+        tunnel_mtu: 1450,
         gateway_mac: GATEWAY,
     }
 }

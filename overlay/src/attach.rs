@@ -7,7 +7,7 @@ use std::{
     time::Duration,
 };
 
-use flynn_dataplane::{Container, Program};
+use flynn_dataplane::{Attachment, Container, Program};
 
 use crate::{
     address::{host_interface, mac},
@@ -28,10 +28,15 @@ impl Network {
     ///
     /// The container can send and receive when this returns. What an earlier attempt left under the same address is
     /// removed first; what this one made when it fails is removed again.
-    pub async fn attach(&self, namespace: BorrowedFd<'_>, address: Ipv4Addr) -> Result<Endpoint> {
+    pub async fn attach(
+        &self,
+        namespace: BorrowedFd<'_>,
+        address: Ipv4Addr,
+        attachment: &Attachment,
+    ) -> Result<Endpoint> {
         self.config.check_container(address)?;
         self.detach(address).await?;
-        match self.try_attach(namespace, address).await {
+        match self.try_attach(namespace, address, attachment).await {
             Ok(endpoint) => Ok(endpoint),
             Err(error) => {
                 // The first error tells more than what follows from it.
@@ -58,24 +63,32 @@ impl Network {
     }
 
     /// Has the host's end of a container's veth run the program and the program know the container.
-    pub(crate) async fn program(&self, address: Ipv4Addr) -> Result<u32> {
-        let interface = host_interface(address);
-        let failed = || Error::kernel(format!("looking for {interface}"));
-        let link = self.netlink.link(&interface).await.map_err(failed())?;
-        let link = link.ok_or_else(|| failed()(io::ErrorKind::NotFound.into()))?;
+    pub(crate) fn program(
+        &self,
+        address: Ipv4Addr,
+        ifindex: u32,
+        attachment: &Attachment,
+        is_new: bool,
+    ) -> Result<()> {
         let container = Container {
             ipv4: address,
             ipv6: self.config.ipv6(address),
             mac: mac(address),
-            ifindex: link.index,
+            ifindex,
         };
         let mut dataplane = self.dataplane();
-        dataplane.attach(Program::FromContainer, &interface)?;
-        dataplane.add(&container)?;
-        Ok(link.index)
+        if is_new {
+            dataplane.attach(Program::FromContainer, &host_interface(address))?;
+        }
+        Ok(dataplane.add(&container, attachment)?)
     }
 
-    async fn try_attach(&self, namespace: BorrowedFd<'_>, address: Ipv4Addr) -> Result<Endpoint> {
+    async fn try_attach(
+        &self,
+        namespace: BorrowedFd<'_>,
+        address: Ipv4Addr,
+        attachment: &Attachment,
+    ) -> Result<Endpoint> {
         let interface = host_interface(address);
         let host_end = (interface.as_str(), mac(self.gateway()));
         let container_end = (CONTAINER_INTERFACE, mac(address), namespace);
@@ -85,7 +98,12 @@ impl Network {
             .map_err(Error::kernel(format!(
                 "making the interface of the container {address}"
             )))?;
-        let index = self.program(address).await?;
+        let failed = || Error::kernel(format!("looking for {interface}"));
+        let link = self.netlink.link(&interface).await.map_err(failed())?;
+        let index = link
+            .ok_or_else(|| failed()(io::ErrorKind::NotFound.into()))?
+            .index;
+        self.program(address, index, attachment, true)?;
         self.open_host_end(&interface, index).await?;
         self.configure_container(namespace, address)
             .await

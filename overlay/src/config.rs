@@ -31,6 +31,8 @@ pub struct NetworkConfig {
     pub pins: PathBuf,
     /// The interface to the other hosts and to the outside. Where it is `None`, the default route's.
     pub uplink: Option<String>,
+    /// The address by which other hosts know this one. Where it is `None`, the one that routes to them prefer.
+    pub address: Option<Ipv4Addr>,
 }
 
 impl NetworkConfig {
@@ -94,6 +96,7 @@ mod tests {
             subnet: subnet.parse().unwrap(),
             pins: PathBuf::new(),
             uplink: None,
+            address: None,
         }
     }
 

@@ -22,6 +22,7 @@ mod allocator;
 mod attach;
 mod config;
 mod error;
+mod hosts;
 mod masquerade;
 mod netlink;
 mod network;
@@ -31,5 +32,9 @@ pub use address::{host_interface, mac};
 pub use allocator::Allocator;
 pub use config::NetworkConfig;
 pub use error::{Error, Result};
-pub use flynn_dataplane::{Container, DropReason, Traffic};
+pub use flynn_dataplane::{
+    AppPolicy, Attachment, Container, DropReason, HOST, Identity, Limits, MAX_IDENTITY, Policy, Port,
+    Protocol, Traffic, UNKNOWN,
+};
+pub use hosts::{Host, RemoteEndpoint};
 pub use network::{Endpoint, Network, Reconciled};

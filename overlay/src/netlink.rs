@@ -6,15 +6,15 @@ use std::{
     os::fd::{AsFd, AsRawFd, BorrowedFd},
 };
 
-use futures::TryStreamExt;
+use futures::{Stream, StreamExt, TryStreamExt};
 use rtnetlink::{
-    Handle, LinkMessageBuilder, LinkUnspec, LinkVeth, LinkVxlan, RouteMessageBuilder,
+    Handle, LinkMessageBuilder, LinkUnspec, LinkVeth, LinkVxlan, MulticastGroup, RouteMessageBuilder,
     packet_route::{
         address::{AddressAttribute, AddressHeaderFlags},
         link::{
             AfSpecInet6, AfSpecUnspec, In6AddrGenMode, InfoData, InfoVeth, LinkAttribute, LinkMessage, State,
         },
-        route::{RouteAttribute, RouteMetric, RouteScope},
+        route::{RouteAddress, RouteAttribute, RouteMetric, RouteScope, RouteType},
     },
 };
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
@@ -49,6 +49,31 @@ pub(crate) struct Route {
     pub(crate) from: Option<IpAddr>,
     /// The largest packet, where it is not the interface's.
     pub(crate) mtu: Option<u32>,
+}
+
+/// The way to an address.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct WayTo {
+    /// By which interface.
+    pub(crate) link: u32,
+    /// By which router.
+    pub(crate) via: Option<Ipv4Addr>,
+    /// From which address.
+    pub(crate) source: Ipv4Addr,
+}
+
+/// Something for each change of an interface, an address or a route.
+pub(crate) fn changes() -> io::Result<impl Stream<Item = ()> + Unpin + use<>> {
+    let groups = [
+        MulticastGroup::Link,
+        MulticastGroup::Ipv4Ifaddr,
+        MulticastGroup::Ipv4Route,
+        MulticastGroup::Ipv4Rule,
+        MulticastGroup::Ipv6Ifaddr,
+    ];
+    let (connection, _, messages) = rtnetlink::new_multicast_connection(&groups)?;
+    tokio::spawn(connection);
+    Ok(messages.map(drop))
 }
 
 impl Netlink {
@@ -230,6 +255,48 @@ impl Netlink {
             .collect())
     }
 
+    /// All addresses that this host has.
+    pub(crate) async fn all_addresses(&self) -> io::Result<Vec<IpAddr>> {
+        let addresses = self.handle.address().get().execute();
+        let addresses: Vec<_> = addresses.try_collect().await.map_err(to_io)?;
+        let of = |attribute| match attribute {
+            AddressAttribute::Address(address) | AddressAttribute::Local(address) => Some(address),
+            _ => None,
+        };
+        Ok(addresses
+            .into_iter()
+            .flat_map(|message| message.attributes)
+            .filter_map(of)
+            .collect())
+    }
+
+    /// The way that the kernel's routes have to an address, if they have one.
+    pub(crate) async fn way_to(&self, address: Ipv4Addr) -> io::Result<Option<WayTo>> {
+        let message = RouteMessageBuilder::<Ipv4Addr>::new()
+            .destination_prefix(address, 32)
+            .build();
+        let found = self.handle.route().get(message).execute().try_next().await;
+        let route = match found.map_err(to_io) {
+            Ok(Some(route)) => route,
+            Ok(None) => return Ok(None),
+            Err(error) if is_unreachable(&error) => return Ok(None),
+            Err(error) => return Err(error),
+        };
+        if route.header.kind != RouteType::Unicast {
+            return Ok(None);
+        }
+        let (mut link, mut via, mut source) = (None, None, None);
+        for attribute in route.attributes {
+            match attribute {
+                RouteAttribute::Oif(index) => link = Some(index),
+                RouteAttribute::Gateway(RouteAddress::Inet(gateway)) => via = Some(gateway),
+                RouteAttribute::PrefSource(RouteAddress::Inet(address)) => source = Some(address),
+                _ => {}
+            }
+        }
+        Ok(link.zip(source).map(|(link, source)| WayTo { link, via, source }))
+    }
+
     /// Makes a neighbour known for good.
     pub(crate) async fn add_neighbour(&self, link: u32, address: IpAddr, mac: [u8; 6]) -> io::Result<()> {
         let request = self
@@ -317,6 +384,15 @@ fn to_io(error: rtnetlink::Error) -> io::Error {
 pub(crate) fn is_absent(error: &io::Error) -> bool {
     use rustix::io::Errno;
     [Errno::NODEV, Errno::NXIO, Errno::NOENT]
+        .iter()
+        .any(|errno| error.raw_os_error() == Some(errno.raw_os_error()))
+}
+
+/// No way there, by the words that the kernel has for it.
+fn is_unreachable(error: &io::Error) -> bool {
+    use rustix::io::Errno;
+    let unreachable = [Errno::NETUNREACH, Errno::HOSTUNREACH, Errno::ACCESS, Errno::INVAL];
+    unreachable
         .iter()
         .any(|errno| error.raw_os_error() == Some(errno.raw_os_error()))
 }

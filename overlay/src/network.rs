@@ -1,20 +1,21 @@
 //! The network of this host.
 
 use std::{
-    collections::BTreeSet,
+    collections::{BTreeMap, BTreeSet},
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
     sync::{Mutex, MutexGuard, PoisonError},
 };
 
-use flynn_dataplane::{Container, Dataplane, DropReason, Prefix, Program, Traffic, VXLAN_PORT};
+use flynn_dataplane::{Attachment, Container, Dataplane, DropReason, Prefix, Program, Traffic, VXLAN_PORT};
 use tracing::info;
 
 use crate::{
     address::{self, mac},
     config::NetworkConfig,
     error::{Error, Result},
+    hosts::Host,
     masquerade,
-    netlink::{Netlink, Route},
+    netlink::{Link, Netlink, Route},
     sysctl,
 };
 
@@ -58,6 +59,10 @@ pub struct Network {
     pub(crate) config: NetworkConfig,
     pub(crate) mtu: u32,
     pub(crate) netlink: Netlink,
+    /// The interface to the outside.
+    pub(crate) uplink: Option<u32>,
+    /// The other hosts, as they were last given.
+    pub(crate) hosts: tokio::sync::Mutex<Vec<Host>>,
     dataplane: Mutex<Dataplane>,
 }
 
@@ -75,23 +80,27 @@ impl Network {
             config,
             mtu: DEFAULT_MTU,
             netlink,
+            uplink: None,
+            hosts: tokio::sync::Mutex::default(),
             dataplane: Mutex::new(dataplane),
         };
-        if let Some((name, mtu)) = network.uplink().await? {
-            network.mtu = mtu;
-            network.accept_router_advertisements(&name)?;
+        if let Some(uplink) = network.find_uplink().await? {
+            network.mtu = uplink.mtu;
+            network.uplink = Some(uplink.index);
+            network.accept_router_advertisements(&uplink.name)?;
         }
         network.forward()?;
         network.configure_programs()?;
         network.device_up().await?;
         masquerade::install(&network.config).await?;
+        network.take_in().await?;
         info!(gateway = %network.gateway(), subnet = %network.config.subnet, "the cluster network is up");
         Ok(network)
     }
 
     /// Takes all of it away: every container's interface, the device, the rules, the programs and the maps.
     pub async fn down(self) -> Result<()> {
-        self.reconcile(&[]).await?;
+        self.reconcile(&BTreeMap::new()).await?;
         self.netlink
             .remove_link(DEVICE)
             .await
@@ -115,18 +124,17 @@ impl Network {
     }
 
     /// Removes what belongs to none of the live containers and leaves the others alone, except that what was lost of
-    /// them beside their interface is put back. A container which is being attached at the same time, and is not among
+    /// them beside their interface is put back, and that each is allowed what is said here. A container which is being attached at the same time, and is not among
     /// the live, counts as a stray.
-    pub async fn reconcile(&self, live: &[Ipv4Addr]) -> Result<Reconciled> {
-        let live: BTreeSet<_> = live.iter().copied().collect();
+    pub async fn reconcile(&self, live: &BTreeMap<Ipv4Addr, Attachment>) -> Result<Reconciled> {
         let links = self
             .netlink
             .links()
             .await
             .map_err(Error::kernel("listing interfaces"))?;
-        let with_link: BTreeSet<_> = links
+        let with_link: BTreeMap<_, _> = links
             .iter()
-            .filter_map(|link| address::of_host_interface(&link.name))
+            .filter_map(|link| Some((address::of_host_interface(&link.name)?, link.index)))
             .collect();
         let with_program: BTreeSet<_> = self
             .dataplane()
@@ -141,18 +149,22 @@ impl Network {
             .map(|(container, _)| container.ipv4)
             .collect();
 
-        let known = &(&with_link | &with_program) | &with_entry;
+        let known = with_link.keys().chain(&with_program).chain(&with_entry);
+        let strays: BTreeSet<_> = known
+            .filter(|address| !live.contains_key(address))
+            .copied()
+            .collect();
         let mut found = Reconciled::default();
-        for &stray in known.difference(&live) {
+        for stray in strays {
             self.detach(stray).await?;
             found.removed.push(stray);
         }
-        for &address in &live {
-            if !with_link.contains(&address) {
+        for (&address, attachment) in live {
+            let Some(&index) = with_link.get(&address) else {
                 found.missing.push(address);
-            } else if !with_program.contains(&address) || !with_entry.contains(&address) {
-                self.program(address).await?;
-            }
+                continue;
+            };
+            self.program(address, index, attachment, !with_program.contains(&address))?;
         }
         Ok(found)
     }
@@ -177,25 +189,23 @@ impl Network {
         self.mtu.saturating_sub(TUNNEL_OVERHEAD)
     }
 
-    async fn uplink(&self) -> Result<Option<(String, u32)>> {
-        let link = match &self.config.uplink {
+    async fn find_uplink(&self) -> Result<Option<Link>> {
+        match &self.config.uplink {
             Some(name) => {
                 let link = self
                     .netlink
                     .link(name)
                     .await
                     .map_err(Error::kernel("looking for the uplink"))?;
-                Some(
-                    link.ok_or_else(|| Error::Config(format!("there is no interface {name} for an uplink")))?,
-                )
+                let missing = || Error::Config(format!("there is no interface {name} for an uplink"));
+                link.ok_or_else(missing).map(Some)
             }
             None => self
                 .netlink
                 .default_link()
                 .await
-                .map_err(Error::kernel("looking for the default route"))?,
-        };
-        Ok(link.map(|link| (link.name, link.mtu)))
+                .map_err(Error::kernel("looking for the default route")),
+        }
     }
 
     /// A host that forwards takes its own routes from routers only where it is told to.
@@ -228,6 +238,9 @@ impl Network {
             }),
             gateway4: config.gateway(),
             gateway6: config.gateway6(),
+            subnet_length: config.subnet.prefix_len(),
+            address: config.address,
+            tunnel_mtu: self.tunnel_mtu(),
             gateway_mac: mac(config.gateway()),
         };
         Ok(self.dataplane().configure(&network)?)

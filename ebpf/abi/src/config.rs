@@ -21,11 +21,23 @@ pub struct Config {
     pub gateway: Mac,
     /// Bits of this type's constants.
     pub flags: u16,
+    /// The part of `network4` that is this host's.
+    pub subnet4: Ipv4,
+    /// Its mask, which is that of every host's subnet.
+    pub subnet_mask4: Ipv4,
+    /// The address that other hosts send tunnelled packets to; zeros where it is not known.
+    pub address: Ipv4,
+    /// The largest packet that fits into the tunnel.
+    pub tunnel_mtu: u32,
 }
 
 impl Config {
     /// Somebody has written this: until then every packet is dropped.
     pub const READY: u16 = 1;
+    /// Some identity is isolated: without this, nobody needs to be looked up.
+    pub const ISOLATION: u16 = 2;
+    /// Of hosts, ordinary containers reach only ports that are open.
+    pub const HOST_PORTS: u16 = 4;
 }
 
-const _: () = assert!(size_of::<Config>() == 48);
+const _: () = assert!(size_of::<Config>() == 64);

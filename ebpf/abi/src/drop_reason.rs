@@ -46,6 +46,26 @@ drop_reasons! {
     RewriteFailed => "rewrite_failed",
     /// Something which is no host of this cluster sent to the overlay's port.
     UnknownHost => "unknown_host",
+    /// There is no route to the host that the destination is on.
+    NoRoute => "no_route",
+    /// A host of the cluster sent a packet from an address which is not of its subnet.
+    ForeignSubnet => "foreign_subnet",
+    /// A packet from an address of the cluster came without a tunnel, and not from a host that does so.
+    NotTunnelled => "not_tunnelled",
+    /// A host that encrypts what it sends seemed to send a plain packet.
+    NotEncrypted => "not_encrypted",
+    /// Sender or receiver is isolated and the two are not linked.
+    Isolated => "isolated",
+    /// Sender or receiver is isolated, and the sender may only answer the receiver.
+    MayOnlyAnswer => "may_only_answer",
+    /// The receiver is part of the platform and the port is not for everybody.
+    PortClosed => "port_closed",
+    /// The receiver is a host and the port is not for containers.
+    HostPortClosed => "host_port_closed",
+    /// The container has sent more than it may.
+    SentTooFast => "sent_too_fast",
+    /// The container was sent more than it may receive.
+    ReceivedTooFast => "received_too_fast",
 }
 
 const _: () = assert!(DropReason::ALL.len() <= crate::MAX_DROP_REASONS as usize);

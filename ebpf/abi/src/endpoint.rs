@@ -1,6 +1,6 @@
 //! Who is behind an address.
 
-use crate::Mac;
+use crate::{Mac, policy::Identity};
 
 /// A value of the maps `endpoints4` and `endpoints6`, whose keys are the addresses of the cluster.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -14,8 +14,10 @@ pub struct Endpoint {
     pub mac: Mac,
     /// Bits of this type's constants.
     pub flags: u16,
-    /// Zeros. Room for the host that a remote endpoint is on and for the identity of its app.
-    pub reserved: [u8; 16],
+    /// Whose it is.
+    pub identity: Identity,
+    /// Zeros.
+    pub reserved: [u8; 12],
 }
 
 impl Endpoint {
@@ -23,6 +25,12 @@ impl Endpoint {
     pub const CONTAINER: u16 = 1;
     /// This host itself, at its gateway address.
     pub const GATEWAY: u16 = 2;
+    /// A container on another host. Such entries say whose it is; the way there is in the map `hosts4`.
+    pub const REMOTE: u16 = 4;
+    /// Beside [`Endpoint::CONTAINER`]: part of the platform. Others reach only those of its ports that are open.
+    pub const SYSTEM: u16 = 8;
+    /// Beside [`Endpoint::CONTAINER`]: the map `limits` has something for it.
+    pub const LIMITED: u16 = 16;
 }
 
 const _: () = assert!(size_of::<Endpoint>() == 32);

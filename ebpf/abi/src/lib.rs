@@ -11,6 +11,9 @@ mod config;
 mod counters;
 mod drop_reason;
 mod endpoint;
+mod host;
+mod limit;
+pub mod policy;
 #[cfg(feature = "user")]
 mod user;
 
@@ -19,15 +22,33 @@ pub use config::Config;
 pub use counters::Counters;
 pub use drop_reason::DropReason;
 pub use endpoint::Endpoint;
+pub use host::{Host, Peer};
+pub use limit::{Limit, Limits};
+pub use policy::{OpenPort, Pair};
 
 /// The version of all layouts in this crate together. Maps of another version are never reused.
-pub const LAYOUT: u32 = 1;
+pub const LAYOUT: u32 = 2;
 
 /// How many endpoints of each address family the cluster may have.
 pub const MAX_ENDPOINTS: u32 = 1 << 17;
 
 /// How many of them may be on this host, and so have counters.
 pub const MAX_LOCAL_ENDPOINTS: u32 = 1 << 12;
+
+/// How many hosts the cluster may have.
+pub const MAX_HOSTS: u32 = 1 << 12;
+
+/// How many addresses of hosts containers may be kept from.
+pub const MAX_HOST_ADDRESSES: u32 = 1 << 13;
+
+/// How many identities may have a flag.
+pub const MAX_IDENTITIES: u32 = 1 << 16;
+
+/// How many pairs of identities may be linked.
+pub const MAX_PAIRS: u32 = 1 << 18;
+
+/// How many ports may be open, all containers of this host together.
+pub const MAX_OPEN_PORTS: u32 = 1 << 16;
 
 /// How many reasons for a drop there is room for.
 pub const MAX_DROP_REASONS: u32 = 64;

@@ -1,6 +1,6 @@
 //! What user space needs besides: leave to copy these types to and from maps.
 
-use crate::{Config, Counters, Endpoint, Ipv4, Ipv6};
+use crate::{Config, Counters, Endpoint, Host, Ipv4, Ipv6, Limits, OpenPort, Pair, Peer};
 
 // SAFETY: `repr(transparent)` over bytes; every pattern of bits is a value.
 unsafe impl aya::Pod for Ipv4 {}
@@ -12,3 +12,13 @@ unsafe impl aya::Pod for Config {}
 unsafe impl aya::Pod for Counters {}
 // SAFETY: as above.
 unsafe impl aya::Pod for Endpoint {}
+// SAFETY: as above.
+unsafe impl aya::Pod for Host {}
+// SAFETY: as above.
+unsafe impl aya::Pod for Limits {}
+// SAFETY: as above.
+unsafe impl aya::Pod for OpenPort {}
+// SAFETY: as above.
+unsafe impl aya::Pod for Pair {}
+// SAFETY: as above.
+unsafe impl aya::Pod for Peer {}

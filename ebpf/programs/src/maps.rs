@@ -7,7 +7,9 @@ use aya_ebpf::{
     programs::TcContext,
 };
 use flynn_abi::{
-    Config, Counters, DropReason, Endpoint, Ipv4, Ipv6, MAX_DROP_REASONS, MAX_ENDPOINTS, MAX_LOCAL_ENDPOINTS,
+    Config, Counters, DropReason, Endpoint, Host, Ipv4, Ipv6, Limits, MAX_DROP_REASONS, MAX_ENDPOINTS,
+    MAX_HOST_ADDRESSES, MAX_HOSTS, MAX_IDENTITIES, MAX_LOCAL_ENDPOINTS, MAX_OPEN_PORTS, MAX_PAIRS, OpenPort,
+    Pair, Peer, policy::Identity,
 };
 
 #[map(name = "config")]
@@ -20,6 +22,27 @@ static ENDPOINTS4: HashMap<Ipv4, Endpoint> = HashMap::pinned(MAX_ENDPOINTS, BPF_
 
 #[map(name = "endpoints6")]
 static ENDPOINTS6: HashMap<Ipv6, Endpoint> = HashMap::pinned(MAX_ENDPOINTS, BPF_F_NO_PREALLOC);
+
+#[map(name = "hosts4")]
+static HOSTS4: HashMap<Ipv4, Host> = HashMap::pinned(MAX_HOSTS, BPF_F_NO_PREALLOC);
+
+#[map(name = "peers")]
+static PEERS: HashMap<Ipv4, Peer> = HashMap::pinned(MAX_HOSTS, BPF_F_NO_PREALLOC);
+
+#[map(name = "host_addresses")]
+static HOST_ADDRESSES: HashMap<Ipv6, u32> = HashMap::pinned(MAX_HOST_ADDRESSES, BPF_F_NO_PREALLOC);
+
+#[map(name = "identities")]
+static IDENTITIES: HashMap<Identity, u32> = HashMap::pinned(MAX_IDENTITIES, BPF_F_NO_PREALLOC);
+
+#[map(name = "pairs")]
+static PAIRS: HashMap<Pair, u32> = HashMap::pinned(MAX_PAIRS, BPF_F_NO_PREALLOC);
+
+#[map(name = "open_ports")]
+static OPEN_PORTS: HashMap<OpenPort, u32> = HashMap::pinned(MAX_OPEN_PORTS, BPF_F_NO_PREALLOC);
+
+#[map(name = "limits")]
+static LIMITS: Array<Limits> = Array::pinned(MAX_LOCAL_ENDPOINTS, 0);
 
 #[map(name = "counters")]
 static COUNTERS: PerCpuArray<Counters> = PerCpuArray::pinned(MAX_LOCAL_ENDPOINTS, 0);
@@ -45,6 +68,50 @@ pub fn endpoint4(address: Ipv4) -> Option<&'static Endpoint> {
 pub fn endpoint6(address: Ipv6) -> Option<&'static Endpoint> {
     // SAFETY: as above.
     unsafe { ENDPOINTS6.get(address) }
+}
+
+/// The host whose subnet begins with this address.
+#[inline(always)]
+pub fn host4(subnet: Ipv4) -> Option<&'static Host> {
+    // SAFETY: as above.
+    unsafe { HOSTS4.get(subnet) }
+}
+
+/// The host that sends tunnelled packets from this address.
+#[inline(always)]
+pub fn peer(address: Ipv4) -> Option<&'static Peer> {
+    // SAFETY: as above.
+    unsafe { PEERS.get(address) }
+}
+
+#[inline(always)]
+pub fn is_host_address(address: Ipv6) -> bool {
+    HOST_ADDRESSES.get_ptr(address).is_some()
+}
+
+/// The flags of an identity.
+#[inline(always)]
+pub fn identity(identity: Identity) -> u32 {
+    // SAFETY: as above.
+    unsafe { IDENTITIES.get(identity) }.map_or(0, |flags| *flags)
+}
+
+/// The flags of a pair, if the two are one.
+#[inline(always)]
+pub fn pair(pair: Pair) -> Option<u32> {
+    // SAFETY: as above.
+    unsafe { PAIRS.get(pair) }.copied()
+}
+
+#[inline(always)]
+pub fn is_open(port: OpenPort) -> bool {
+    OPEN_PORTS.get_ptr(port).is_some()
+}
+
+/// The limits of the container with this slot, to be used one atomic access at a time.
+#[inline(always)]
+pub fn limits(slot: u32) -> Option<*mut Limits> {
+    LIMITS.get_ptr_mut(slot)
 }
 
 #[inline(always)]

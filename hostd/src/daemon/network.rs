@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use flynn_api::host::{EndpointStatus, NetworkConfig, NetworkStatus};
 use flynn_api::{Error, Result};
-use flynn_overlay::Allocator;
+use flynn_overlay::{Allocator, Attachment};
 use rustix::mount::MountFlags;
 
 /// The file system of pinned programs.
@@ -86,6 +86,7 @@ impl Networking {
             subnet: parse("subnet", &config.subnet)?,
             pins: PathBuf::from(PINS),
             uplink: None,
+            address: None,
         };
         let subnet = wanted.subnet;
         mount_bpf().map_err(|error| Error::internal(format!("cannot mount {BPF}: {error}")))?;
@@ -94,7 +95,12 @@ impl Networking {
             .map_err(failed("bring the cluster network up"))?;
         // What the kernel still has of jobs that are gone goes; what jobs miss is put back.
         network
-            .reconcile(in_use)
+            .reconcile(
+                &in_use
+                    .iter()
+                    .map(|&address| (address, Attachment::default()))
+                    .collect(),
+            )
             .await
             .map_err(failed("compare the network with the jobs"))?;
         let mut addresses = Allocator::new(subnet, in_use.iter().copied());
@@ -169,7 +175,7 @@ impl Up {
         let namespace = File::open(format!("/proc/{pid}/ns/net"))
             .map_err(|error| Error::internal(format!("cannot open the job's network namespace: {error}")))?;
         self.network
-            .attach(namespace.as_fd(), address)
+            .attach(namespace.as_fd(), address, &Attachment::default())
             .await
             .map_err(failed("attach the job to the network"))?;
         Ok(())

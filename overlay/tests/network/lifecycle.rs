@@ -12,10 +12,10 @@ use std::{
     time::Duration,
 };
 
-use flynn_overlay::{DropReason, Network, NetworkConfig, Reconciled, host_interface};
+use flynn_overlay::{Attachment, DropReason, Network, NetworkConfig, Reconciled, host_interface};
 
 use crate::support::{
-    Container, Host, Namespace, address, drops, eventually, ip, join, patient, tcp_echo, udp,
+    Container, Host, Namespace, address, drops, eventually, ip, join, live, patient, tcp_echo, udp,
 };
 
 /// A connection on which every byte comes back.
@@ -66,8 +66,10 @@ pub(crate) fn connections_outlive_the_daemon() {
         let network = host.network().await;
         streams.iter().for_each(works);
         assert_eq!(network.endpoints().unwrap().len(), 2);
-        let live = [a.ipv4, b.ipv4];
-        assert_eq!(network.reconcile(&live).await.unwrap(), Reconciled::default());
+        assert_eq!(
+            network.reconcile(&live(&[a.ipv4, b.ipv4])).await.unwrap(),
+            Reconciled::default()
+        );
         streams.iter().for_each(works);
         let c = Container::attach(&network, 4).await;
         tcp_echo(&a.namespace, &c.namespace, c.ipv4.into(), 1 << 16);
@@ -142,7 +144,7 @@ pub(crate) fn reconciling_removes_strays_and_mends() {
         let network = host.network().await;
         let stream = connect(&Host::namespace(), &kept.namespace, kept.ipv4.into());
         let found = network
-            .reconcile(&[kept.ipv4, mended.ipv4, gone.ipv4])
+            .reconcile(&live(&[kept.ipv4, mended.ipv4, gone.ipv4]))
             .await
             .unwrap();
         assert_eq!(
@@ -165,14 +167,14 @@ pub(crate) fn reconciling_removes_strays_and_mends() {
         assert!(interfaces.contains("fvstranger"), "{interfaces}");
         assert_eq!(
             network
-                .reconcile(&[kept.ipv4, mended.ipv4])
+                .reconcile(&live(&[kept.ipv4, mended.ipv4]))
                 .await
                 .unwrap()
                 .removed,
             [gone.ipv4]
         );
         assert_eq!(
-            network.reconcile(&[kept.ipv4, mended.ipv4]).await.unwrap(),
+            network.reconcile(&live(&[kept.ipv4, mended.ipv4])).await.unwrap(),
             Reconciled::default()
         );
     });
@@ -200,7 +202,10 @@ pub(crate) fn a_failed_attachment_leaves_nothing() {
         let network = host.network().await;
         let namespace = Namespace::new();
         namespace.run(|| ip(&["link", "add", "name", "eth0", "type", "veth"]));
-        let error = network.attach(namespace.as_fd(), address(2)).await.unwrap_err();
+        let error = network
+            .attach(namespace.as_fd(), address(2), &Attachment::default())
+            .await
+            .unwrap_err();
         assert!(error.to_string().contains("100.100.7.2"), "{error}");
         assert!(!ip(&["-o", "link"]).contains("fv"));
         assert_eq!(network.endpoints().unwrap(), []);
@@ -212,9 +217,18 @@ pub(crate) fn a_failed_attachment_leaves_nothing() {
             address(255),
             Ipv4Addr::new(100, 100, 8, 2),
         ] {
-            assert!(network.attach(empty.as_fd(), wrong).await.is_err(), "{wrong}");
+            assert!(
+                network
+                    .attach(empty.as_fd(), wrong, &Attachment::default())
+                    .await
+                    .is_err(),
+                "{wrong}"
+            );
         }
-        network.attach(empty.as_fd(), address(2)).await.unwrap();
+        network
+            .attach(empty.as_fd(), address(2), &Attachment::default())
+            .await
+            .unwrap();
     });
 }
 
@@ -250,8 +264,11 @@ pub(crate) fn many_containers_are_attached_at_once() {
         for pair in containers.windows(2) {
             tcp_echo(&pair[0].namespace, &pair[1].namespace, pair[1].ipv4.into(), 1000);
         }
-        let live: Vec<_> = containers.iter().map(|container| container.ipv4).collect();
-        assert_eq!(network.reconcile(&live).await.unwrap(), Reconciled::default());
+        let addresses: Vec<_> = containers.iter().map(|container| container.ipv4).collect();
+        assert_eq!(
+            network.reconcile(&live(&addresses)).await.unwrap(),
+            Reconciled::default()
+        );
     });
 }
 
@@ -265,7 +282,7 @@ pub(crate) fn a_host_gets_another_subnet() {
             ..host.config()
         };
         let network = Network::up(moved).await.unwrap();
-        assert_eq!(network.reconcile(&[]).await.unwrap().removed, [old.ipv4]);
+        assert_eq!(network.reconcile(&live(&[])).await.unwrap().removed, [old.ipv4]);
         let addresses = ip(&["address"]);
         assert!(
             addresses.contains("100.100.8.1/32") && !addresses.contains("100.100.7."),
@@ -275,7 +292,10 @@ pub(crate) fn a_host_gets_another_subnet() {
         assert!(!routes.contains("100.100.7."), "{routes}");
         let namespace = Namespace::new();
         let new = Ipv4Addr::new(100, 100, 8, 2);
-        network.attach(namespace.as_fd(), new).await.unwrap();
+        network
+            .attach(namespace.as_fd(), new, &Attachment::default())
+            .await
+            .unwrap();
         tcp_echo(&Host::namespace(), &namespace, new.into(), 1000);
         let before = drops(&network, DropReason::NoEndpoint);
         namespace.run(|| {

@@ -5,6 +5,7 @@ mod alone;
 
 use std::{
     any::Any,
+    collections::BTreeMap,
     fs::File,
     io::{Read, Write},
     net::{IpAddr, Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream, UdpSocket},
@@ -16,7 +17,7 @@ use std::{
 };
 
 pub(crate) use alone::{ip, main};
-use flynn_overlay::{DropReason, Network, NetworkConfig};
+use flynn_overlay::{Attachment, DropReason, Network, NetworkConfig};
 use rustix::thread::{LinkNameSpaceType, UnshareFlags, move_into_link_name_space};
 
 /// A payload of many packets.
@@ -55,6 +56,7 @@ impl Host {
             subnet: "100.100.7.0/24".parse().unwrap(),
             pins: self.pins.clone(),
             uplink: None,
+            address: None,
         }
     }
 
@@ -115,7 +117,10 @@ impl Container {
     /// One with the address that ends so.
     pub(crate) async fn attach(network: &Network, last: u8) -> Self {
         let namespace = Namespace::new();
-        let endpoint = network.attach(namespace.as_fd(), address(last)).await.unwrap();
+        let endpoint = network
+            .attach(namespace.as_fd(), address(last), &Attachment::default())
+            .await
+            .unwrap();
         Self {
             namespace,
             ipv4: endpoint.address,
@@ -126,6 +131,14 @@ impl Container {
     pub(crate) fn addresses(&self) -> [IpAddr; 2] {
         [self.ipv4.into(), self.ipv6]
     }
+}
+
+/// Containers with nothing said about them.
+pub(crate) fn live(addresses: &[Ipv4Addr]) -> BTreeMap<Ipv4Addr, Attachment> {
+    addresses
+        .iter()
+        .map(|&address| (address, Attachment::default()))
+        .collect()
 }
 
 /// An address of the host's subnet.

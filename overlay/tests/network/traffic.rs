@@ -7,7 +7,7 @@ use std::{
 };
 
 use etherparse::PacketBuilder;
-use flynn_overlay::{DropReason, Network, NetworkConfig, mac};
+use flynn_overlay::{Attachment, DropReason, Network, NetworkConfig, mac};
 
 use crate::support::{
     Container, Host, MEGABYTES, Namespace, address, arrives, drops, eventually, ip, send_frame, tcp_echo,
@@ -256,7 +256,10 @@ pub(crate) fn the_mtu_is_the_uplink_s() {
             .run(|| ip(&["link", "set", "eth0", "mtu", "1400"]));
         let network = host.network().await;
         let namespace = Namespace::new();
-        let endpoint = network.attach(namespace.as_fd(), address(2)).await.unwrap();
+        let endpoint = network
+            .attach(namespace.as_fd(), address(2), &Attachment::default())
+            .await
+            .unwrap();
         assert_eq!(endpoint.mtu, 1400);
         let routes = namespace.run(|| ip(&["route"]));
         assert!(
@@ -296,10 +299,17 @@ pub(crate) fn a_host_without_ipv6() {
         assert_eq!(network.config().cluster6, None);
         let (a, b) = (Namespace::new(), Namespace::new());
         assert_eq!(
-            network.attach(a.as_fd(), address(2)).await.unwrap().address6,
+            network
+                .attach(a.as_fd(), address(2), &Attachment::default())
+                .await
+                .unwrap()
+                .address6,
             None
         );
-        network.attach(b.as_fd(), address(3)).await.unwrap();
+        network
+            .attach(b.as_fd(), address(3), &Attachment::default())
+            .await
+            .unwrap();
         tcp_echo(&a, &b, address(3).into(), 1 << 16);
     });
 }

@@ -5,11 +5,13 @@
 //! | `from_container` | ingress of the host's end of a container's veth | lets only the container's own addresses pass, and finds the way |
 //! | `to_overlay` | egress of `flynn0` | the host's own way to a container |
 //! | `from_tunnel` | ingress of `flynn0` | what another host sent through the tunnel |
+//! | `from_uplink` | ingress of interfaces to other hosts | takes the tunnel from what other hosts sent |
 #![no_std]
 #![no_main]
 
 mod from_container;
 mod from_tunnel;
+mod from_uplink;
 mod route;
 mod to_overlay;
 
@@ -34,4 +36,10 @@ fn to_overlay(ctx: TcContext) -> i32 {
 #[classifier]
 fn from_tunnel(_ctx: TcContext) -> i32 {
     verdict(from_tunnel::decide())
+}
+
+/// The uplink, ingress.
+#[classifier]
+fn from_uplink(ctx: TcContext) -> i32 {
+    verdict(from_uplink::decide(&ctx))
 }

@@ -1,0 +1,52 @@
+//! The other hosts of the cluster.
+
+use std::net::Ipv4Addr;
+
+/// Another host as the programs know it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Host {
+    /// The part of the cluster's network that is its: the first address.
+    pub subnet: Ipv4Addr,
+    /// Its own address.
+    pub address: Ipv4Addr,
+    /// IPv4 packets go to it as they are, without a tunnel.
+    pub direct: bool,
+    /// The way there, if there is one.
+    pub way: Option<Way>,
+}
+
+/// The way to another host.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Way {
+    /// The interface.
+    pub ifindex: u32,
+    /// The neighbour that packets are handed to: a router, or the host itself.
+    pub next_hop: Ipv4Addr,
+    /// The address of this host that they come from.
+    pub source: Ipv4Addr,
+}
+
+impl Host {
+    pub(crate) fn entry(&self) -> flynn_abi::Host {
+        let way = self.way.unwrap_or(Way {
+            ifindex: 0,
+            next_hop: Ipv4Addr::UNSPECIFIED,
+            source: Ipv4Addr::UNSPECIFIED,
+        });
+        flynn_abi::Host {
+            address: self.address.into(),
+            source: way.source.into(),
+            next_hop: way.next_hop.into(),
+            ifindex: way.ifindex,
+            flags: if self.direct { flynn_abi::Host::DIRECT } else { 0 },
+            reserved: 0,
+        }
+    }
+
+    pub(crate) fn peer(&self) -> flynn_abi::Peer {
+        flynn_abi::Peer {
+            subnet: self.subnet.into(),
+            flags: 0,
+        }
+    }
+}
