@@ -5,7 +5,7 @@ use std::net::{Ipv4Addr, Ipv6Addr};
 use ipnet::Ipv6Net;
 
 /// What the host's ends of veths begin with.
-const PREFIX: &str = "fv";
+pub(crate) const PREFIX: &str = "fv";
 
 /// The name of the host's end of the veth of the container with this address.
 pub fn host_interface(address: Ipv4Addr) -> String {

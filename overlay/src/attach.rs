@@ -147,7 +147,7 @@ impl Network {
         Ok(())
     }
 
-    /// What stays in the cluster may have to go through the tunnel; what leaves it does not.
+    /// What goes to other hosts may have to go through the tunnel; what stays on this one or leaves the cluster does not.
     fn container_routes(&self, link: u32, gateway: IpAddr) -> Vec<Route> {
         let to = |to, mtu| Route {
             to,
@@ -156,24 +156,25 @@ impl Network {
             from: None,
             mtu,
         };
-        let (anywhere, cluster) = match gateway {
+        let config = &self.config;
+        let (anywhere, subnet, cluster) = match gateway {
             IpAddr::V4(_) => {
-                let cluster = self.config.cluster;
-                (
-                    Ipv4Addr::UNSPECIFIED.into(),
-                    Some((cluster.network().into(), cluster.prefix_len())),
-                )
+                let (cluster, subnet) = (config.cluster, config.subnet);
+                let subnet = (subnet.network().into(), subnet.prefix_len());
+                let cluster = (cluster.network().into(), cluster.prefix_len());
+                (Ipv4Addr::UNSPECIFIED.into(), Some(subnet), Some(cluster))
             }
             IpAddr::V6(_) => {
-                let cluster = self
-                    .config
+                let cluster = config
                     .cluster6
                     .map(|net| (net.network().into(), net.prefix_len()));
-                (Ipv6Addr::UNSPECIFIED.into(), cluster)
+                (Ipv6Addr::UNSPECIFIED.into(), config.subnet6(), cluster)
             }
         };
         let mut routes = vec![to((anywhere, 0), None)];
+        let is_smaller = subnet != cluster;
         routes.extend(cluster.map(|cluster| to(cluster, Some(self.tunnel_mtu()))));
+        routes.extend(subnet.filter(|_| is_smaller).map(|subnet| to(subnet, None)));
         routes
     }
 

@@ -1,7 +1,7 @@
 //! What an operator can choose.
 
 use std::{
-    net::{Ipv4Addr, Ipv6Addr},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
     path::PathBuf,
 };
 
@@ -51,6 +51,12 @@ impl NetworkConfig {
 
     pub(crate) fn ipv6(&self, address: Ipv4Addr) -> Option<Ipv6Addr> {
         self.cluster6.map(|network| address::ipv6(network, address))
+    }
+
+    /// The IPv6 addresses that go with those of the host's subnet: the first, and how many of its bits count.
+    pub(crate) fn subnet6(&self) -> Option<(IpAddr, u8)> {
+        let first = self.ipv6(self.subnet.network())?;
+        Some((first.into(), 96 + self.subnet.prefix_len()))
     }
 
     pub(crate) fn check(&self) -> Result<()> {

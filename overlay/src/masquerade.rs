@@ -11,6 +11,7 @@ use serde_json::{Value, json};
 use tokio::{io::AsyncWriteExt, process::Command};
 
 use crate::{
+    address,
     config::NetworkConfig,
     error::{Error, Result},
     network::DEVICE,
@@ -47,8 +48,8 @@ fn rules(config: &NetworkConfig) -> Vec<Value> {
         commands.push(rule(
             "postrouting",
             &json!([
-                matching("==", &address(network, "saddr"), &prefix(network)),
-                matching("!=", &address(network, "daddr"), &prefix(network)),
+                matching("==", &field(network, "saddr"), &prefix(network)),
+                matching("!=", &field(network, "daddr"), &prefix(network)),
                 {"masquerade": null},
             ]),
         ));
@@ -60,6 +61,16 @@ fn rules(config: &NetworkConfig) -> Vec<Value> {
         &json!(["established", "related"]),
     );
     commands.push(rule("forward", &json!([to_containers, answer, {"accept": null}])));
+    // What was too big for the tunnel, and that the programs have let pass.
+    let from_containers = matching(
+        "==",
+        &json!({"meta": {"key": "iifname"}}),
+        &json!(format!("{}*", address::PREFIX)),
+    );
+    commands.push(rule(
+        "forward",
+        &json!([to_containers, from_containers, {"accept": null}]),
+    ));
     commands.push(rule(
         "forward",
         &json!([to_containers, {"counter": null}, {"drop": null}]),
@@ -85,9 +96,9 @@ fn matching(operator: &str, left: &Value, right: &Value) -> Value {
     json!({"match": {"op": operator, "left": left, "right": right}})
 }
 
-fn address(network: IpNet, field: &str) -> Value {
+fn field(network: IpNet, name: &str) -> Value {
     let protocol = if network.addr().is_ipv4() { "ip" } else { "ip6" };
-    json!({"payload": {"protocol": protocol, "field": field}})
+    json!({"payload": {"protocol": protocol, "field": name}})
 }
 
 fn prefix(network: IpNet) -> Value {

@@ -87,6 +87,11 @@ impl Network {
         if let Some(uplink) = network.find_uplink().await? {
             network.mtu = uplink.mtu;
             network.uplink = Some(uplink.index);
+            if network.config.address.is_none() {
+                let addresses = network.netlink.addresses(uplink.index).await;
+                let addresses = addresses.map_err(Error::kernel("looking at the uplink"))?;
+                network.config.address = addresses.first().copied();
+            }
             network.accept_router_advertisements(&uplink.name)?;
         }
         network.forward()?;
@@ -329,6 +334,7 @@ impl Network {
         if let (Some(cluster6), Some(gateway6)) = (config.cluster6, config.gateway6()) {
             let cluster = (cluster6.network().into(), cluster6.prefix_len());
             routes.push(to(cluster, gateway6.into(), Some(self.tunnel_mtu())));
+            routes.extend(config.subnet6().map(|subnet6| to(subnet6, gateway6.into(), None)));
         }
         routes
     }

@@ -18,6 +18,12 @@ pub struct Ipv6([u8; 16]);
 pub struct Mac([u8; 6]);
 
 impl Ipv4 {
+    /// The address made of these bytes.
+    #[inline]
+    pub const fn new(octets: [u8; 4]) -> Self {
+        Self(octets)
+    }
+
     /// The four bytes, first the most significant.
     #[inline]
     pub const fn octets(self) -> [u8; 4] {
@@ -26,6 +32,12 @@ impl Ipv4 {
 }
 
 impl Ipv6 {
+    /// The address made of these bytes.
+    #[inline]
+    pub const fn new(octets: [u8; 16]) -> Self {
+        Self(octets)
+    }
+
     /// The sixteen bytes, first the most significant.
     #[inline]
     pub const fn octets(self) -> [u8; 16] {

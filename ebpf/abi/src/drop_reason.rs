@@ -62,6 +62,12 @@ drop_reasons! {
     PortClosed => "port_closed",
     /// The receiver is a host and the port is not for containers.
     HostPortClosed => "host_port_closed",
+    /// The policy asks for the transport protocol, and the packet has none that it knows or hides it behind extensions.
+    UnknownTransport => "unknown_transport",
+    /// The packet is larger than the way to its receiver takes.
+    TooBig => "too_big",
+    /// The network was congested on the way here, and the packet cannot carry that news on.
+    Congested => "congested",
     /// The container has sent more than it may.
     SentTooFast => "sent_too_fast",
     /// The container was sent more than it may receive.

@@ -20,6 +20,27 @@ pub struct Ethernet {
     protocol: [u8; 2],
 }
 
+impl Ethernet {
+    #[inline(always)]
+    pub fn new(destination: Mac, source: Mac, protocol: [u8; 2]) -> Self {
+        Self {
+            destination,
+            source,
+            protocol,
+        }
+    }
+
+    /// What follows, if it is IP.
+    #[inline(always)]
+    pub fn carries(&self) -> Option<Protocol> {
+        match self.protocol {
+            Ipv4Header::ETHERTYPE => Some(Protocol::Ipv4),
+            Ipv6Header::ETHERTYPE => Some(Protocol::Ipv6),
+            _ => None,
+        }
+    }
+}
+
 /// A frame from its first byte on to the end of the fixed part of its IP header `H`.
 #[repr(C)]
 pub struct Frame<H> {
@@ -30,11 +51,12 @@ pub struct Frame<H> {
 #[repr(C)]
 pub struct Ipv4Header {
     version_and_length: u8,
-    _service: u8,
+    service: u8,
     _total_length: [u8; 2],
-    _fragment: [u8; 4],
+    _identification: [u8; 2],
+    fragment: [u8; 2],
     _time_to_live: u8,
-    _protocol: u8,
+    protocol: u8,
     _checksum: [u8; 2],
     source: Ipv4,
     destination: Ipv4,
@@ -43,27 +65,91 @@ pub struct Ipv4Header {
 #[repr(C)]
 pub struct Ipv6Header {
     version_and_class: u8,
-    _flow: [u8; 3],
+    class_and_flow: u8,
+    _flow: [u8; 2],
     _payload_length: [u8; 2],
-    _next_header: u8,
+    next_header: u8,
     _hop_limit: u8,
     source: Ipv6,
     destination: Ipv6,
+}
+
+#[repr(C)]
+pub struct UdpHeader {
+    pub source: [u8; 2],
+    pub destination: [u8; 2],
+    pub length: [u8; 2],
+    pub checksum: [u8; 2],
+}
+
+/// Where the IP header of a frame is.
+pub const IP: usize = mem::offset_of!(Frame<Ipv4Header>, ip);
+
+pub const TCP: u8 = 6;
+pub const UDP: u8 = 17;
+const ICMP: u8 = 1;
+const ICMPV6: u8 = 58;
+const IPV6_FRAGMENT: u8 = 44;
+
+/// What is behind an IP header.
+pub enum Transport {
+    Tcp {
+        at: usize,
+    },
+    Udp {
+        at: usize,
+    },
+    Icmp,
+    /// Any but the first: it is nothing without that.
+    LaterFragment,
+    Other,
 }
 
 /// One of the two IP versions: where its addresses are in a packet, and who is behind them.
 pub trait Header {
     type Address: Copy;
 
+    /// The number in Ethernet headers.
+    const ETHERTYPE: [u8; 2];
+    const IS_IPV4: bool;
+
     fn is_sound(&self) -> bool;
     fn source(&self) -> Self::Address;
     fn destination(&self) -> Self::Address;
+    /// The byte with the class of service and the congestion bits.
+    fn service(&self) -> u8;
+    /// Whether TCP follows at once.
+    fn is_tcp(&self) -> bool;
+    /// What follows this header, which is at an offset of the packet.
+    fn transport(&self, ctx: &TcContext, at: usize) -> Transport;
     fn endpoint(address: Self::Address) -> Option<&'static Endpoint>;
     fn is_in_cluster(address: Self::Address, config: &Config) -> bool;
+    /// The IPv4 address that goes with an address of the cluster.
+    fn ipv4(address: Self::Address) -> Ipv4;
+    /// The address as IPv6, an IPv4 address mapped.
+    fn ipv6(address: Self::Address) -> Ipv6;
+}
+
+impl Ipv4Header {
+    /// Whether a UDP header follows at once, and all of the datagram with it.
+    #[inline(always)]
+    pub fn is_plain_udp(&self) -> bool {
+        // The bit for more fragments as well.
+        let fragment = u16::from_be_bytes(self.fragment) & 0x3fff;
+        self.version_and_length == 0x45 && self.protocol == UDP && fragment == 0
+    }
+
+    #[inline(always)]
+    fn fragment_offset(&self) -> u16 {
+        u16::from_be_bytes(self.fragment) & 0x1fff
+    }
 }
 
 impl Header for Ipv4Header {
     type Address = Ipv4;
+
+    const ETHERTYPE: [u8; 2] = 0x0800_u16.to_be_bytes();
+    const IS_IPV4: bool = true;
 
     #[inline(always)]
     fn is_sound(&self) -> bool {
@@ -78,6 +164,41 @@ impl Header for Ipv4Header {
     #[inline(always)]
     fn destination(&self) -> Ipv4 {
         self.destination
+    }
+
+    #[inline(always)]
+    fn service(&self) -> u8 {
+        self.service
+    }
+
+    #[inline(always)]
+    fn is_tcp(&self) -> bool {
+        self.protocol == TCP
+    }
+
+    #[inline(always)]
+    fn transport(&self, _ctx: &TcContext, at: usize) -> Transport {
+        if self.fragment_offset() != 0 {
+            return Transport::LaterFragment;
+        }
+        let at = at + usize::from(self.version_and_length & 0xf) * 4;
+        match self.protocol {
+            TCP => Transport::Tcp { at },
+            UDP => Transport::Udp { at },
+            ICMP => Transport::Icmp,
+            _ => Transport::Other,
+        }
+    }
+
+    #[inline(always)]
+    fn ipv4(address: Ipv4) -> Ipv4 {
+        address
+    }
+
+    #[inline(always)]
+    fn ipv6(address: Ipv4) -> Ipv6 {
+        let [a, b, c, d] = address.octets();
+        Ipv6::new([0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff, a, b, c, d])
     }
 
     #[inline(always)]
@@ -96,6 +217,9 @@ impl Header for Ipv4Header {
 impl Header for Ipv6Header {
     type Address = Ipv6;
 
+    const ETHERTYPE: [u8; 2] = 0x86dd_u16.to_be_bytes();
+    const IS_IPV4: bool = false;
+
     #[inline(always)]
     fn is_sound(&self) -> bool {
         self.version_and_class >> 4 == 6
@@ -112,6 +236,47 @@ impl Header for Ipv6Header {
     }
 
     #[inline(always)]
+    fn service(&self) -> u8 {
+        self.version_and_class << 4 | self.class_and_flow >> 4
+    }
+
+    #[inline(always)]
+    fn is_tcp(&self) -> bool {
+        self.next_header == TCP
+    }
+
+    #[inline(always)]
+    fn transport(&self, ctx: &TcContext, at: usize) -> Transport {
+        let (mut protocol, mut at) = (self.next_header, at + size_of::<Self>());
+        if protocol == IPV6_FRAGMENT {
+            let Ok([next, _, high, low, ..]) = ctx.load::<[u8; 8]>(at) else {
+                return Transport::Other;
+            };
+            if u16::from_be_bytes([high, low]) & 0xfff8 != 0 {
+                return Transport::LaterFragment;
+            }
+            (protocol, at) = (next, at + 8);
+        }
+        match protocol {
+            TCP => Transport::Tcp { at },
+            UDP => Transport::Udp { at },
+            ICMPV6 => Transport::Icmp,
+            _ => Transport::Other,
+        }
+    }
+
+    #[inline(always)]
+    fn ipv4(address: Ipv6) -> Ipv4 {
+        let [.., a, b, c, d] = address.octets();
+        Ipv4::new([a, b, c, d])
+    }
+
+    #[inline(always)]
+    fn ipv6(address: Ipv6) -> Ipv6 {
+        address
+    }
+
+    #[inline(always)]
     fn endpoint(address: Ipv6) -> Option<&'static Endpoint> {
         maps::endpoint6(address)
     }
@@ -123,6 +288,11 @@ impl Header for Ipv6Header {
         let mask = halves(config.mask6);
         mask[0] | mask[1] != 0 && address[0] & mask[0] == network[0] && address[1] & mask[1] == network[1]
     }
+}
+
+#[inline(always)]
+pub fn masked(address: Ipv4, mask: Ipv4) -> u32 {
+    u32::from_ne_bytes(address.octets()) & u32::from_ne_bytes(mask.octets())
 }
 
 #[inline(always)]
@@ -145,11 +315,7 @@ pub fn protocol(ctx: &TcContext) -> Result<Protocol, DropReason> {
     if ethernet.destination.octets()[0] & 1 != 0 {
         return Err(DropReason::Multicast);
     }
-    match u16::from_be_bytes(ethernet.protocol) {
-        0x0800 => Ok(Protocol::Ipv4),
-        0x86dd => Ok(Protocol::Ipv6),
-        _ => Err(DropReason::NotIp),
-    }
+    ethernet.carries().ok_or(DropReason::NotIp)
 }
 
 /// The frame's headers, sound by themselves.
@@ -166,7 +332,7 @@ pub fn frame<H: Header>(ctx: &TcContext) -> Result<&Frame<H>, DropReason> {
 /// The packet's first bytes as a `T`, which must be made of bytes. The verifier lets nobody use it once the packet has
 /// been changed.
 #[inline(always)]
-fn read<T>(ctx: &TcContext) -> Result<&T, DropReason> {
+pub fn read<T>(ctx: &TcContext) -> Result<&T, DropReason> {
     const { assert!(align_of::<T>() == 1, "packets are not aligned") };
     if let Some(header) = linear(ctx) {
         return Ok(header);
@@ -197,4 +363,11 @@ pub fn address_to(ctx: &TcContext, destination: Mac, source: Mac) -> Result<(), 
     let addresses = [a, b, c, d, e, f, g, h, i, j, k, l];
     ctx.store(mem::offset_of!(Ethernet, destination), &addresses, 0)
         .map_err(|_| DropReason::RewriteFailed)
+}
+
+/// The size of the parts that the packet is to be cut into; zero where it is not to be cut.
+#[inline(always)]
+pub fn segment_size(ctx: &TcContext) -> u32 {
+    // SAFETY: the kernel hands programs a valid context.
+    unsafe { (*ctx.skb.skb).gso_size }
 }

@@ -2,6 +2,8 @@
 
 #![expect(clippy::unwrap_used, reason = "a test says what is wrong by panicking")]
 
+mod cluster;
+mod hosts;
 mod lifecycle;
 mod support;
 mod traffic;
@@ -62,6 +64,18 @@ fn main() {
             (
                 "many_containers_are_attached_at_once",
                 lifecycle::many_containers_are_attached_at_once,
+            ),
+            (
+                "all_containers_of_all_hosts_reach_one_another",
+                hosts::all_reach_one_another,
+            ),
+            (
+                "hosts_reach_containers_of_other_hosts_and_are_reached",
+                hosts::hosts_reach_containers,
+            ),
+            (
+                "a_packet_too_big_for_the_tunnel_is_cut_or_refused",
+                hosts::too_big,
             ),
             ("the_mtu_is_the_uplink_s", traffic::the_mtu_is_the_uplink_s),
             (

@@ -28,7 +28,7 @@ pub(crate) const PATIENCE: Duration = Duration::from_secs(20);
 
 /// The host that a test runs in.
 pub(crate) struct Host {
-    pins: PathBuf,
+    pub(crate) pins: PathBuf,
 }
 
 impl Host {
@@ -116,9 +116,16 @@ pub(crate) struct Container {
 impl Container {
     /// One with the address that ends so.
     pub(crate) async fn attach(network: &Network, last: u8) -> Self {
+        Self::attach_as(network, last, &Attachment::default()).await
+    }
+
+    /// One that is something to policy.
+    pub(crate) async fn attach_as(network: &Network, last: u8, attachment: &Attachment) -> Self {
         let namespace = Namespace::new();
+        let [a, b, c, _] = network.gateway().octets();
+        let address = Ipv4Addr::new(a, b, c, last);
         let endpoint = network
-            .attach(namespace.as_fd(), address(last), &Attachment::default())
+            .attach(namespace.as_fd(), address, attachment)
             .await
             .unwrap();
         Self {
@@ -148,6 +155,12 @@ pub(crate) fn address(last: u8) -> Ipv4Addr {
 
 /// A network namespace.
 pub(crate) struct Namespace(OwnedFd);
+
+impl Clone for Namespace {
+    fn clone(&self) -> Self {
+        Self(self.0.try_clone().unwrap())
+    }
+}
 
 impl Namespace {
     /// One that is empty.
@@ -267,6 +280,40 @@ pub(crate) fn udp_echo(client: &Namespace, server: &Namespace, address: IpAddr, 
         }
     });
     join(server);
+}
+
+/// Sends datagrams of one size in one system call, which leaves it to the network to cut them.
+pub(crate) fn segmented(client: &Namespace, server: &Namespace, address: IpAddr, size: u16, count: usize) {
+    let socket = server.run(move || udp(SocketAddr::new(address, 0)));
+    let to = socket.local_addr().unwrap();
+    let length = usize::from(size) * count;
+    client.run(move || {
+        let unspecified = if to.is_ipv4() { "0.0.0.0:0" } else { "[::]:0" };
+        let sender = udp(unspecified.parse().unwrap());
+        let size = libc::c_int::from(size);
+        // SAFETY: a pointer to an integer that outlives the call, with its length.
+        let set = unsafe {
+            libc::setsockopt(
+                sender.as_raw_fd(),
+                libc::SOL_UDP,
+                libc::UDP_SEGMENT,
+                (&raw const size).cast(),
+                libc::socklen_t::try_from(size_of_val(&size)).unwrap(),
+            )
+        };
+        assert_eq!(set, 0, "{}", std::io::Error::last_os_error());
+        assert_eq!(sender.send_to(&payload(length, 3), to).unwrap(), length);
+    });
+    let mut received = Vec::new();
+    let mut buffer = [0; 1 << 16];
+    while received.len() < length {
+        let size = socket.recv(&mut buffer).unwrap();
+        received.extend_from_slice(&buffer[..size]);
+    }
+    assert!(
+        received == payload(length, 3),
+        "datagrams came changed or in another order"
+    );
 }
 
 /// Whether a datagram gets from one namespace to an address in another at all.

@@ -1,12 +1,15 @@
 //! A packet that a container has sent.
 
 use aya_ebpf::{bindings::TC_ACT_OK, helpers::bpf_redirect_peer, programs::TcContext};
-use flynn_abi::{DropReason, Endpoint};
+use flynn_abi::{Config, DropReason, Endpoint};
 
 use crate::{
     Decision, maps,
     packet::{self, Header, Ipv4Header, Ipv6Header, Protocol},
+    policy::{Packet, Sender},
+    rate,
     route::{self, Way},
+    tunnel,
 };
 
 #[inline(always)]
@@ -25,22 +28,57 @@ fn forward<H: Header>(ctx: &TcContext) -> Decision {
 
     // SAFETY: the kernel hands programs a valid context.
     let ifindex = unsafe { (*ctx.skb.skb).ifindex };
-    let sender = match H::endpoint(frame.ip.source()) {
+    let endpoint = match H::endpoint(frame.ip.source()) {
         Some(sender) if sender.flags & Endpoint::CONTAINER != 0 && sender.ifindex == ifindex => sender,
         _ => return Err(DropReason::SpoofedAddress),
     };
-    if sender.mac != frame.ethernet.source {
+    if endpoint.mac != frame.ethernet.source {
         return Err(DropReason::SpoofedMac);
     }
 
+    let sender = Sender::local(endpoint);
+    let packet = Packet {
+        ctx,
+        ip: &frame.ip,
+        at: packet::IP,
+    };
     let way = route::find::<H>(destination, config)?;
-    maps::count_sent(ctx, sender);
+    match &way {
+        Way::Container(receiver) => packet.to_container(sender, receiver, config)?,
+        Way::Remote(_, Some(receiver)) => packet.to_container(sender, receiver, config)?,
+        Way::Remote(_, None) => {}
+        Way::Gateway | Way::RemoteGateway(_) => packet.to_host(sender, config)?,
+        Way::Outside if is_host::<H>(destination, config) => packet.to_host(sender, config)?,
+        Way::Outside => {}
+    }
+    let service = frame.ip.service();
+    rate::limit_sent(ctx, endpoint)?;
     match way {
-        Way::Host => Ok(TC_ACT_OK),
         Way::Container(receiver) => {
+            rate::limit_received(ctx, receiver)?;
+            maps::count_sent(ctx, endpoint);
             route::hand_over(ctx, receiver, config)?;
             // SAFETY: a helper that only notes where the packet goes; allowed here because this is an ingress hook.
             Ok(unsafe { bpf_redirect_peer(receiver.ifindex, 0) } as i32)
         }
+        Way::Remote(host, _) | Way::RemoteGateway(host) => {
+            maps::count_sent(ctx, endpoint);
+            if tunnel::fits::<H>(ctx, host, config) {
+                tunnel::send::<H>(ctx, host, service, endpoint.identity)
+            } else {
+                // The stack cuts it or tells the sender that it is too big.
+                Ok(TC_ACT_OK)
+            }
+        }
+        Way::Gateway | Way::Outside => {
+            maps::count_sent(ctx, endpoint);
+            Ok(TC_ACT_OK)
+        }
     }
+}
+
+/// Whether a destination out of the cluster's network is a host's own. Asked only where it matters.
+#[inline(always)]
+fn is_host<H: Header>(destination: H::Address, config: &Config) -> bool {
+    config.flags & Config::HOST_PORTS != 0 && maps::is_host_address(H::ipv6(destination))
 }

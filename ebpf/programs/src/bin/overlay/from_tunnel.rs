@@ -1,11 +1,69 @@
-//! A packet that came through the tunnel.
+//! A packet that came through the tunnel and that the VXLAN device took out of it: one for this host itself, one that
+//! came in pieces or is to be cut, or any where the uplink has no program.
 
-use flynn_abi::DropReason;
+use aya_ebpf::{
+    bindings::{TC_ACT_OK, bpf_tunnel_key},
+    helpers::{bpf_redirect_peer, bpf_skb_get_tunnel_key},
+    programs::TcContext,
+};
+use flynn_abi::{DropReason, Endpoint, Ipv4, Peer};
 
-use crate::Decision;
+use crate::{
+    Decision, maps,
+    packet::{self, Header, Ipv4Header, Ipv6Header, Protocol},
+    policy::{Packet, Sender},
+    rate, route,
+};
 
-/// A host that is alone has no peers: whoever sends to its tunnel's port is a stranger.
+const PACKET_HOST: u32 = 0;
+
 #[inline(always)]
-pub(crate) fn decide() -> Decision {
-    Err(DropReason::UnknownHost)
+pub(crate) fn decide(ctx: &TcContext) -> Decision {
+    // SAFETY: integers, for which zeros are values.
+    let mut key: bpf_tunnel_key = unsafe { core::mem::zeroed() };
+    let size = size_of::<bpf_tunnel_key>() as u32;
+    // SAFETY: the kernel hands programs a valid context, and the key is as large as it is said to be.
+    if unsafe { bpf_skb_get_tunnel_key(ctx.skb.skb, &raw mut key, size, 0) } != 0 {
+        return Err(DropReason::UnknownHost);
+    }
+    // SAFETY: the part of the union that the helper fills for IPv4; for IPv6 it is a part of the address.
+    let from = unsafe { key.__bindgen_anon_1.remote_ipv4 };
+    let peer = maps::peer(Ipv4::new(from.to_be_bytes())).ok_or(DropReason::UnknownHost)?;
+    let sender = Sender::remote(key.tunnel_id);
+    match packet::protocol(ctx)? {
+        Protocol::Ipv4 => forward::<Ipv4Header>(ctx, peer, sender),
+        Protocol::Ipv6 => forward::<Ipv6Header>(ctx, peer, sender),
+    }
+}
+
+#[inline(always)]
+fn forward<H: Header>(ctx: &TcContext, peer: &Peer, sender: Sender) -> Decision {
+    let config = maps::config()?;
+    let ip = &packet::frame::<H>(ctx)?.ip;
+    let subnet = packet::masked(H::ipv4(ip.source()), config.subnet_mask4);
+    if subnet != u32::from_ne_bytes(peer.subnet.octets()) {
+        return Err(DropReason::ForeignSubnet);
+    }
+    let packet = Packet {
+        ctx,
+        ip,
+        at: packet::IP,
+    };
+    match H::endpoint(ip.destination()) {
+        Some(receiver) if receiver.flags & Endpoint::CONTAINER != 0 => {
+            packet.to_container(sender, receiver, config)?;
+            rate::limit_received(ctx, receiver)?;
+            route::hand_over(ctx, receiver, config)?;
+            // SAFETY: a helper that only notes where the packet goes; allowed here because this is an ingress hook.
+            Ok(unsafe { bpf_redirect_peer(receiver.ifindex, 0) } as i32)
+        }
+        Some(receiver) if receiver.flags & Endpoint::GATEWAY != 0 => {
+            packet.to_host(sender, config)?;
+            // The Ethernet address in the tunnel is nobody's.
+            ctx.change_type(PACKET_HOST)
+                .map_err(|_| DropReason::RewriteFailed)?;
+            Ok(TC_ACT_OK)
+        }
+        _ => Err(DropReason::NoEndpoint),
+    }
 }

@@ -1,10 +1,162 @@
-//! A packet that came from outside.
+//! A packet that came from outside. What is neither tunnelled to this host nor from an address of the cluster is none
+//! of our business and goes on to the host's stack.
 
-use aya_ebpf::{bindings::TC_ACT_OK, programs::TcContext};
+use aya_ebpf::{
+    bindings::TC_ACT_OK,
+    helpers::{bpf_redirect_peer, bpf_skb_ecn_set_ce},
+    programs::TcContext,
+};
+use flynn_abi::{Config, DropReason, Endpoint, Host, Ipv4, Peer, VXLAN_PORT, policy::UNKNOWN};
 
-use crate::Decision;
+use crate::{
+    Decision, maps,
+    packet::{self, Ethernet, Frame, Header, Ipv4Header, Ipv6Header, Protocol},
+    policy::{Packet, Sender},
+    rate, route,
+    tunnel::{self, Tunnelled},
+};
+
+/// The congestion bits: of a packet on whose way there was congestion.
+const CONGESTION: u8 = 0b11;
 
 #[inline(always)]
-pub(crate) fn decide(_ctx: &TcContext) -> Decision {
+pub(crate) fn decide(ctx: &TcContext) -> Decision {
+    // Before there is a network, the host's own traffic is not to suffer.
+    let Ok(config) = maps::config() else {
+        return Ok(TC_ACT_OK);
+    };
+    let Ok(ethernet) = packet::read::<Ethernet>(ctx) else {
+        return Ok(TC_ACT_OK);
+    };
+    match ethernet.carries() {
+        Some(Protocol::Ipv4) => from_ipv4(ctx, config),
+        Some(Protocol::Ipv6) => from_ipv6(ctx, config),
+        None => Ok(TC_ACT_OK),
+    }
+}
+
+#[inline(always)]
+fn from_ipv4(ctx: &TcContext, config: &Config) -> Decision {
+    let Ok(frame) = packet::read::<Frame<Ipv4Header>>(ctx) else {
+        return Ok(TC_ACT_OK);
+    };
+    if frame.ip.is_plain_udp() && frame.ip.destination() == config.address {
+        return from_host(ctx, config);
+    }
+    if Ipv4Header::is_in_cluster(frame.ip.source(), config) {
+        return from_direct(ctx, &frame.ip, config);
+    }
     Ok(TC_ACT_OK)
+}
+
+/// IPv6 is never sent without the tunnel.
+#[inline(always)]
+fn from_ipv6(ctx: &TcContext, config: &Config) -> Decision {
+    match packet::read::<Frame<Ipv6Header>>(ctx) {
+        Ok(frame) if Ipv6Header::is_in_cluster(frame.ip.source(), config) => Err(DropReason::NotTunnelled),
+        _ => Ok(TC_ACT_OK),
+    }
+}
+
+/// A datagram to this host's address.
+#[inline(always)]
+fn from_host(ctx: &TcContext, config: &Config) -> Decision {
+    let Ok(tunnelled) = packet::read::<Tunnelled<()>>(ctx) else {
+        return Ok(TC_ACT_OK);
+    };
+    if tunnelled.udp.destination != VXLAN_PORT.to_be_bytes() {
+        return Ok(TC_ACT_OK);
+    }
+    let peer = maps::peer(tunnelled.outer.source()).ok_or(DropReason::UnknownHost)?;
+    if peer.flags & Peer::ENCRYPTED != 0 {
+        return Err(DropReason::NotEncrypted);
+    }
+    let sender = Sender::remote(tunnelled.vxlan.identity()?);
+    if tunnelled.udp.checksum != [0; 2] {
+        // Not of our making, but right if the stack finds it so.
+        return Ok(TC_ACT_OK);
+    }
+    match tunnelled.inner.carries() {
+        Some(Protocol::Ipv4) => receive::<Ipv4Header>(ctx, peer, sender, config),
+        Some(Protocol::Ipv6) => receive::<Ipv6Header>(ctx, peer, sender, config),
+        None => Err(DropReason::NotIp),
+    }
+}
+
+#[inline(always)]
+fn receive<H: Header>(ctx: &TcContext, peer: &Peer, sender: Sender, config: &Config) -> Decision {
+    let tunnelled = packet::read::<Tunnelled<H>>(ctx)?;
+    let ip = &tunnelled.ip;
+    if !ip.is_sound() {
+        return Err(DropReason::Malformed);
+    }
+    let receiver = match H::endpoint(ip.destination()) {
+        Some(endpoint) if endpoint.flags & Endpoint::CONTAINER != 0 => endpoint,
+        // For the device and the program behind it.
+        Some(endpoint) if endpoint.flags & Endpoint::GATEWAY != 0 => return Ok(TC_ACT_OK),
+        _ => return Err(DropReason::NoEndpoint),
+    };
+    if packet::segment_size(ctx) != 0 && !ip.is_tcp() {
+        // The kernel would cut it in the wrong places, if it were taken out of the tunnel here.
+        return Ok(TC_ACT_OK);
+    }
+    let subnet = packet::masked(H::ipv4(ip.source()), config.subnet_mask4);
+    if subnet != u32::from_ne_bytes(peer.subnet.octets()) {
+        return Err(DropReason::ForeignSubnet);
+    }
+    let packet = Packet {
+        ctx,
+        ip,
+        at: tunnel::INNER_IP,
+    };
+    packet.to_container(sender, receiver, config)?;
+    let congested = tunnelled.outer.service() & CONGESTION == CONGESTION;
+    rate::limit_received(ctx, receiver)?;
+    tunnel::decapsulate::<H>(ctx)?;
+    // SAFETY: the kernel hands programs a valid context.
+    if congested && unsafe { bpf_skb_ecn_set_ce(ctx.skb.skb) } == 0 {
+        return Err(DropReason::Congested);
+    }
+    route::hand_over(ctx, receiver, config)?;
+    // SAFETY: a helper that only notes where the packet goes; allowed here because this is an ingress hook.
+    Ok(unsafe { bpf_redirect_peer(receiver.ifindex, 0) } as i32)
+}
+
+/// A packet from an address of the cluster, without a tunnel.
+#[inline(always)]
+fn from_direct(ctx: &TcContext, ip: &Ipv4Header, config: &Config) -> Decision {
+    let subnet = packet::masked(ip.source(), config.subnet_mask4);
+    match maps::host4(Ipv4::new(subnet.to_ne_bytes())) {
+        Some(host) if host.flags & Host::DIRECT != 0 => {}
+        _ => return Err(DropReason::NotTunnelled),
+    }
+    if !ip.is_sound() {
+        return Err(DropReason::Malformed);
+    }
+    let packet = Packet {
+        ctx,
+        ip,
+        at: packet::IP,
+    };
+    let gateway = packet::masked(ip.source(), config.subnet_mask4) | route::GATEWAY;
+    let sender = if u32::from_ne_bytes(ip.source().octets()) == gateway {
+        flynn_abi::policy::HOST
+    } else {
+        maps::endpoint4(ip.source()).map_or(UNKNOWN, |sender| sender.identity)
+    };
+    let sender = Sender::remote(sender);
+    match maps::endpoint4(ip.destination()) {
+        Some(receiver) if receiver.flags & Endpoint::CONTAINER != 0 => {
+            packet.to_container(sender, receiver, config)?;
+            rate::limit_received(ctx, receiver)?;
+            route::hand_over(ctx, receiver, config)?;
+            // SAFETY: a helper that only notes where the packet goes; allowed here because this is an ingress hook.
+            Ok(unsafe { bpf_redirect_peer(receiver.ifindex, 0) } as i32)
+        }
+        Some(receiver) if receiver.flags & Endpoint::GATEWAY != 0 => {
+            packet.to_host(sender, config)?;
+            Ok(TC_ACT_OK)
+        }
+        _ => Err(DropReason::NoEndpoint),
+    }
 }

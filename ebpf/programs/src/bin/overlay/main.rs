@@ -12,8 +12,11 @@
 mod from_container;
 mod from_tunnel;
 mod from_uplink;
+mod policy;
+mod rate;
 mod route;
 mod to_overlay;
+mod tunnel;
 
 use aya_ebpf::{macros::classifier, programs::TcContext};
 use flynn_programs::{Decision, maps, packet, verdict};
@@ -34,8 +37,8 @@ fn to_overlay(ctx: TcContext) -> i32 {
 
 /// `flynn0`, ingress.
 #[classifier]
-fn from_tunnel(_ctx: TcContext) -> i32 {
-    verdict(from_tunnel::decide())
+fn from_tunnel(ctx: TcContext) -> i32 {
+    verdict(from_tunnel::decide(&ctx))
 }
 
 /// The uplink, ingress.

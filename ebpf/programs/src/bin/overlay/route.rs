@@ -1,27 +1,48 @@
 //! Where a packet goes.
 
 use aya_ebpf::programs::TcContext;
-use flynn_abi::{Config, DropReason, Endpoint};
+use flynn_abi::{Config, DropReason, Endpoint, Host, Ipv4};
 
-use crate::{maps, packet, packet::Header};
+use crate::{
+    maps,
+    packet::{self, Header},
+};
 
 /// What is behind a destination.
 pub(crate) enum Way {
     /// A container on this host.
     Container(&'static Endpoint),
-    /// This host's own stack, which has the packet or knows the way out.
-    Host,
+    /// A container on another host, with what is known of it.
+    Remote(&'static Host, Option<&'static Endpoint>),
+    /// Another host's gateway address.
+    RemoteGateway(&'static Host),
+    /// This host itself, at its gateway address.
+    Gateway,
+    /// This host's own stack, which knows the way out of the cluster.
+    Outside,
 }
 
 #[inline(always)]
 pub(crate) fn find<H: Header>(destination: H::Address, config: &Config) -> Result<Way, DropReason> {
-    match H::endpoint(destination) {
-        Some(endpoint) if endpoint.flags & Endpoint::CONTAINER != 0 => Ok(Way::Container(endpoint)),
-        Some(endpoint) if endpoint.flags & Endpoint::GATEWAY != 0 => Ok(Way::Host),
-        _ if H::is_in_cluster(destination, config) => Err(DropReason::NoEndpoint),
-        _ => Ok(Way::Host),
+    let endpoint = H::endpoint(destination);
+    match endpoint {
+        Some(endpoint) if endpoint.flags & Endpoint::CONTAINER != 0 => return Ok(Way::Container(endpoint)),
+        Some(endpoint) if endpoint.flags & Endpoint::GATEWAY != 0 => return Ok(Way::Gateway),
+        _ if H::is_in_cluster(destination, config) => {}
+        _ => return Ok(Way::Outside),
+    }
+    let address = H::ipv4(destination);
+    let subnet = packet::masked(address, config.subnet_mask4);
+    let host = maps::host4(Ipv4::new(subnet.to_ne_bytes())).ok_or(DropReason::NoEndpoint)?;
+    if u32::from_ne_bytes(address.octets()) == subnet | GATEWAY {
+        Ok(Way::RemoteGateway(host))
+    } else {
+        Ok(Way::Remote(host, endpoint))
     }
 }
+
+/// The host part of gateway addresses.
+pub(crate) const GATEWAY: u32 = u32::to_be(1);
 
 /// Makes the frame one from the gateway to the container and counts it. What is left is to send it on.
 #[inline(always)]
