@@ -14,7 +14,6 @@
 
 mod container;
 mod error;
-pub mod features;
 mod hook;
 mod host;
 mod links;
@@ -25,7 +24,6 @@ mod object;
 mod pins;
 mod policy;
 mod program;
-mod verify;
 
 use std::{
     collections::BTreeSet,
@@ -44,7 +42,6 @@ pub use host::{Host, Way};
 pub use network::{Network, Prefix};
 pub use policy::{AppPolicy, Attachment, Limits, Policy, Port, Protocol};
 pub use program::{Outcome, Program};
-pub use verify::verify;
 
 use links::Links;
 use maps::Maps;

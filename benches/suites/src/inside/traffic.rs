@@ -9,6 +9,7 @@ use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
+use rustix::net::sockopt::set_tcp_congestion;
 use rustix::thread::{CpuSet, sched_setaffinity};
 use serde::{Deserialize, Serialize};
 
@@ -232,14 +233,19 @@ fn pattern() -> Vec<u8> {
 
 fn connect(to: SocketAddr) -> Result<TcpStream> {
     let stream = TcpStream::connect(to).with_context(|| format!("cannot connect to {to}"))?;
+    configured(stream)
+}
+
+/// Sends at once, and with what the kernel's makers have as its default: machines differ in theirs.
+fn configured(stream: TcpStream) -> Result<TcpStream> {
     stream.set_nodelay(true)?;
+    set_tcp_congestion(&stream, "cubic").context("cannot have cubic")?;
     Ok(stream)
 }
 
 fn accept(listener: &TcpListener) -> Result<TcpStream> {
     let (stream, _) = listener.accept().context("cannot accept")?;
-    stream.set_nodelay(true)?;
-    Ok(stream)
+    configured(stream)
 }
 
 /// Stays on one CPU and has it before builds and whatever else runs in the background.

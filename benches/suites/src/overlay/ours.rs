@@ -1,69 +1,145 @@
 //! Our own network: what `flynn-host` has on a host, without `flynn-host`.
+//!
+//! Policy is on, at its dearest: both containers' apps are isolated, and the client's may open connections to the server's.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::Ipv4Addr;
 use std::os::fd::{AsFd, OwnedFd};
 
 use anyhow::{Context, Result};
 use flynn_lab::netns;
-use flynn_overlay::{Network, NetworkConfig};
+use flynn_overlay::{AppPolicy, Attachment, Host, Network, NetworkConfig, Policy, RemoteEndpoint};
 use ipnet::Ipv4Net;
 use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
 
 use super::load::Pair;
+use super::peers::joined;
 
-/// A host's network namespace and its BPF file system. The network itself is in the kernel.
-pub(super) struct Host {
-    pins: tempfile::TempDir,
-    _namespace: OwnedFd,
-}
+/// A host's BPF file system, and with it its programs and maps. All else of the network is in its namespace.
+pub(super) struct Pins(tempfile::TempDir);
 
-impl Drop for Host {
+impl Drop for Pins {
     fn drop(&mut self) {
         // Where this fails, it goes with the process's mount namespace.
-        let _ = unmount(self.pins.path(), UnmountFlags::DETACH);
+        let _ = unmount(self.0.path(), UnmountFlags::DETACH);
     }
 }
 
-/// Two containers on one host.
-pub(super) fn one_host() -> Result<(Pair, Host)> {
-    let host = netns::make()?;
-    let (client, server) = (netns::make()?, netns::make()?);
-    let host = Host::up(host, 1, &[(&client, 2), (&server, 3)])?;
-    let pair = Pair {
-        name: "ours",
-        client,
-        server,
-        address: address(1, 3),
-    };
-    Ok((pair, host))
+/// What keeps a host: its namespace and its pins.
+pub(super) type Kept = (OwnedFd, Pins);
+
+/// A container that a host is to have.
+struct Container<'a> {
+    namespace: &'a OwnedFd,
+    last: u8,
+    attachment: Attachment,
 }
 
-impl Host {
-    /// Brings the network up in a namespace, with these containers.
-    fn up(namespace: OwnedFd, number: u8, containers: &[(&OwnedFd, u8)]) -> Result<Self> {
-        let pins = tempfile::tempdir()?;
-        mount("bpf", pins.path(), "bpf", MountFlags::empty(), None).context("mounting a BPF file system")?;
-        let config = NetworkConfig {
-            cluster: Ipv4Net::new(Ipv4Addr::new(100, 100, 0, 0), 16)?,
-            cluster6: Some(NetworkConfig::DEFAULT_CLUSTER6),
-            subnet: Ipv4Net::new(address(number, 0), 24)?,
-            pins: pins.path().join("flynn"),
-            uplink: None,
-        };
-        netns::inside(namespace.as_fd(), || {
-            netns::ip("link set lo up\n")?;
-            crate::inside::runtime()?.block_on(async {
-                let network = Network::up(config).await?;
-                for (container, last) in containers {
-                    network.attach(container.as_fd(), address(number, *last)).await?;
-                }
-                Ok(())
-            })
-        })?;
-        Ok(Self {
-            pins,
-            _namespace: namespace,
+/// The numbers of the two apps.
+const CLIENT: u32 = 1001;
+const SERVER: u32 = 1002;
+
+/// Two containers on one host.
+pub(super) fn one_host() -> Result<(Pair, Kept)> {
+    let host = netns::make()?;
+    let (client, server) = (netns::make()?, netns::make()?);
+    let containers = [container(&client, 2, CLIENT), container(&server, 3, SERVER)];
+    let pins = up(&host, 1, &[], &containers)?;
+    let pair = Pair {
+        name: "ours",
+        address: address(1, 3),
+        client,
+        server,
+    };
+    Ok((pair, (host, pins)))
+}
+
+/// Two hosts with a container each, joined by a veth pair.
+pub(super) fn two_hosts() -> Result<(Pair, [Kept; 2])> {
+    let (a, b) = (netns::make()?, netns::make()?);
+    joined(&a, &b, "uplink", &["192.0.2.1/24", "192.0.2.2/24"])?;
+    let (client, server) = (netns::make()?, netns::make()?);
+    let there = |host, last, identity| RemoteEndpoint {
+        address: address(host, last),
+        identity,
+    };
+    let pins_a = up(&a, 1, &[there(2, 2, SERVER)], &[container(&client, 2, CLIENT)])?;
+    let pins_b = up(&b, 2, &[there(1, 2, CLIENT)], &[container(&server, 2, SERVER)])?;
+    let pair = Pair {
+        name: "ours",
+        address: address(2, 2),
+        client,
+        server,
+    };
+    Ok((pair, [(a, pins_a), (b, pins_b)]))
+}
+
+fn container(namespace: &OwnedFd, last: u8, identity: u32) -> Container<'_> {
+    let attachment = Attachment {
+        identity,
+        ..Attachment::default()
+    };
+    Container {
+        namespace,
+        last,
+        attachment,
+    }
+}
+
+/// Brings the network up in a namespace, with these containers; those which are elsewhere are on the other host.
+fn up(
+    namespace: &OwnedFd,
+    number: u8,
+    elsewhere: &[RemoteEndpoint],
+    containers: &[Container<'_>],
+) -> Result<Pins> {
+    let pins = tempfile::tempdir()?;
+    mount("bpf", pins.path(), "bpf", MountFlags::empty(), None).context("mounting a BPF file system")?;
+    let pins = Pins(pins);
+    let host = |number| Host {
+        address: Ipv4Addr::new(192, 0, 2, number),
+        subnet: Ipv4Net::new_assert(address(number, 0), 24),
+        direct: false,
+    };
+    let alone = elsewhere.is_empty();
+    let config = NetworkConfig {
+        cluster: Ipv4Net::new_assert(Ipv4Addr::new(100, 100, 0, 0), 16),
+        cluster6: Some(NetworkConfig::DEFAULT_CLUSTER6),
+        subnet: host(number).subnet,
+        pins: pins.0.path().join("flynn"),
+        uplink: (!alone).then(|| "uplink".to_owned()),
+        address: (!alone).then_some(host(number).address),
+    };
+    netns::inside(namespace.as_fd(), || {
+        netns::ip("link set lo up\n")?;
+        crate::inside::runtime()?.block_on(async {
+            let network = Network::up(config).await?;
+            network.set_policy(&policy())?;
+            if !alone {
+                network.set_hosts(&[host(1), host(2)]).await?;
+                network.set_remote(elsewhere)?;
+            }
+            for it in containers {
+                let address = address(number, it.last);
+                network
+                    .attach(it.namespace.as_fd(), address, &it.attachment)
+                    .await?;
+            }
+            Ok(())
         })
+    })?;
+    Ok(pins)
+}
+
+fn policy() -> Policy {
+    let isolated = AppPolicy {
+        isolated: true,
+        system: false,
+    };
+    Policy {
+        apps: BTreeMap::from([(CLIENT, isolated), (SERVER, isolated)]),
+        allowed: BTreeSet::from([(CLIENT, SERVER)]),
+        host_ports: None,
     }
 }
 
