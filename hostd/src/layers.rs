@@ -184,7 +184,7 @@ fn cut_short(digest: Digest, length: u64, why: &dyn std::fmt::Display) -> Error 
 
 fn disk_error(digest: Digest, error: &io::Error) -> Error {
     if error.kind() == io::ErrorKind::StorageFull {
-        return crate::disk::full(format!("layer {digest} does not fit on the disk"));
+        return flynn_api::server::disk::full(format!("layer {digest} does not fit on the disk"));
     }
     Error::internal(format!("cannot store layer {digest}: {error}"))
 }

@@ -23,7 +23,6 @@ pub mod config;
 pub mod container;
 pub mod control;
 pub mod daemon;
-pub mod disk;
 pub mod files;
 pub mod identities;
 pub mod launch;

@@ -5,7 +5,6 @@ use std::ffi::{CStr, CString};
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
-use std::path::Path;
 use std::sync::Arc;
 
 use tokio::io::unix::AsyncFd;
@@ -297,12 +296,6 @@ fn make_block_node(path: &str, major: u32, minor: u32) -> io::Result<()> {
         Mode::RUSR | Mode::WUSR,
         makedev(major, minor),
     )?)
-}
-
-/// The free bytes of the file system of `path` that a root process can use, and its size.
-pub(crate) fn disk_space(path: &Path) -> io::Result<(u64, u64)> {
-    let stat = rustix::fs::statvfs(path)?;
-    Ok((stat.f_bavail * stat.f_frsize, stat.f_blocks * stat.f_frsize))
 }
 
 /// A descriptor's `/proc/self/fd` path, for calls that take paths only.

@@ -1,9 +1,12 @@
 //! One database server as an actor: it is told roles and tells how that went, and when the server ends by itself.
 
+use std::fmt::Write as _;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::Mutex;
 use std::time::Duration;
 
+use flynn_api::server::disk;
 use flynn_api::sirenia::DatabaseStatus;
 use flynn_sirenia::{Event, Role};
 use tokio::sync::mpsc;
@@ -19,6 +22,8 @@ use crate::{Error, Options};
 #[derive(Clone)]
 pub(crate) struct Handle {
     admin: Admin,
+    /// Where its data is.
+    data: PathBuf,
     /// Why it does not run, or `None` while it does.
     down: Arc<Mutex<Option<String>>>,
 }
@@ -27,7 +32,7 @@ impl Handle {
     /// How it does.
     pub(crate) async fn status(&self) -> DatabaseStatus {
         let down = self.down.lock().map_or(None, |down| down.clone());
-        match down {
+        let mut status = match down {
             Some(error) => DatabaseStatus {
                 error: Some(error),
                 ..DatabaseStatus::default()
@@ -37,7 +42,17 @@ impl Handle {
                 error: Some(error),
                 ..DatabaseStatus::default()
             }),
+        };
+        // Without room for its log the server ends itself, and says so to its own log only.
+        if let Some(error) = &mut status.error
+            && let Ok(Some(free)) = disk::nearly_full(&self.data)
+        {
+            let _ = write!(
+                error,
+                "; the disk of its volume is full ({free} MiB left): make room on that host, and it comes back by itself"
+            );
         }
+        status
     }
 
     fn set_down(&self, why: Option<String>) {
@@ -63,12 +78,13 @@ impl Database {
             sockets: volume.sockets(),
             port: options.port,
         };
+        let data = options.data.clone();
         let down = Arc::new(Mutex::new(Some("it has not been started yet".to_owned())));
         Self {
             volume,
             user,
             options,
-            handle: Handle { admin, down },
+            handle: Handle { admin, data, down },
             server: None,
         }
     }

@@ -1,11 +1,15 @@
 //! The connection to PostgreSQL: a small pool, migrations at start, and what its failures mean to callers.
 
+use std::path::Path;
 use std::time::Duration;
 
 use deadpool_postgres::{
     Client, Manager, ManagerConfig, Pool, PoolError, RecyclingMethod, Runtime, Timeouts,
 };
-use flynn_api::{Error, ErrorCode, Result};
+use flynn_api::client::Http;
+use flynn_api::server::disk;
+use flynn_api::{Error, ErrorCode, Result, sirenia};
+use tokio_postgres::config::Host;
 use tokio_postgres::error::SqlState;
 use tokio_postgres::{Config, NoTls};
 
@@ -18,6 +22,8 @@ const WAIT: Duration = Duration::from_secs(5);
 /// Settings of each connection: nothing waits for ever.
 const SETTINGS: &str = "-c statement_timeout=15000 -c lock_timeout=8000 \
                         -c idle_in_transaction_session_timeout=30000 -c application_name=flynn-controller";
+/// How long the appliance may take to say why its server does not serve.
+const ASK: Duration = Duration::from_secs(1);
 /// Between attempts to reach the database at the start, at most.
 const RETRY: Duration = Duration::from_millis(500);
 /// One attempt of so many is logged.
@@ -68,11 +74,33 @@ impl Database {
 
     /// A connection from the pool.
     pub(crate) async fn client(&self) -> Result<Client> {
-        self.pool.get().await.map_err(|why| match why {
+        let client = self.pool.get().await.map_err(|why| match why {
             PoolError::Backend(why) => explain(why),
             PoolError::Timeout(_) => away(&"no connection became free in time"),
             why => away(&why),
-        })
+        });
+        match client {
+            Err(error) if error.code == ErrorCode::Unavailable => Err(self.with_reason(error).await),
+            client => client,
+        }
+    }
+
+    /// Adds what the appliance, which outlives its server, knows of why it does not serve.
+    async fn with_reason(&self, mut error: Error) -> Error {
+        let Some(Host::Tcp(host)) = self.config.get_hosts().first() else {
+            return error;
+        };
+        let port = self.config.get_ports().first().copied().unwrap_or(5432);
+        let asked = async {
+            let http = Http::new(&format!("http://{host}:{}", port + 1))?;
+            http.get::<sirenia::Status>("/status").await
+        };
+        if let Ok(Ok(status)) = tokio::time::timeout(ASK, asked).await
+            && let Some(why) = status.peer.problem.or(status.database.error)
+        {
+            error.message = format!("{}. The database says: {why}", error.message);
+        }
+        error
     }
 
     /// Waits until the database answers, and brings its schema up to date.
@@ -119,8 +147,8 @@ fn describe(config: &Config) -> String {
         .get_hosts()
         .iter()
         .map(|host| match host {
-            tokio_postgres::config::Host::Tcp(name) => name.clone(),
-            tokio_postgres::config::Host::Unix(path) => path.display().to_string(),
+            Host::Tcp(name) => name.clone(),
+            Host::Unix(path) => path.display().to_string(),
         })
         .collect();
     format!("{}/{}", hosts.join(","), config.get_dbname().unwrap_or_default())
@@ -139,9 +167,17 @@ fn chain(why: &(dyn std::error::Error + 'static)) -> String {
 
 fn away(why: &dyn std::fmt::Display) -> Error {
     tracing::warn!(%why, "the database does not serve");
-    Error::unavailable(
-        "the controller's database is not there now. Nothing was changed; try again in a moment",
-    )
+    // The container's writable layer is on its host's disk, where the database's volume may be as well.
+    match disk::nearly_full(Path::new("/")) {
+        Ok(Some(free)) => Error::unavailable(format!(
+            "the controller's database is not there now. Nothing was changed. The disk of the controller's host is \
+             full ({free} MiB left), which may be why: make room there (old layers, volumes, logs), and the \
+             database comes back by itself"
+        )),
+        _ => Error::unavailable(
+            "the controller's database is not there now. Nothing was changed; try again in a moment",
+        ),
+    }
 }
 
 /// What a failure of the database means to the caller. Messages of the server stay in the log: they may quote data.
@@ -172,6 +208,12 @@ pub(crate) fn explain(why: tokio_postgres::Error) -> Error {
         let mut error = Error::conflict("another change of the same object was under way: try again");
         error.retry = true;
         return error;
+    }
+    if *code == SqlState::DISK_FULL {
+        tracing::error!(message = db.message(), "the database has no room");
+        return disk::full(
+            "nothing was changed, for the disk of the host that the controller's database is on is full",
+        );
     }
     // Class 08: connection; 53: resources; 57: an operator's or a timeout's intervention; read-only: a deposed primary.
     let class = &code.code()[..2];

@@ -61,7 +61,7 @@ impl Daemon {
                     layer.id
                 ))
             })?;
-            crate::disk::check(self.paths.state())?;
+            flynn_api::server::disk::check(self.paths.state())?;
             let body = self
                 .get(&template.replace("{id}", &layer.id.to_string()))
                 .await?

@@ -20,6 +20,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use flynn_api::host::{HostStatus, NetworkConfig};
+use flynn_api::server::disk;
 use flynn_api::{Error, Result};
 use tokio::sync::Semaphore;
 
@@ -30,8 +31,8 @@ use crate::cgroup::Hierarchies;
 use crate::config::{HostConfig, Overrides};
 use crate::layers::{Mounts, Store};
 use crate::paths::{Paths, RUN};
+use crate::prepare;
 use crate::status::boot_id;
-use crate::{disk, prepare};
 
 /// Jobs that are prepared and started at once.
 const STARTS: usize = 4;
@@ -184,7 +185,7 @@ impl Daemon {
 
     fn status(&self) -> Result<HostStatus> {
         let config = self.config();
-        let (disk_free, _) = crate::sys::disk_space(self.paths.state())
+        let (disk_free, _) = disk::space(self.paths.state())
             .map_err(|error| Error::internal(format!("cannot look at the disk: {error}")))?;
         let up = self.network.peek();
         let (cpu, memory) = crate::notices::machine();

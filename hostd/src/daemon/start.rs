@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use flynn_api::host::{Job, JobEventKind, JobState};
 use flynn_api::image::ImageManifest;
+use flynn_api::server::disk;
 use flynn_api::{Digest, Error, ErrorCode, Result};
 use jiff::Timestamp;
 use tokio::time::{Instant, sleep};
@@ -18,7 +19,7 @@ use crate::control::{Connection, Request};
 use crate::launch::{self, Bind, Launch};
 use crate::status::{Status, boot_id};
 use crate::supervisor::Backoff;
-use crate::{disk, files, identities, prepare, volumes};
+use crate::{files, identities, prepare, volumes};
 
 /// How long a supervisor may take to open its socket.
 const SUPERVISOR_START: Duration = Duration::from_secs(10);

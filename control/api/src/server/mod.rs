@@ -1,5 +1,6 @@
 //! What every service shares: listeners, extractors, event streams, logging and shutdown.
 
+pub mod disk;
 mod events;
 mod json;
 mod keys;

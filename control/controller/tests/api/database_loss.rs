@@ -6,15 +6,17 @@ use flynn_api::ErrorCode;
 use flynn_api::client::controller::EventFilter;
 use flynn_api::controller::{App, JobState};
 use futures::StreamExt as _;
+use tokio_postgres::NoTls;
 
 use crate::common::cluster::Cluster;
-use crate::common::controller::{job, options_on, start_with};
+use crate::common::controller::{job, options_on, start, start_with};
 use crate::common::{eventually, trial};
 
 pub(crate) fn trials() -> Vec<libtest_mimic::Trial> {
     vec![
         trial("the_database_goes_and_comes_back", goes_and_comes_back),
         trial("it_waits_for_its_database", waits),
+        trial("a_database_without_room_says_so", without_room),
         trial("controllers_that_start_together_migrate_once", together),
     ]
 }
@@ -95,6 +97,41 @@ async fn goes_and_comes_back() {
         (client.deployment(&deployment.id).await.ok()?.status == "complete").then_some(())
     })
     .await;
+    running.stop().await;
+}
+
+async fn without_room() {
+    let running = start().await;
+    let (client, connection) = running.options.database.connect(NoTls).await.unwrap();
+    tokio::spawn(connection);
+    // What PostgreSQL answers when a table cannot grow.
+    let full = "CREATE FUNCTION full_disk() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN \
+                RAISE 'could not extend file: No space left on device' USING ERRCODE = 'disk_full'; END $$; \
+                CREATE TRIGGER full_disk BEFORE INSERT ON apps EXECUTE FUNCTION full_disk()";
+    client.batch_execute(full).await.unwrap();
+    let wish = App {
+        name: "shop".into(),
+        ..App::default()
+    };
+    let refused = running.client.create_app(&wish).await.unwrap_err();
+    assert_eq!(
+        (refused.code, refused.retry),
+        (ErrorCode::LimitExceeded, true),
+        "{refused}"
+    );
+    assert!(
+        refused.message.contains("disk") && refused.message.contains("make room"),
+        "{refused}"
+    );
+    client
+        .batch_execute("DROP FUNCTION full_disk CASCADE")
+        .await
+        .unwrap();
+    running
+        .client
+        .create_app(&wish)
+        .await
+        .expect("with room it goes on");
     running.stop().await;
 }
 
