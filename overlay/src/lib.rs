@@ -37,4 +37,5 @@ pub use flynn_dataplane::{
     Protocol, Traffic, UNKNOWN,
 };
 pub use hosts::{Host, RemoteEndpoint};
+pub use masquerade::check_tool;
 pub use network::{Endpoint, Network, Reconciled};

@@ -4,6 +4,7 @@
 //! One table of our own, replaced whole and in one step. Connections that are translated already go on through it: the
 //! kernel remembers them apart from the rules.
 
+use std::path::PathBuf;
 use std::process::Stdio;
 
 use ipnet::IpNet;
@@ -105,18 +106,32 @@ fn prefix(network: IpNet) -> Value {
     json!({"prefix": {"addr": network.network(), "len": network.prefix_len()}})
 }
 
+/// Where nft is: on `PATH`, or where Debian has it, which is not on every `PATH`.
+fn program() -> Result<PathBuf> {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    std::env::split_paths(&path)
+        .chain(["/usr/sbin".into(), "/sbin".into()])
+        .map(|dir| dir.join("nft"))
+        .find(|program| program.is_file())
+        .ok_or_else(|| Error::Tool {
+            what: "address translation needs nft".into(),
+            why: "it is not installed. Install it: apt-get install nftables".into(),
+        })
+}
+
+/// Sees that the tool is there, before anything is begun that would need it.
+pub fn check_tool() -> Result<()> {
+    program().map(drop)
+}
+
 /// Has nft do the commands, all or none.
 async fn nft(commands: &[Value]) -> Result<()> {
     let what = || "setting up address translation with nft".to_owned();
     let failed = |error: std::io::Error| Error::Tool {
         what: what(),
-        why: if error.kind() == std::io::ErrorKind::NotFound {
-            "it is not installed. Install it: apt-get install nftables".into()
-        } else {
-            error.to_string()
-        },
+        why: error.to_string(),
     };
-    let mut child = Command::new("nft")
+    let mut child = Command::new(program()?)
         // By this name, and not as "-", it needs no /dev.
         .args(["--json", "--file", "/proc/self/fd/0"])
         .stdin(Stdio::piped())

@@ -18,7 +18,7 @@ use flynn_api::host::{Job, NetworkConfig, label};
 use flynn_api::tls::{Identity, KeyRequest, joining_client_config};
 
 use super::steps::take_lease;
-use super::{images, local_host, own_address, say};
+use super::{check_tools, images, local_host, own_address, say};
 use crate::identities;
 
 /// `flynn-host join`
@@ -63,6 +63,7 @@ pub async fn token(args: &TokenArgs) -> anyhow::Result<()> {
 
 /// Brings this host into a cluster.
 pub async fn run(args: &Args) -> anyhow::Result<()> {
+    check_tools()?;
     let host = local_host()?;
     let (host_id, address) = own_address(&host).await?;
     if let Some(images) = &args.images {

@@ -80,6 +80,11 @@ fn local_host() -> anyhow::Result<HostClient> {
     ))?))
 }
 
+/// Sees that this host has what a cluster's host needs, before anything is begun.
+fn check_tools() -> anyhow::Result<()> {
+    flynn_overlay::check_tool().context("nothing was changed")
+}
+
 /// This host's id and address, as its daemon knows them.
 async fn own_address(host: &HostClient) -> anyhow::Result<(String, Ipv4Addr)> {
     let status = host.status().await.context(
@@ -102,6 +107,7 @@ pub async fn download(args: &DownloadArgs) -> anyhow::Result<()> {
 
 /// Makes a cluster of this host.
 pub async fn run(args: &Args) -> anyhow::Result<()> {
+    check_tools()?;
     let host = local_host()?;
     let (host_id, address) = own_address(&host).await?;
     let state = State::open(&args.state, args.domain.as_deref())?;
