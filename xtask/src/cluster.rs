@@ -2,13 +2,12 @@
 //! developer would type.
 
 use crate::image::ARCHIVE;
-use crate::lab::{self, Ports};
+use crate::lab::{self, Lab, Ports};
 use crate::{build, exec, ui, workspace};
 use anyhow::{Context, Result, bail};
 use serde::Deserialize;
 use std::io::{Read, Write};
 use std::net::TcpStream;
-use std::path::PathBuf;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -29,15 +28,10 @@ pub(crate) fn url(ports: Ports) -> String {
     format!("http://{APP}.{DOMAIN}:{}", ports.http)
 }
 
-/// Where the CLI keeps the lab's cluster: beside the lab, and not among the developer's own clusters.
-pub(crate) fn flynnrc() -> PathBuf {
-    workspace::target().join("lab").join("flynnrc")
-}
-
 /// Waits until the host's daemon answers.
-pub(crate) fn wait_for_daemon() -> Result<()> {
+pub(crate) fn wait_for_daemon(lab: &Lab) -> Result<()> {
     wait(Duration::from_secs(30), || {
-        let Ok(mut command) = lab::in_host("test", ["-S", "/run/flynn/host.sock"]) else {
+        let Ok(mut command) = lab.in_host("test", ["-S", "/run/flynn/host.sock"]) else {
             return false;
         };
         command
@@ -48,18 +42,18 @@ pub(crate) fn wait_for_daemon() -> Result<()> {
     .with_context(|| {
         format!(
             "the host's daemon does not come up; {} says why",
-            lab::daemon_log().display()
+            lab.daemon_log().display()
         )
     })
 }
 
 /// Makes a cluster of the host. Progress goes to stderr.
-pub(crate) fn bootstrap() -> Result<Cluster> {
-    let mut command = lab::in_host(
+pub(crate) fn bootstrap(lab: &Lab) -> Result<Cluster> {
+    let mut command = lab.in_host(
         "flynn-host",
         ["bootstrap", "--domain", DOMAIN, "--images", lab::IMAGES, "--json"],
     )?;
-    let output = command
+    let output = exec::tied(&mut command)
         .stdin(Stdio::null())
         .stderr(Stdio::inherit())
         .output()
@@ -68,16 +62,16 @@ pub(crate) fn bootstrap() -> Result<Cluster> {
         bail!(
             "bootstrap failed: {}; {} may say more",
             output.status,
-            lab::daemon_log().display()
+            lab.daemon_log().display()
         );
     }
     serde_json::from_slice(&output.stdout).context("bootstrap's answer cannot be read")
 }
 
 /// Tells the CLI of the cluster.
-pub(crate) fn add(cluster: &Cluster, profile: build::Profile, ports: Ports) -> Result<()> {
+pub(crate) fn add(lab: &Lab, cluster: &Cluster, profile: build::Profile, ports: Ports) -> Result<()> {
     let domain = format!("{DOMAIN}:{}", ports.https);
-    let mut child = flynn(profile)
+    let mut child = flynn(lab, profile)
         .args([
             "cluster",
             "add",
@@ -107,14 +101,14 @@ pub(crate) fn add(cluster: &Cluster, profile: build::Profile, ports: Ports) -> R
 }
 
 /// Deploys the example from its docker-archive and waits until it answers.
-pub(crate) fn deploy(profile: build::Profile, ports: Ports) -> Result<()> {
+pub(crate) fn deploy(lab: &Lab, profile: build::Profile, ports: Ports) -> Result<()> {
     let archive = workspace::images().join(ARCHIVE);
-    let known = exec::quiet(flynn(profile).args(["-a", APP, "info"])).is_ok();
+    let known = exec::quiet(flynn(lab, profile).args(["-a", APP, "info"])).is_ok();
     if !known {
-        exec::quiet(flynn(profile).args(["create", "--remote", "", APP]))?;
+        exec::quiet(flynn(lab, profile).args(["create", "--remote", "", APP]))?;
     }
     exec::run(
-        flynn(profile)
+        flynn(lab, profile)
             .args(["-a", APP, "docker", "push", "--archive"])
             .arg(archive),
     )?;
@@ -125,9 +119,9 @@ pub(crate) fn deploy(profile: build::Profile, ports: Ports) -> Result<()> {
 }
 
 /// The CLI with the lab's cluster.
-pub(crate) fn flynn(profile: build::Profile) -> Command {
+pub(crate) fn flynn(lab: &Lab, profile: build::Profile) -> Command {
     let mut command = Command::new(profile.binary("flynn"));
-    command.env("FLYNNRC", flynnrc());
+    command.env("FLYNNRC", lab.flynnrc());
     command
 }
 
@@ -146,16 +140,16 @@ pub(crate) fn answer(ports: Ports) -> Option<String> {
 }
 
 /// The two or three commands to try next.
-pub(crate) fn what_next(profile: build::Profile, ports: Ports) {
+pub(crate) fn what_next(lab: &Lab, profile: build::Profile, ports: Ports) {
     let bin = profile.binary("flynn");
     let bin = bin.parent().unwrap_or(&bin).display();
     ui::step("Try next");
     for line in [
-        format!("export PATH={bin}:$PATH FLYNNRC={}", flynnrc().display()),
+        format!("export PATH={bin}:$PATH FLYNNRC={}", lab.flynnrc().display()),
         format!("curl {}", url(ports)),
         format!("flynn -a {APP} scale web=3"),
         format!("flynn -a {APP} env set GREETING=Hi"),
-        "cargo xtask down".to_owned(),
+        format!("cargo xtask down{}", lab.option()),
     ] {
         ui::note(&line);
     }

@@ -1,26 +1,27 @@
 //! `cargo xtask down`: ends what `up` brought up, however far it came, and sees that nothing is left.
 
-use crate::{cluster, lab, ui};
+use crate::lab::{self, Lab};
+use crate::ui;
 use anyhow::Result;
 
 /// What to end.
 #[derive(clap::Args)]
 pub(crate) struct Args {
     /// Also what tests that were killed have left
-    #[arg(long)]
+    #[arg(long, conflicts_with = "name")]
     all: bool,
+    #[command(flatten)]
+    lab: Lab,
 }
 
 /// Ends it.
 pub(crate) fn run(args: &Args) -> Result<()> {
     lab::need_root()?;
-    if !lab::tool_exists() {
+    if !args.lab.tool_exists() {
         ui::step("Nothing is up, and nothing was ever built to be");
         return Ok(());
     }
-    ui::timed("Ending the lab", || lab::down(args.all))?;
-    // It holds the key of a cluster that is no more.
-    let _ = std::fs::remove_file(cluster::flynnrc());
+    ui::timed("Ending the lab", || args.lab.down(args.all))?;
     ui::note("no process, mount, namespace, cgroup, pin or loop device of it is left");
     Ok(())
 }

@@ -1,12 +1,24 @@
 //! Running other programs, with errors that say which one failed and what to do.
 
 use anyhow::{Context, Result, bail};
+use rustix::process::{Signal, set_parent_process_death_signal};
+use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 
+/// Has a program die with us: whoever kills xtask means all that it does.
+pub(crate) fn tied(command: &mut Command) -> &mut Command {
+    let die = || Ok(set_parent_process_death_signal(Some(Signal::KILL))?);
+    // SAFETY: it makes one system call and touches no memory.
+    #[expect(unsafe_code, reason = "there is no safe form")]
+    unsafe {
+        command.pre_exec(die)
+    }
+}
+
 /// Runs a program with its output on our stderr, so that stdout stays for results.
 pub(crate) fn run(command: &mut Command) -> Result<()> {
-    let status = command
+    let status = tied(command)
         .stdin(Stdio::null())
         .stdout(std::io::stderr())
         .status()
@@ -23,7 +35,7 @@ pub(crate) fn quiet(command: &mut Command) -> Result<Vec<u8>> {
         status,
         stdout,
         stderr,
-    } = command
+    } = tied(command)
         .stdin(Stdio::null())
         .output()
         .with_context(|| not_started(command))?;
@@ -89,4 +101,23 @@ fn shown(command: &Command) -> String {
 fn not_started(command: &Command) -> String {
     let program = command.get_program().to_string_lossy().into_owned();
     format!("cannot start `{program}`; `cargo xtask setup` installs what is missing")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_missing_tool_is_named_with_the_way_to_get_it() {
+        for outcome in [
+            run(&mut Command::new("no-such-tool")),
+            quiet(&mut Command::new("no-such-tool")).map(drop),
+        ] {
+            let error = outcome.unwrap_err().to_string();
+            assert!(
+                error.contains("`no-such-tool`") && error.contains("cargo xtask setup"),
+                "{error}"
+            );
+        }
+    }
 }

@@ -1,4 +1,4 @@
-//! The lab that `up` boots and `down` ends, through the `flynn-lab` binary.
+//! The lab that `up` boots and `down` ends, through the `flynn-lab` binary. There may be several, by name.
 
 use crate::{build, exec, workspace};
 use anyhow::{Context, Result, bail};
@@ -10,12 +10,20 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
 
-/// Its name.
-const NAME: &str = "up";
+/// What it is called when nobody says otherwise.
+const DEFAULT: &str = "up";
 /// What the host's daemon is called there.
 pub(crate) const DAEMON: &str = "flynn-host";
 /// Where the host has the images.
 pub(crate) const IMAGES: &str = "/usr/local/share/flynn/images";
+
+/// The lab.
+#[derive(clap::Args, Clone)]
+pub(crate) struct Lab {
+    /// Its name: several can be up, each with ports of its own
+    #[arg(long = "lab", value_name = "NAME", default_value = DEFAULT)]
+    name: String,
+}
 
 /// Where the machine listens for the cluster, on 127.0.0.1.
 #[derive(clap::Args, Clone, Copy)]
@@ -61,84 +69,113 @@ fn labs() -> PathBuf {
     workspace::target().join("lab")
 }
 
-/// The lab's state directory.
-pub(crate) fn dir() -> PathBuf {
-    labs().join(NAME)
-}
-
-/// What the host's daemon says.
-pub(crate) fn daemon_log() -> PathBuf {
-    dir().join("host1").join(format!("{DAEMON}.log"))
-}
-
-/// The tool: the lab's own copy of it, since it knows that lab, else the one that is built.
-fn tool() -> Result<Command> {
-    let built = build::Profile::default().binary("flynn-lab");
-    let debug = build::Profile::debug().binary("flynn-lab");
-    let program = [dir().join("program"), built, debug]
-        .into_iter()
-        .find(|path| path.is_file());
-    let mut command = Command::new(program.context("flynn-lab is not built; run `cargo xtask build`")?);
-    command.arg("--labs").arg(labs());
-    Ok(command)
-}
-
-/// Whether the tool is there at all; without it, no lab ever was.
-pub(crate) fn tool_exists() -> bool {
-    tool().is_ok()
-}
-
-/// Boots the lab: one host with our daemon.
-pub(crate) fn up(profile: build::Profile, ports: Ports) -> Result<Status> {
-    let bind = |from: PathBuf, to: &str| json!({ "from": from, "to": to });
-    let config = json!({
-        "name": NAME,
-        "dir": dir(),
-        "hosts": 1,
-        "services": [{ "name": DAEMON, "command": ["/usr/local/bin/flynn-host", "daemon"] }],
-        "binds": [
-            bind(profile.binary("flynn-host"), "/usr/local/bin/flynn-host"),
-            bind(profile.binary("flynn"), "/usr/local/bin/flynn"),
-            bind(workspace::images(), IMAGES),
-        ],
-        "forwards": [
-            { "listen": format!("127.0.0.1:{}", ports.http), "port": 80 },
-            { "listen": format!("127.0.0.1:{}", ports.https), "port": 443 },
-        ],
-    });
-    std::fs::create_dir_all(labs()).context("cannot make target/lab")?;
-    let file = labs().join(format!("{NAME}.json"));
-    std::fs::write(&file, serde_json::to_vec_pretty(&config)?)
-        .context("cannot write the lab's configuration")?;
-    exec::run(tool()?.arg("up").arg(file))
-        .context("should a port be in use, choose others with --http-port and --https-port")?;
-    status().context("the lab does not answer")
-}
-
-/// How the lab is; none when there is none that answers.
-pub(crate) fn status() -> Option<Status> {
-    let output = tool()
-        .ok()?
-        .args(["status", NAME])
-        .stderr(Stdio::null())
-        .output()
-        .ok()?;
-    if !output.status.success() {
-        return None;
+impl Lab {
+    /// Its state directory.
+    fn dir(&self) -> PathBuf {
+        labs().join(&self.name)
     }
-    serde_json::from_slice(&output.stdout).ok()
-}
 
-/// Ends the lab, or what is left of a crashed one; `all` ends those of killed tests as well.
-pub(crate) fn down(all: bool) -> Result<()> {
-    exec::run(tool()?.args(["down", if all { "--all" } else { NAME }]))
-}
+    /// What the host's daemon says.
+    pub(crate) fn daemon_log(&self) -> PathBuf {
+        self.dir().join("host1").join(format!("{DAEMON}.log"))
+    }
 
-/// A command that runs in the host.
-pub(crate) fn in_host<A: AsRef<OsStr>>(program: &str, args: impl IntoIterator<Item = A>) -> Result<Command> {
-    let mut command = tool()?;
-    command.args(["exec", NAME, "1", program]).args(args);
-    Ok(command)
+    /// Where the CLI keeps its cluster: beside the lab, and not among the developer's own clusters.
+    pub(crate) fn flynnrc(&self) -> PathBuf {
+        labs().join(format!("{}.flynnrc", self.name))
+    }
+
+    /// What a command of ours must be given to mean this one.
+    pub(crate) fn option(&self) -> String {
+        if self.name == DEFAULT {
+            String::new()
+        } else {
+            format!(" --lab {}", self.name)
+        }
+    }
+
+    /// The tool: the lab's own copy of it, since it knows that lab, else the one that is built.
+    fn tool(&self) -> Result<Command> {
+        let built = build::Profile::default().binary("flynn-lab");
+        let debug = build::Profile::debug().binary("flynn-lab");
+        let program = [self.dir().join("program"), built, debug]
+            .into_iter()
+            .find(|path| path.is_file());
+        let mut command = Command::new(program.context("flynn-lab is not built; run `cargo xtask build`")?);
+        command.arg("--labs").arg(labs());
+        Ok(command)
+    }
+
+    /// Whether the tool is there at all; without it, no lab ever was.
+    pub(crate) fn tool_exists(&self) -> bool {
+        self.tool().is_ok()
+    }
+
+    /// Boots it: one host with our daemon.
+    pub(crate) fn up(&self, profile: build::Profile, ports: Ports) -> Result<Status> {
+        let bind = |from: PathBuf, to: &str| json!({ "from": from, "to": to });
+        let config = json!({
+            "name": self.name,
+            "dir": self.dir(),
+            "hosts": 1,
+            "services": [{ "name": DAEMON, "command": ["/usr/local/bin/flynn-host", "daemon"] }],
+            "binds": [
+                bind(profile.binary("flynn-host"), "/usr/local/bin/flynn-host"),
+                bind(profile.binary("flynn"), "/usr/local/bin/flynn"),
+                bind(workspace::images(), IMAGES),
+            ],
+            "forwards": [
+                { "listen": format!("127.0.0.1:{}", ports.http), "port": 80 },
+                { "listen": format!("127.0.0.1:{}", ports.https), "port": 443 },
+            ],
+        });
+        std::fs::create_dir_all(labs()).context("cannot make target/lab")?;
+        let file = labs().join(format!("{}.json", self.name));
+        std::fs::write(&file, serde_json::to_vec_pretty(&config)?)
+            .context("cannot write the lab's configuration")?;
+        exec::run(self.tool()?.arg("up").arg(file))
+            .context("should a port be in use, choose others with --http-port and --https-port")?;
+        self.status().context("the lab does not answer")
+    }
+
+    /// How it is; none when there is none that answers.
+    pub(crate) fn status(&self) -> Option<Status> {
+        let output = self
+            .tool()
+            .ok()?
+            .args(["status", &self.name])
+            .stderr(Stdio::null())
+            .output()
+            .ok()?;
+        if !output.status.success() {
+            return None;
+        }
+        serde_json::from_slice(&output.stdout).ok()
+    }
+
+    /// Ends it, or what is left of a crashed one; `all` ends every lab, those of killed tests as well.
+    pub(crate) fn down(&self, all: bool) -> Result<()> {
+        exec::run(
+            self.tool()?
+                .args(["down", if all { "--all" } else { &self.name }]),
+        )?;
+        // It holds the key of a cluster that is no more.
+        for left in [self.flynnrc(), labs().join(format!("{}.json", self.name))] {
+            let _ = std::fs::remove_file(left);
+        }
+        Ok(())
+    }
+
+    /// A command that runs in the host.
+    pub(crate) fn in_host<A: AsRef<OsStr>>(
+        &self,
+        program: &str,
+        args: impl IntoIterator<Item = A>,
+    ) -> Result<Command> {
+        let mut command = self.tool()?;
+        command.args(["exec", &self.name, "1", program]).args(args);
+        Ok(command)
+    }
 }
 
 /// Sees that we are root, which namespaces and mounts need.

@@ -48,7 +48,7 @@ enum Command {
     /// End what `up` brought up, and see that nothing is left
     Down(down::Args),
     /// Say how what `up` brought up is doing
-    Status(build::Profile),
+    Status(status::Args),
     /// Run every test, as CI does
     Test(test::Args),
     /// Check formatting, lints, dependencies and who may know whom
@@ -67,7 +67,7 @@ fn main() -> ExitCode {
     let outcome = match Cli::parse().command {
         Command::Up(args) => up::run(&args),
         Command::Down(args) => down::run(&args),
-        Command::Status(profile) => status::run(profile),
+        Command::Status(args) => status::run(&args),
         Command::Test(args) => test::run(&args),
         Command::Lint => lint::run(),
         Command::Setup(args) => setup::run(&args),

@@ -119,8 +119,14 @@ fn counted(runner: Runner, command: &mut Command, long: bool) -> Result<Tally> {
         .stderr(Stdio::piped())
         .stdout(Stdio::piped())
         .env("FLYNN_TARGET", workspace::target())
+        .env(
+            "FLYNN_XTASK",
+            std::env::current_exe().context("where is this program?")?,
+        )
         .env("FLYNN_TEST_LONG", if long { "1" } else { "0" });
-    let mut child = command.spawn().context("cannot start the test runner")?;
+    let mut child = exec::tied(command)
+        .spawn()
+        .context("cannot start the test runner")?;
     let (stdout, stderr) = (
         child.stdout.take().context("no stdout")?,
         child.stderr.take().context("no stderr")?,

@@ -13,6 +13,8 @@ pub struct Artifacts {
     pub images: PathBuf,
     /// An app that nobody here wrote, as a docker-archive.
     pub example: PathBuf,
+    /// The chores' binary.
+    pub xtask: PathBuf,
     /// Where labs have their state.
     pub labs: PathBuf,
 }
@@ -36,11 +38,12 @@ impl Artifacts {
         let found = Self {
             flynn_host: binary("flynn-host"),
             flynn: binary("flynn"),
+            xtask: std::env::var_os("FLYNN_XTASK").map_or_else(|| target.join("debug/xtask"), PathBuf::from),
             example: images.join("example.docker.tar"),
             labs: target.join("lab"),
             images,
         };
-        for path in [&found.flynn_host, &found.flynn] {
+        for path in [&found.flynn_host, &found.flynn, &found.xtask] {
             exists(path, "cargo xtask build")?;
         }
         for name in [

@@ -6,11 +6,13 @@
 //! that a person would.
 
 mod artifacts;
+mod engine;
 mod load;
 mod platform;
 mod wait;
 
 pub use artifacts::Artifacts;
+pub use engine::Engine;
 pub use load::{Failure, Load, Report};
 pub use platform::{Answer, Bootstrapped, DOMAIN, FLYNN_HOST, IMAGES, PROGRAM, Platform};
 pub use wait::until;

@@ -2,6 +2,7 @@
 
 use crate::cgroup::{self, Group};
 use crate::config::check_name;
+use crate::making::alone;
 use crate::wait::until;
 use anyhow::{Context, Result, bail};
 use std::fs;
@@ -18,6 +19,8 @@ pub fn labs() -> Result<Vec<String>> {
 /// a process, a cgroup, a mount in any namespace, or a loop device.
 pub fn clean(name: &str, dir: &Path) -> Result<()> {
     check_name(name)?;
+    // One that is in the making comes to be first, and nobody makes one of this name meanwhile.
+    let _alone = alone(dir)?;
     let group = Group::lab(name)?;
     group.kill()?;
     group.remove()?;

@@ -4,6 +4,7 @@ use crate::cgroup::Group;
 use crate::config::{LabConfig, host_address};
 use crate::disk::Pool;
 use crate::host::MachineHost;
+use crate::making::alone;
 use crate::protocol::{LabStatus, Request, Response};
 use crate::stage::{ForwardPlan, Stage, hand, plan};
 use crate::switch::Switch;
@@ -12,7 +13,7 @@ use rustix::mount::{MountPropagationFlags, mount_change};
 use rustix::process::Pid;
 use rustix::thread::UnshareFlags;
 use serde::{Deserialize, Serialize};
-use std::fs;
+use std::fs::{self, File};
 use std::io::{BufRead, BufReader, Write};
 use std::net::SocketAddr;
 use std::os::fd::AsRawFd;
@@ -63,12 +64,14 @@ pub(crate) fn main() -> Result<i32> {
     }
     // Services whose helper was killed are reaped here, not by whoever is the machine's process 1.
     rustix::process::set_child_subreaper(Pid::from_raw(1)).context("cannot become a reaper")?;
+    // Whoever ends the lab meanwhile waits until it is there, or was here first.
+    let making = alone(&config.dir)?.context("the lab was ended before it was made")?;
     let keeper = Keeper::start(&config)?;
     // The same thread for good: monitors die with the thread that started them.
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()?;
-    let outcome = runtime.block_on(keeper.serve(detached));
+    let outcome = runtime.block_on(keeper.serve(detached, making));
     // A read of stdin may be under way for ever.
     runtime.shutdown_background();
     outcome
@@ -156,16 +159,20 @@ impl Keeper {
     }
 
     /// Answers until it is asked to end, told to by a signal, or left alone by whoever started it.
-    async fn serve(mut self, detached: bool) -> Result<i32> {
+    async fn serve(mut self, detached: bool, making: File) -> Result<i32> {
         use tokio::signal::unix::{SignalKind, signal};
         let (mut terminate, mut interrupt) =
             (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
         let socket = socket(&self.config.dir);
         let listener =
             UnixListener::bind(&socket).with_context(|| format!("cannot listen at {}", socket.display()))?;
-        // Whoever started the lab waits for this line.
-        println!("up");
-        std::io::stdout().flush()?;
+        // Whoever started the lab waits for this line; of no use to one who is gone.
+        let told = writeln!(std::io::stdout(), "up").and_then(|()| std::io::stdout().flush());
+        if told.is_err() {
+            self.stop()?;
+            bail!("whoever started the lab is gone");
+        }
+        drop(making);
         let (wishes, mut wished) = mpsc::channel::<Wish>(16);
         let mut owner = tokio::io::stdin();
         let mut nothing = [0; 1];

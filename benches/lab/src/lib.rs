@@ -27,6 +27,7 @@ mod config;
 mod disk;
 mod host;
 mod keeper;
+mod making;
 pub mod netns;
 mod protocol;
 mod stage;

@@ -78,6 +78,7 @@ const PACKAGES: &[(&str, &str, Need)] = &[
     ("mount", "mounts the lab's disks", Need::Lab),
     ("curl", "asks what runs in the lab", Need::Test),
     ("busybox-static", "what test containers run", Need::Test),
+    ("docker.io", "what images are pushed from", Need::Test),
     ("procps", "finds processes in the lab", Need::Test),
     ("runc", "a peer of the benchmarks", Need::Bench),
     ("nginx", "a peer of the benchmarks", Need::Bench),

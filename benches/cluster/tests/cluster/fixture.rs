@@ -57,8 +57,13 @@ impl Cluster {
         self.platform.as_ref().context("the cluster was taken down")
     }
 
+    /// What was built.
+    pub(crate) fn artifacts(&self) -> Result<&Artifacts> {
+        self.artifacts.as_ref().context("nothing is built")
+    }
+
     fn make(&mut self) -> Result<()> {
-        let artifacts = self.artifacts.as_ref().context("nothing is built")?;
+        let artifacts = self.artifacts()?;
         let name = format!("test-{}", std::process::id());
         let platform = self.platform.insert(Platform::boot(&name, artifacts, 2)?);
         let made = platform.bootstrap().and_then(|took| {

@@ -208,6 +208,29 @@ pub(crate) fn secrets(cluster: &mut Cluster) -> Result<()> {
         "http://localhost/host/jobs",
     ];
     shown("the host's jobs", &platform.host().run("curl", curl)?)?;
+    let inspect = "for job in $(flynn-host ps --all --quiet); do \
+                   flynn-host inspect $job; flynn-host inspect --json $job; done";
+    let inspected = platform.host().run("sh", ["-ec", inspect])?;
+    ensure!(
+        inspected.contains("API_TOKEN"),
+        "the environment is not shown at all: {inspected}"
+    );
+    shown("an inspected job", &inspected)?;
+    shown("ps", &platform.run(["-a", APP, "ps"])?)?;
+    // Errors: of a program that is not there, of a release that is refused, and of a key that is wrong.
+    shown(
+        "a failed command",
+        &platform.refused(["-a", APP, "run", "--", "/no/such/program"])?,
+    )?;
+    let release = r#"{"env":{"API_TOKEN":"s3cr3t-of-the-app"},"artifacts":["nowhere"],"procesess":{}}"#;
+    let answer = platform.controller(Method::POST, "/releases", release)?;
+    ensure!(
+        answer.status.is_client_error(),
+        "{}: {}",
+        answer.status,
+        answer.body
+    );
+    shown("a refused release", &answer.body)?;
     shown(
         "the events",
         &platform.controller(Method::GET, "/events?past=true", "")?.body,

@@ -30,6 +30,24 @@ pub(crate) fn joins(cluster: &mut Cluster) -> Result<()> {
         eprintln!("      refused: {said:#}");
     }
 
+    // A host that lacks a tool says so before it uses the token up.
+    let second = platform.lab().host(2);
+    let nft = second.run("sh", ["-c", "command -v nft"])?;
+    let (nft, away) = (nft.trim().to_owned(), format!("{}.away", nft.trim()));
+    second.run("mv", [&nft, &away])?;
+    let said = flynn_host(platform, 2, &["join", address, token])
+        .err()
+        .context("it joined without nft")?;
+    second.run("mv", [&away, &nft])?;
+    eprintln!("      refused: {said:#}");
+    let said = said.to_string();
+    ensure!(
+        said.contains("nft")
+            && said.contains("apt-get install nftables")
+            && said.contains("nothing was changed"),
+        "the missing tool is not named: {said}"
+    );
+
     flynn_host(platform, 2, &["join", address, token, "--images", IMAGES])?;
     until(LIMIT, "both hosts are known on the second host's gateway", || {
         let hosts: Vec<Instance> = discoverd(platform, 2, "/services/flynn-host/instances")?;

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use flynn_api::controller::{Job, JobState};
-use flynn_cluster_tests::{DOMAIN, Platform, until};
+use flynn_cluster_tests::{DOMAIN, Engine, Platform, until};
 
 use crate::fixture::{APP, Cluster};
 
@@ -28,6 +28,50 @@ pub(crate) fn answers(cluster: &mut Cluster) -> Result<()> {
     let apps = platform.run(["apps"])?;
     ensure!(apps.contains(APP), "the app is not listed: {apps}");
     Ok(())
+}
+
+pub(crate) fn engine(cluster: &mut Cluster) -> Result<()> {
+    const LOCAL: &str = "local";
+    const IMAGE: &str = "flynn-example:latest";
+    let platform = cluster.platform()?;
+    let engine = Engine::start()?;
+    engine.load(platform.example())?;
+    platform.run(["create", "--remote", "", LOCAL])?;
+    let push = |host: &str, path: Option<&str>, image: &str| -> Result<(bool, String)> {
+        let mut command = platform.flynn();
+        command
+            .env("DOCKER_HOST", host)
+            .args(["-a", LOCAL, "docker", "push", image]);
+        if let Some(path) = path {
+            command.env("PATH", path);
+        }
+        let output = command.output()?;
+        let said = String::from_utf8_lossy(&output.stderr).trim().to_owned();
+        eprintln!("      docker push {image}: {said}");
+        Ok((output.status.success(), said))
+    };
+    let refused = |host: &str, path: Option<&str>, image: &str, words: &str| -> Result<()> {
+        let (done, said) = push(host, path, image)?;
+        ensure!(
+            !done && said.contains(words),
+            "it should speak of {words:?}: {said}"
+        );
+        Ok(())
+    };
+    refused(&engine.host(), None, "no-such-image", "no-such-image")?;
+    refused("unix:///nowhere.sock", None, IMAGE, "/nowhere.sock")?;
+    refused(&engine.host(), Some("/nowhere"), IMAGE, "install docker")?;
+
+    let (done, said) = push(&engine.host(), None, IMAGE)?;
+    ensure!(done, "{said}");
+    engine.end()?;
+    let answer = platform.answers(LOCAL, MINUTE)?;
+    ensure!(
+        answer.body.starts_with("Hello from "),
+        "the app said {:?}",
+        answer.body
+    );
+    platform.run(["-a", LOCAL, "delete", "-y"]).map(drop)
 }
 
 /// The names that instances give as their own in answers to `count` requests.

@@ -8,16 +8,22 @@ mod fixture;
 mod input;
 mod join;
 mod life;
+mod traces;
+mod up;
 
 use fixture::Cluster;
-use flynn_cluster_tests::Artifacts;
+use flynn_cluster_tests::{Artifacts, Engine};
 use libtest_mimic::{Arguments, Trial};
 
 type Test = fn(&mut Cluster) -> anyhow::Result<()>;
 
+/// The test that wants a docker engine.
+const PUSH_FROM_ENGINE: &str = "an_image_is_pushed_from_the_local_docker_engine";
+
 const TESTS: &[(&str, Test)] = &[
     ("a_cluster_comes_up_from_built_images", life::comes_up),
     ("an_app_is_pushed_and_answers_through_the_router", life::answers),
+    (PUSH_FROM_ENGINE, life::engine),
     (
         "three_instances_have_three_addresses_and_all_answer",
         life::scales,
@@ -43,6 +49,7 @@ const TESTS: &[(&str, Test)] = &[
     ("the_app_answers_again_after_a_power_cut", faults::power_cut),
     ("a_second_host_joins_with_a_token", join::joins),
     ("nothing_is_left_after_down", faults::down),
+    ("an_up_that_was_killed_leaves_nothing_after_down", up::killed),
 ];
 
 fn main() {
@@ -54,10 +61,15 @@ fn main() {
     if let Err(why) = &found {
         eprintln!("skipped: {why}");
     }
+    let no_engine = Engine::missing();
+    if let Some(why) = &no_engine {
+        eprintln!("skipped: {PUSH_FROM_ENGINE}: {why}");
+    }
     let cluster = fixture::shared(found.as_ref().ok().cloned());
     let trials = TESTS.iter().map(|(name, test)| {
         let cluster = std::sync::Arc::clone(&cluster);
-        Trial::test(*name, move || fixture::run(&cluster, *test)).with_ignored_flag(found.is_err())
+        let unfit = found.is_err() || (*name == PUSH_FROM_ENGINE && no_engine.is_some());
+        Trial::test(*name, move || fixture::run(&cluster, *test)).with_ignored_flag(unfit)
     });
     let conclusion = libtest_mimic::run(&arguments, trials.collect());
     // The lab ends with its value, and before this process does.
