@@ -65,9 +65,10 @@ fn build() -> Result<(), String> {
     for toolchain in toolchains {
         match toolchain.build(&ebpf.join("programs"), &target_dir, &linker) {
             Ok(built) => {
-                return OBJECTS
+                OBJECTS
                     .into_iter()
-                    .try_for_each(|name| put(&built.join(name), &out_dir.join(name)));
+                    .try_for_each(|name| put(&built.join(name), &out_dir.join(name)))?;
+                return list(&out_dir);
             }
             Err(failure) => failures.push(failure),
         }
@@ -84,6 +85,15 @@ fn put(object: &Path, to: &Path) -> Result<(), String> {
             to.display()
         )),
     }
+}
+
+/// Writes down which objects there are, for whoever wants all of them.
+fn list(out_dir: &Path) -> Result<(), String> {
+    let entries = OBJECTS.map(|name| {
+        format!("(\"{name}\", aya::include_bytes_aligned!(concat!(env!(\"OUT_DIR\"), \"/{name}\")))")
+    });
+    fs::write(out_dir.join("objects.rs"), format!("&[{}]", entries.join(",")))
+        .map_err(|error| format!("writing the list of objects: {error}"))
 }
 
 /// A compiler with the sources of its standard library, and the cargo to drive it.

@@ -14,6 +14,7 @@
 
 mod container;
 mod error;
+pub mod features;
 mod hook;
 mod host;
 mod links;
@@ -24,6 +25,7 @@ mod object;
 mod pins;
 mod policy;
 mod program;
+mod verify;
 
 use std::{
     collections::BTreeSet,
@@ -42,6 +44,7 @@ pub use host::{Host, Way};
 pub use network::{Network, Prefix};
 pub use policy::{AppPolicy, Attachment, Limits, Policy, Port, Protocol};
 pub use program::{Outcome, Program};
+pub use verify::verify;
 
 use links::Links;
 use maps::Maps;

@@ -2,6 +2,8 @@
 
 use std::path::Path;
 
+use flynn_api::host::KernelFeature;
+
 /// What the kernel lacks, and what that means.
 pub(crate) fn of_kernel() -> Vec<String> {
     let filesystems = std::fs::read_to_string("/proc/filesystems").unwrap_or_default();
@@ -20,6 +22,39 @@ pub(crate) fn of_kernel() -> Vec<String> {
     }
     notices.push("temp_disk limits are not enforced: that needs project quotas".into());
     notices
+}
+
+/// What the kernel has of what the network makes use of, and what the operator misses without the rest.
+pub(crate) fn of_network() -> (Vec<KernelFeature>, Vec<String>) {
+    let probed = flynn_dataplane::features::probe();
+    let missed = probed
+        .iter()
+        .filter(|(feature, present)| !present && feature.is_missed())
+        .map(|(feature, _)| format!("{}: the kernel has no {}", feature.otherwise(), feature.name()))
+        .collect();
+    let features = probed
+        .into_iter()
+        .map(|(feature, present)| KernelFeature {
+            name: feature.name().into(),
+            present,
+            detail: if present {
+                feature.purpose()
+            } else {
+                feature.otherwise()
+            }
+            .into(),
+        })
+        .collect::<Vec<_>>();
+    let with = |present| {
+        let names: Vec<&str> = features
+            .iter()
+            .filter(|feature: &&KernelFeature| feature.present == present)
+            .map(|feature| feature.name.as_str())
+            .collect();
+        names.join(" ")
+    };
+    tracing::info!(used = with(true), missing = with(false), "kernel features");
+    (features, missed)
 }
 
 fn module_can_come(name: &str) -> bool {

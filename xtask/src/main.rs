@@ -22,6 +22,7 @@ mod tally;
 mod test;
 mod ui;
 mod up;
+mod vm;
 mod workspace;
 
 use clap::{Parser, Subcommand};
@@ -51,6 +52,8 @@ enum Command {
     Status(status::Args),
     /// Run every test, as CI does
     Test(test::Args),
+    /// Run the kernel tests under older kernels, in virtual machines
+    Vm(vm::Args),
     /// Check formatting, lints, dependencies and who may know whom
     Lint,
     /// Install what is missing on this machine: Debian packages, the eBPF toolchain, cargo tools
@@ -69,6 +72,7 @@ fn main() -> ExitCode {
         Command::Down(args) => down::run(&args),
         Command::Status(args) => status::run(&args),
         Command::Test(args) => test::run(&args),
+        Command::Vm(args) => vm::run(&args),
         Command::Lint => lint::run(),
         Command::Setup(args) => setup::run(&args),
         Command::Build(profile) => build::run(profile),

@@ -26,10 +26,19 @@ pub(crate) enum Need {
     Test,
     /// The peers that benchmarks compare with
     Bench,
+    /// What boots other kernels
+    Vm,
 }
 
 /// All of them.
-const ALL: [Need; 5] = [Need::Build, Need::Images, Need::Lab, Need::Test, Need::Bench];
+const ALL: [Need; 6] = [
+    Need::Build,
+    Need::Images,
+    Need::Lab,
+    Need::Test,
+    Need::Bench,
+    Need::Vm,
+];
 
 /// How to set up.
 #[derive(clap::Args)]

@@ -2,7 +2,7 @@
 
 use crate::setup::{self, Need};
 use crate::tally::{Runner, Tally};
-use crate::{build, exec, image, lint, ui, workspace};
+use crate::{build, exec, image, lint, ui, vm, workspace};
 use anyhow::{Context, Result, bail};
 use std::collections::BTreeSet;
 use std::io::{BufRead, BufReader, Write};
@@ -54,7 +54,10 @@ pub(crate) fn run(args: &Args) -> Result<()> {
 
 /// The counts, and the names of what failed.
 fn all(args: &Args) -> Result<(Tally, Vec<String>)> {
-    setup::provide(&[Need::Build, Need::Images, Need::Lab, Need::Test], args.yes)?;
+    setup::provide(
+        &[Need::Build, Need::Images, Need::Lab, Need::Test, Need::Vm],
+        args.yes,
+    )?;
     let mut tally = Tally::default();
     let mut failed = Vec::new();
     let mut note = |name: &str, outcome: Result<Tally>| match outcome {
@@ -94,6 +97,12 @@ fn all(args: &Args) -> Result<(Tally, Vec<String>)> {
         counted(Runner::Nextest, &mut nextest, args.long)
     });
     note("unit, simulation and kernel tests", unit);
+
+    let selection = vm::Selection {
+        long: args.long,
+        ..vm::Selection::default()
+    };
+    note("kernel tests under older kernels", vm::test(&selection));
 
     let built = build::run(build::Profile::default())
         .and_then(|()| image::make(&BTreeSet::from(image::Name::ALL), build::Profile::default()));

@@ -411,6 +411,17 @@ pub struct LogLine {
     pub process_type: String,
 }
 
+/// Something that not every kernel has.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct KernelFeature {
+    /// Its name in the kernel's own words.
+    pub name: String,
+    /// Whether it is there, and so is used.
+    pub present: bool,
+    /// What it is used for, or what is done without it.
+    pub detail: String,
+}
+
 /// What a host is and how it does.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct HostStatus {
@@ -440,6 +451,9 @@ pub struct HostStatus {
     /// What this host cannot do, and why.
     #[serde(default)]
     pub notices: Vec<String>,
+    /// What the kernel has, and has not, of what the network makes use of.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub features: Vec<KernelFeature>,
     /// The kernel's boot id.
     pub boot_id: String,
 }

@@ -122,6 +122,10 @@ pub(super) fn status(status: &HostStatus) -> String {
             .iter()
             .map(|(name, value)| format!("tag       {name}={value}")),
     );
+    lines.extend(status.features.iter().map(|feature| {
+        let has = if feature.present { "has" } else { "has no" };
+        format!("kernel    {has} {}: {}", feature.name, feature.detail)
+    }));
     lines.extend(status.notices.iter().map(|notice| format!("notice    {notice}")));
     lines.join("\n")
 }

@@ -60,6 +60,8 @@ struct Daemon {
     starts: Semaphore,
     /// What this host cannot do, and what was found broken.
     notices: Mutex<Vec<String>>,
+    /// What the kernel has of what the network makes use of.
+    features: Vec<flynn_api::host::KernelFeature>,
 }
 
 /// Runs the daemon until it is told to stop. Jobs go on.
@@ -77,6 +79,8 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
     crate::cgroup::prepare(&hierarchies).context("cannot make the cgroup flynn")?;
     let mut notices = hierarchies.notices();
     notices.extend(crate::notices::of_kernel());
+    let (features, missed) = crate::notices::of_network();
+    notices.extend(missed);
     let (stored, broken) = store::load(&paths).context("cannot read the jobs")?;
     for notice in &broken {
         tracing::error!("{notice}");
@@ -93,6 +97,7 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
         executable: Executable::own().context("cannot open this program's own file")?,
         starts: Semaphore::new(STARTS),
         notices: Mutex::new(notices),
+        features,
         paths,
     });
     daemon.restore_network(&stored).await;
@@ -205,6 +210,7 @@ impl Daemon {
                 .lock()
                 .unwrap_or_else(PoisonError::into_inner)
                 .clone(),
+            features: self.features.clone(),
             boot_id: boot_id(),
         })
     }

@@ -85,6 +85,12 @@ const PACKAGES: &[(&str, &str, Need)] = &[
     ("haproxy", "a peer of the benchmarks", Need::Bench),
     ("wrk", "makes load for benchmarks", Need::Bench),
     ("iperf3", "makes load for benchmarks", Need::Bench),
+    ("qemu-system-x86", "boots other kernels", Need::Vm),
+    ("cpio", "packs what they boot into", Need::Vm),
+    ("kmod", "loads their modules", Need::Vm),
+    ("busybox-static", "is their user space", Need::Vm),
+    ("iproute2", "connects namespaces in them", Need::Vm),
+    ("nftables", "masquerades in them", Need::Vm),
 ];
 
 /// The packages that are needed and not installed, with what they are for.

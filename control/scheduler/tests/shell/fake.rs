@@ -381,6 +381,7 @@ fn host_status() -> HostStatus {
         memory: 8 << 30,
         disk_free: 1 << 40,
         notices: Vec::new(),
+        features: Vec::new(),
         boot_id: String::new(),
     }
 }

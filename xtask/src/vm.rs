@@ -1,0 +1,259 @@
+//! `cargo xtask vm`: the kernel tests under older kernels.
+//!
+//! Debian's cloud kernels are booted by qemu, which emulates the processor: that works wherever there is no KVM, and
+//! inside virtual machines. The machine is an initramfs that holds the tests of the data plane and of the overlay as
+//! they are built for this machine, and what they call (`ip`, `nft`). It writes what they say to its second serial
+//! port, where nothing of the kernel's own comes between.
+//!
+//! A machine that does not report, stops in the middle or leaves a test program out has failed.
+
+mod initramfs;
+mod kernel;
+mod report;
+
+use crate::setup::{self, Need};
+use crate::tally::Tally;
+use crate::{exec, ui, workspace};
+use anyhow::{Context, Result, bail};
+use kernel::Kernel;
+use serde::Deserialize;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+/// The crates whose integration tests run in every machine.
+const CRATES: [&str; 1] = ["flynn-dataplane"];
+/// Those which take long under emulation: they run under the oldest kernel only, unless there is time.
+const LONG_CRATES: [&str; 1] = ["flynn-overlay"];
+/// What a machine has, and what qemu may take of this one.
+const MEMORY_MIB: u32 = 1024;
+const CPUS: u32 = 2;
+
+/// What to boot.
+#[derive(clap::Args)]
+pub(crate) struct Args {
+    /// Boot this series of kernels only (6.1, 6.12); may be given several times
+    #[arg(long = "kernel", value_parser = kernel::SERIES.map(|series| series.name))]
+    kernels: Vec<String>,
+    /// Run all tests under each kernel; else those that take long run under the oldest only
+    #[arg(long)]
+    long: bool,
+    /// Run only tests whose names contain this
+    #[arg(long)]
+    filter: Option<String>,
+    /// Install what is missing without asking (also with CI=true in the environment)
+    #[arg(long)]
+    yes: bool,
+}
+
+/// Boots what was asked for and prints the counts.
+pub(crate) fn run(args: &Args) -> Result<()> {
+    setup::provide(&[Need::Build, Need::Vm], args.yes)?;
+    let tally = test(&Selection {
+        kernels: &args.kernels,
+        long: args.long,
+        filter: args.filter.as_deref(),
+    })?;
+    println!(
+        "{} passed, {} failed, {} skipped",
+        tally.passed, tally.failed, tally.skipped
+    );
+    if tally.failed > 0 {
+        bail!("tests failed under another kernel; what failed is said above");
+    }
+    Ok(())
+}
+
+/// Which tests run where.
+#[derive(Default)]
+pub(crate) struct Selection<'s> {
+    /// Series of kernels; none are all.
+    pub(crate) kernels: &'s [String],
+    /// Also what takes long.
+    pub(crate) long: bool,
+    /// Only tests whose names contain this.
+    pub(crate) filter: Option<&'s str>,
+}
+
+/// Runs the tests in one machine after another. A kernel that cannot be had counts as one skipped test.
+pub(crate) fn test(selection: &Selection<'_>) -> Result<Tally> {
+    let tests = build()?;
+    let mut tally = Tally::default();
+    for (index, series) in kernel::SERIES.into_iter().enumerate() {
+        if !selection.kernels.is_empty() && !selection.kernels.iter().any(|name| name == series.name) {
+            continue;
+        }
+        match kernel::get(series) {
+            Ok(kernel) => {
+                tally += ui::timed(&format!("Kernel tests under Linux {}", kernel.release), || {
+                    let all = selection.long || index == 0;
+                    let tests: Vec<&Test> = tests.iter().filter(|test| all || !test.long).collect();
+                    boot(&kernel, &tests, selection)
+                })?;
+            }
+            Err(error) => {
+                ui::note(&format!("Linux {} is skipped: {error:#}", series.name));
+                tally.skipped += 1;
+            }
+        }
+    }
+    Ok(tally)
+}
+
+/// A test program.
+struct Test {
+    name: String,
+    path: PathBuf,
+    /// Whether it takes long.
+    long: bool,
+}
+
+/// Builds the test programs.
+fn build() -> Result<Vec<Test>> {
+    #[derive(Deserialize)]
+    struct Message {
+        executable: Option<PathBuf>,
+        target: Option<Target>,
+        #[serde(default)]
+        package_id: String,
+    }
+    #[derive(Deserialize)]
+    struct Target {
+        name: String,
+        kind: Vec<String>,
+    }
+
+    let mut cargo = exec::cargo();
+    cargo.args(["test", "--locked", "--no-run", "--message-format=json", "--tests"]);
+    for package in CRATES.iter().chain(&LONG_CRATES) {
+        cargo.args(["--package", package]);
+    }
+    let output = cargo
+        .stdin(Stdio::null())
+        .stderr(Stdio::inherit())
+        .output()
+        .context("cannot start cargo")?;
+    if !output.status.success() {
+        bail!("the kernel tests do not build");
+    }
+    let tests: Vec<Test> = String::from_utf8_lossy(&output.stdout)
+        .lines()
+        .filter_map(|line| serde_json::from_str::<Message>(line).ok())
+        .filter_map(|message| Some((message.executable?, message.target?, message.package_id)))
+        .filter(|(_, target, _)| target.kind == ["test"])
+        .map(|(path, target, package)| Test {
+            // Two crates may have tests of one name.
+            name: format!("{}_{}", name_of(&package), target.name),
+            path,
+            long: LONG_CRATES.contains(&name_of(&package)),
+        })
+        .collect();
+    if tests.is_empty() {
+        bail!("cargo has built no kernel tests; has the format of its messages changed?");
+    }
+    Ok(tests)
+}
+
+/// The name in cargo's id of a package: `path+file:///dir/dataplane#flynn-dataplane@0.1.0`.
+fn name_of(package_id: &str) -> &str {
+    let (_, name) = package_id.rsplit_once('#').unwrap_or_default();
+    name.split('@').next().unwrap_or_default()
+}
+
+/// Boots one kernel, waits for its report and counts.
+fn boot(kernel: &Kernel, tests: &[&Test], selection: &Selection<'_>) -> Result<Tally> {
+    let directory = workspace::target().join("vm").join(&kernel.release);
+    let initramfs = initramfs::make(&directory, kernel, tests, selection)?;
+    let report = directory.join("report");
+    let console = directory.join("console");
+    for path in [&report, &console] {
+        std::fs::write(path, []).with_context(|| format!("cannot write {}", path.display()))?;
+    }
+    let limit = Duration::from_mins(if selection.long { 30 } else { 6 });
+    let machine = Machine::start(kernel, &initramfs, &console, &report)?;
+    let ended = machine.wait(limit)?;
+    let text = std::fs::read(&report).with_context(|| format!("cannot read {}", report.display()))?;
+    let text = String::from_utf8_lossy(&text).replace('\r', "");
+    let names: Vec<&str> = tests.iter().map(|test| test.name.as_str()).collect();
+    match report::read(&text, &kernel.release, &names) {
+        Ok(tally) if ended => {
+            if tally.failed > 0 {
+                eprint!("{text}");
+            }
+            ui::note(&format!(
+                "{} passed, {} failed, {} skipped",
+                tally.passed, tally.failed, tally.skipped
+            ));
+            Ok(tally)
+        }
+        outcome => {
+            eprint!("{text}");
+            let why = outcome.err().unwrap_or("it did not end after its report");
+            bail!(
+                "the machine with Linux {} has failed: {why}{}; its console is in {}",
+                kernel.release,
+                if ended {
+                    ""
+                } else {
+                    " (it was stopped after its time)"
+                },
+                console.display()
+            );
+        }
+    }
+}
+
+/// A qemu that does not outlive us.
+struct Machine(Child);
+
+impl Machine {
+    fn start(kernel: &Kernel, initramfs: &Path, console: &Path, report: &Path) -> Result<Self> {
+        let file = |path: &Path| format!("file:{}", path.display());
+        let child = Command::new("qemu-system-x86_64")
+            .args([
+                "-accel",
+                "tcg,thread=multi",
+                "-cpu",
+                "max",
+                "-nodefaults",
+                "-no-user-config",
+            ])
+            .args(["-display", "none", "-no-reboot"])
+            .args(["-m", &format!("{MEMORY_MIB}M"), "-smp", &CPUS.to_string()])
+            .arg("-kernel")
+            .arg(&kernel.image)
+            .arg("-initrd")
+            .arg(initramfs)
+            .args([
+                "-append",
+                "console=ttyS0 panic=-1 oops=panic loglevel=4 mitigations=off nokaslr",
+            ])
+            .args(["-serial", &file(console), "-serial", &file(report)])
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::inherit())
+            .spawn()
+            .context("cannot start qemu-system-x86_64; `cargo xtask setup` installs it")?;
+        Ok(Self(child))
+    }
+
+    /// Waits until it has ended by itself: whether it has.
+    fn wait(mut self, limit: Duration) -> Result<bool> {
+        let begun = Instant::now();
+        while begun.elapsed() < limit {
+            if self.0.try_wait()?.is_some() {
+                return Ok(true);
+            }
+            std::thread::sleep(Duration::from_millis(50));
+        }
+        Ok(false)
+    }
+}
+
+impl Drop for Machine {
+    fn drop(&mut self) {
+        // One that has ended already is none to end.
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}

@@ -1,0 +1,28 @@
+#!/bin/busybox sh
+# The first process of the machine: runs the test programs in /tests one after the other and writes what they say to
+# the second serial port.
+export PATH=/usr/sbin:/usr/bin:/sbin:/bin HOME=/root RUST_BACKTRACE=1
+/bin/busybox --install -s /bin
+mount -t proc proc /proc
+mount -t sysfs sys /sys
+mount -t devtmpfs dev /dev
+mount -t tmpfs -o mode=1777 tmp /tmp
+mount -t tmpfs run /run
+mount -t bpf bpf /sys/fs/bpf
+mount -t cgroup2 cgroup /sys/fs/cgroup
+stty -F /dev/ttyS1 raw -echo 115200
+exec >/dev/ttyS1 2>&1 </dev/null
+ip link set lo up
+. /tests/settings
+echo "flynn-vm: booted $(uname -r)"
+for name in $TESTS; do
+    echo "flynn-vm: begin $name"
+    # shellcheck disable=SC2086
+    timeout -k 5 "$LIMIT" "/tests/$name" --color=never $ARGUMENTS
+    status=$?
+    echo
+    echo "flynn-vm: end $name $status"
+done
+echo "flynn-vm: done"
+sync
+poweroff -f
