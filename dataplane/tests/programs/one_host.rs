@@ -1,211 +1,17 @@
-//! The programs, one packet at a time: every way out of each of them, what it does to the packet, and what it counts.
+//! What the programs do on a host that is alone.
 
-#![expect(clippy::unwrap_used, reason = "a test says what is wrong by panicking")]
-
-mod support;
-
-use std::{
-    net::{Ipv4Addr, Ipv6Addr},
-    path::Path,
-};
-
-use etherparse::PacketBuilder;
-use flynn_dataplane::{
-    Attachment, Container, Dataplane, DropReason, Network, Outcome, Prefix, Program, Traffic,
-};
+use flynn_dataplane::{Dataplane, DropReason, Outcome, Program, Traffic};
 use proptest::{prelude::*, sample::Index, test_runner::TestRunner};
-use support::{alone, pins};
 
-/// The loopback device's: packets under test come by it unless they say otherwise.
-const IFINDEX: u32 = 1;
-const GATEWAY: [u8; 6] = [2, 0, 0, 0, 0, 1];
-
-const A: Container = Container {
-    ipv4: Ipv4Addr::new(100, 100, 1, 2),
-    ipv6: Some(Ipv6Addr::new(0xfd66, 0, 0, 0, 0, 0, 0, 2)),
-    mac: [2, 0, 0, 0, 0, 2],
-    ifindex: IFINDEX,
+use crate::{
+    bench::{
+        A, B, Bench, GATEWAY4, GATEWAY6, IFINDEX, NOBODY4, NOBODY6, OUTSIDE4, OUTSIDE6, frame4, frame6, six,
+        with,
+    },
+    support::{self, alone, pins},
 };
-const B: Container = Container {
-    ipv4: Ipv4Addr::new(100, 100, 1, 3),
-    ipv6: Some(Ipv6Addr::new(0xfd66, 0, 0, 0, 0, 0, 0, 3)),
-    mac: [2, 0, 0, 0, 0, 3],
-    ifindex: 77,
-};
-const GATEWAY4: Ipv4Addr = Ipv4Addr::new(100, 100, 1, 1);
-const GATEWAY6: Ipv6Addr = Ipv6Addr::new(0xfd66, 0, 0, 0, 0, 0, 0, 1);
-const NOBODY4: Ipv4Addr = Ipv4Addr::new(100, 100, 9, 9);
-const NOBODY6: Ipv6Addr = Ipv6Addr::new(0xfd66, 0, 0, 0, 0, 0, 9, 9);
-const OUTSIDE4: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 1);
-const OUTSIDE6: Ipv6Addr = Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 1);
 
-fn main() {
-    support::main(
-        &["ip"],
-        |_| None,
-        &[
-            (
-                "nothing_passes_before_the_network_is_known",
-                nothing_passes_before_the_network_is_known,
-            ),
-            (
-                "a_container_reaches_its_neighbour",
-                a_container_reaches_its_neighbour,
-            ),
-            (
-                "a_container_reaches_the_host_and_beyond",
-                a_container_reaches_the_host_and_beyond,
-            ),
-            ("a_container_cannot_lie", a_container_cannot_lie),
-            (
-                "nobody_is_behind_unused_addresses",
-                nobody_is_behind_unused_addresses,
-            ),
-            (
-                "what_the_overlay_does_not_carry_is_dropped",
-                what_the_overlay_does_not_carry_is_dropped,
-            ),
-            ("the_host_reaches_containers", the_host_reaches_containers),
-            (
-                "strangers_at_the_tunnel_are_dropped",
-                strangers_at_the_tunnel_are_dropped,
-            ),
-            (
-                "no_change_to_a_frame_makes_it_another_container_s",
-                no_change_to_a_frame_makes_it_another_container_s,
-            ),
-        ],
-    )
-}
-
-/// A data plane with both containers, and what its counters were.
-struct Bench(Dataplane);
-
-impl Bench {
-    fn new(bpffs: &Path) -> Self {
-        let mut dataplane = Dataplane::open(&pins(bpffs)).unwrap();
-        dataplane.configure(&network()).unwrap();
-        for container in [A, B] {
-            dataplane.add(&container, &Attachment::default()).unwrap();
-        }
-        Self(dataplane)
-    }
-
-    fn passes(&self, program: Program, frame: &[u8]) {
-        let outcome = self.uncounted_drop(program, frame);
-        assert_eq!(
-            outcome,
-            Outcome {
-                action: Outcome::PASS,
-                frame: frame.to_vec()
-            }
-        );
-    }
-
-    /// The frame leaves for a container, with nothing but its Ethernet addresses changed.
-    fn goes_to(&self, container: &Container, program: Program, frame: &[u8]) {
-        let expected = [&container.mac, &GATEWAY, &frame[12..]].concat();
-        let outcome = self.uncounted_drop(program, frame);
-        assert_eq!(
-            outcome,
-            Outcome {
-                action: Outcome::REDIRECT,
-                frame: expected
-            }
-        );
-    }
-
-    fn drops(&self, reason: DropReason, program: Program, frame: &[u8]) {
-        self.drops_from(IFINDEX, reason, program, frame);
-    }
-
-    fn drops_from(&self, ifindex: u32, reason: DropReason, program: Program, frame: &[u8]) {
-        let mut expected = self.0.drops().unwrap();
-        for (found, count) in &mut expected {
-            *count += u64::from(*found == reason);
-        }
-        let traffic = self.traffic();
-        let outcome = self.0.dry_run(program, ifindex, frame).unwrap();
-        assert_eq!(
-            outcome,
-            Outcome {
-                action: Outcome::DROP,
-                frame: frame.to_vec()
-            },
-            "{}",
-            reason.name()
-        );
-        assert_eq!(self.0.drops().unwrap(), expected);
-        assert_eq!(self.traffic(), traffic, "what is dropped is no traffic");
-    }
-
-    fn uncounted_drop(&self, program: Program, frame: &[u8]) -> Outcome {
-        let drops = self.0.drops().unwrap();
-        let outcome = self.0.dry_run(program, IFINDEX, frame).unwrap();
-        assert_eq!(self.0.drops().unwrap(), drops);
-        outcome
-    }
-
-    fn traffic(&self) -> [Traffic; 2] {
-        let containers = self.0.containers().unwrap();
-        assert_eq!(
-            containers
-                .iter()
-                .map(|(container, _)| *container)
-                .collect::<Vec<_>>(),
-            [A, B]
-        );
-        [containers[0].1, containers[1].1]
-    }
-}
-
-fn network() -> Network {
-    Network {
-        cluster4: Prefix {
-            address: Ipv4Addr::new(100, 100, 0, 0),
-            length: 16,
-        },
-        cluster6: Some(Prefix {
-            address: Ipv6Addr::new(0xfd66, 0, 0, 0, 0, 0, 0, 0),
-            length: 64,
-        }),
-        gateway4: GATEWAY4,
-        gateway6: Some(GATEWAY6),
-        subnet_length: 24,
-        address: None,
-        tunnel_mtu: 1450,
-        gateway_mac: GATEWAY,
-    }
-}
-
-fn frame4(from: Ipv4Addr, to: Ipv4Addr) -> Vec<u8> {
-    frame(PacketBuilder::ethernet2(A.mac, GATEWAY).ipv4(from.octets(), to.octets(), 64))
-}
-
-fn frame6(from: Ipv6Addr, to: Ipv6Addr) -> Vec<u8> {
-    frame(PacketBuilder::ethernet2(A.mac, GATEWAY).ipv6(from.octets(), to.octets(), 64))
-}
-
-fn frame(headers: etherparse::PacketBuilderStep<etherparse::IpHeaders>) -> Vec<u8> {
-    let payload = b"payload";
-    let headers = headers.udp(1000, 2000);
-    let mut bytes = Vec::with_capacity(headers.size(payload.len()));
-    headers.write(&mut bytes, payload).unwrap();
-    bytes
-}
-
-/// The frame with some of its bytes changed.
-fn with(frame: &[u8], at: usize, bytes: &[u8]) -> Vec<u8> {
-    let mut frame = frame.to_vec();
-    frame[at..at + bytes.len()].copy_from_slice(bytes);
-    frame
-}
-
-fn six(container: Container) -> Ipv6Addr {
-    container.ipv6.unwrap()
-}
-
-fn nothing_passes_before_the_network_is_known() {
+pub(crate) fn nothing_passes_before_the_network_is_known() {
     alone(|bpffs| {
         let dataplane = Dataplane::open(&pins(bpffs)).unwrap();
         for program in [Program::FromContainer, Program::ToOverlay] {
@@ -224,7 +30,7 @@ fn nothing_passes_before_the_network_is_known() {
     });
 }
 
-fn a_container_reaches_its_neighbour() {
+pub(crate) fn a_container_reaches_its_neighbour() {
     alone(|bpffs| {
         let bench = Bench::new(bpffs);
         let (four, six) = (frame4(A.ipv4, B.ipv4), frame6(six(A), six(B)));
@@ -245,7 +51,7 @@ fn a_container_reaches_its_neighbour() {
     });
 }
 
-fn a_container_reaches_the_host_and_beyond() {
+pub(crate) fn a_container_reaches_the_host_and_beyond() {
     alone(|bpffs| {
         let bench = Bench::new(bpffs);
         for frame in [
@@ -262,7 +68,7 @@ fn a_container_reaches_the_host_and_beyond() {
     });
 }
 
-fn a_container_cannot_lie() {
+pub(crate) fn a_container_cannot_lie() {
     alone(|bpffs| {
         let bench = Bench::new(bpffs);
         // Another container's address, the gateway's, nobody's and one from outside.
@@ -294,7 +100,7 @@ fn a_container_cannot_lie() {
     });
 }
 
-fn nobody_is_behind_unused_addresses() {
+pub(crate) fn nobody_is_behind_unused_addresses() {
     alone(|bpffs| {
         let mut bench = Bench::new(bpffs);
         for program in [Program::FromContainer, Program::ToOverlay] {
@@ -309,7 +115,7 @@ fn nobody_is_behind_unused_addresses() {
     });
 }
 
-fn what_the_overlay_does_not_carry_is_dropped() {
+pub(crate) fn what_the_overlay_does_not_carry_is_dropped() {
     alone(|bpffs| {
         let bench = Bench::new(bpffs);
         let (four, six) = (frame4(A.ipv4, B.ipv4), frame6(six(A), six(B)));
@@ -332,7 +138,7 @@ fn what_the_overlay_does_not_carry_is_dropped() {
     });
 }
 
-fn the_host_reaches_containers() {
+pub(crate) fn the_host_reaches_containers() {
     alone(|bpffs| {
         let bench = Bench::new(bpffs);
         bench.goes_to(&A, Program::ToOverlay, &frame4(GATEWAY4, A.ipv4));
@@ -361,7 +167,7 @@ fn the_host_reaches_containers() {
     });
 }
 
-fn strangers_at_the_tunnel_are_dropped() {
+pub(crate) fn strangers_at_the_tunnel_are_dropped() {
     alone(|bpffs| {
         let bench = Bench::new(bpffs);
         for frame in [
@@ -374,7 +180,7 @@ fn strangers_at_the_tunnel_are_dropped() {
     });
 }
 
-fn no_change_to_a_frame_makes_it_another_container_s() {
+pub(crate) fn no_change_to_a_frame_makes_it_another_container_s() {
     alone(|bpffs| {
         let bench = Bench::new(bpffs);
         let frames = prop_oneof![Just(frame4(A.ipv4, B.ipv4)), Just(frame6(six(A), six(B)))];
