@@ -14,7 +14,7 @@ use std::{
 
 const TARGET: &str = "bpfel-unknown-none";
 /// The objects, one for each part of the data plane.
-const OBJECTS: [&str; 1] = ["overlay"];
+const OBJECTS: [&str; 2] = ["overlay", "service"];
 
 const RECIPES: &str =
     "The eBPF programs need a Rust compiler with its sources, and bpf-linker. Either of these does:
@@ -46,6 +46,7 @@ fn build() -> Result<(), String> {
         "abi/src",
         "programs/Cargo.toml",
         "programs/Cargo.lock",
+        "programs/build.rs",
         "programs/src",
     ] {
         println!("cargo::rerun-if-changed={}", ebpf.join(input).display());

@@ -34,6 +34,17 @@ pub enum Error {
         /// Why not.
         source: Box<dyn StdError + Send + Sync>,
     },
+    /// A cgroup cannot be used.
+    #[error("cannot use the cgroup {}: {source}", path.display())]
+    Cgroup {
+        /// Its directory.
+        path: PathBuf,
+        /// Why not.
+        source: io::Error,
+    },
+    /// A service's number is out of range.
+    #[error("there is no service of the number {0}: numbers go from 1 to {max}", max = flynn_abi::MAX_SERVICES - 1)]
+    NoSuchService(u32),
     /// As many containers as the maps have room for.
     #[error("this host has {0} containers, which is as many as it can have")]
     Full(u32),

@@ -6,8 +6,8 @@
 //!
 //! Invariants:
 //! - All state is in the kernel, pinned below one directory of a BPF file system: `v<layout>/<map>` and
-//!   `links/<program>@<interface>`. A [`Dataplane`] is only a hand on it: dropping one, or the death of the process,
-//!   changes nothing for a packet, and the next [`Dataplane::open`] finds everything again.
+//!   `links/<program>@<interface>`, or `links/<program>@cgroup<id>`. A [`Dataplane`] is only a hand on it: dropping one,
+//!   or the death of the process, changes nothing for a packet, and the next [`Dataplane::open`] finds everything again.
 //! - Opening replaces the programs of all pinned links by this build's, each in one step: there is no moment in which
 //!   an interface has none.
 //! - Nothing here knows about network namespaces: interfaces are those of the calling thread's.
@@ -25,6 +25,8 @@ mod object;
 mod pins;
 mod policy;
 mod program;
+pub mod service;
+mod sys;
 mod verify;
 
 use std::{

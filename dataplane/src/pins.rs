@@ -2,12 +2,13 @@
 
 use std::{
     fs, io,
+    os::fd::{AsFd, AsRawFd},
     path::{Path, PathBuf},
 };
 
 use crate::{
     Program,
-    error::{Error, Result},
+    error::{Error, Refusal, Result},
 };
 
 /// What `statfs` calls a BPF file system.
@@ -71,6 +72,46 @@ impl Pins {
         }
         links.sort();
         Ok(links)
+    }
+
+    /// Where the link between a program and a cgroup of this id is pinned.
+    pub(crate) fn cgroup_link(&self, program: &str, cgroup: u64) -> PathBuf {
+        self.links.join(format!("{program}@cgroup{cgroup}"))
+    }
+
+    /// All links of these programs to cgroups that are pinned.
+    pub(crate) fn cgroup_links(&self, programs: &[&'static str]) -> Result<Vec<(&'static str, u64)>> {
+        let failed = |source| Error::Pins {
+            what: "listing",
+            path: self.links.clone(),
+            source,
+        };
+        let mut links = Vec::new();
+        for entry in fs::read_dir(&self.links).map_err(failed)? {
+            let name = entry.map_err(failed)?.file_name();
+            let parts = name.to_str().and_then(|name| name.split_once("@cgroup"));
+            if let Some((program, id)) = parts
+                && let Some(program) = programs.iter().find(|known| **known == program)
+                && let Ok(id) = id.parse()
+            {
+                links.push((*program, id));
+            }
+        }
+        Ok(links)
+    }
+
+    /// How many bytes of the kernel's memory a pinned map takes.
+    pub(crate) fn map_memory(&self, name: &str) -> Result<u64> {
+        let read = || -> Result<u64, Refusal> {
+            let map = aya::maps::MapInfo::from_pin(self.maps.join(name))?.fd()?;
+            let info = fs::read_to_string(format!("/proc/self/fdinfo/{}", map.as_fd().as_raw_fd()))?;
+            let line = info.lines().find_map(|line| line.strip_prefix("memlock:"));
+            Ok(line
+                .ok_or_else(|| io::Error::other("the kernel does not say"))?
+                .trim()
+                .parse()?)
+        };
+        read().map_err(Error::kernel(format!("looking at the eBPF map {name}")))
     }
 
     /// Removes every pin.

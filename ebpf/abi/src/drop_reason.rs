@@ -72,6 +72,10 @@ drop_reasons! {
     SentTooFast => "sent_too_fast",
     /// The container was sent more than it may receive.
     ReceivedTooFast => "received_too_fast",
+    /// The service whose virtual address was asked for has no instance, or no leader.
+    NoInstance => "no_instance",
+    /// The service's instances have no address of the kind that the socket speaks.
+    NoInstanceOfFamily => "no_instance_of_family",
 }
 
 const _: () = assert!(DropReason::ALL.len() <= crate::MAX_DROP_REASONS as usize);

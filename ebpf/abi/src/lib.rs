@@ -14,6 +14,7 @@ mod endpoint;
 mod host;
 mod limit;
 pub mod policy;
+mod service;
 #[cfg(feature = "user")]
 mod user;
 
@@ -25,6 +26,10 @@ pub use endpoint::Endpoint;
 pub use host::{Host, Peer};
 pub use limit::{Limit, Limits};
 pub use policy::{OpenPort, Pair};
+pub use service::{
+    Backend, BackendKey, DatagramFlow, DatagramPeer, MAX_BACKENDS, MAX_DATAGRAM_PEERS, MAX_SERVICES,
+    ServiceConfig, ServiceFlow,
+};
 
 /// The version of all layouts in this crate together. Maps of another version are never reused.
 pub const LAYOUT: u32 = 2;

@@ -1,6 +1,9 @@
 //! What user space needs besides: leave to copy these types to and from maps.
 
-use crate::{Config, Counters, Endpoint, Host, Ipv4, Ipv6, Limits, OpenPort, Pair, Peer};
+use crate::{
+    Backend, BackendKey, Config, Counters, DatagramFlow, DatagramPeer, Endpoint, Host, Ipv4, Ipv6, Limits,
+    OpenPort, Pair, Peer, ServiceConfig,
+};
 
 // SAFETY: `repr(transparent)` over bytes; every pattern of bits is a value.
 unsafe impl aya::Pod for Ipv4 {}
@@ -22,3 +25,13 @@ unsafe impl aya::Pod for OpenPort {}
 unsafe impl aya::Pod for Pair {}
 // SAFETY: as above.
 unsafe impl aya::Pod for Peer {}
+// SAFETY: as above.
+unsafe impl aya::Pod for ServiceConfig {}
+// SAFETY: as above.
+unsafe impl aya::Pod for BackendKey {}
+// SAFETY: as above.
+unsafe impl aya::Pod for Backend {}
+// SAFETY: as above.
+unsafe impl aya::Pod for DatagramPeer {}
+// SAFETY: as above.
+unsafe impl aya::Pod for DatagramFlow {}

@@ -4,6 +4,7 @@
 //! | object | programs |
 //! | --- | --- |
 //! | `overlay` | classifiers at containers' veths, at `flynn0` and at the uplink |
+//! | `service` | what jobs' sockets are told of services' virtual addresses |
 //!
 //! A decision is an `Ok` with the kernel's action or an `Err` with the reason to drop, and [`verdict`] is the one place
 //! where the second becomes the first and is counted. Nothing else is counted or logged per packet.

@@ -1,0 +1,96 @@
+//! Unconnected sockets, whose datagrams each have an address of their own.
+
+use aya_ebpf::{EbpfContext as _, helpers::bpf_get_socket_cookie, programs::SockAddrContext};
+use flynn_abi::{Backend, BackendKey, DatagramFlow, DatagramPeer, DropReason};
+
+use crate::{
+    Decision,
+    context::{self, Address, Family},
+    maps::{self, PEERS},
+    streams,
+};
+
+/// A datagram is sent.
+#[inline(always)]
+pub(crate) fn send<F: Family>(ctx: &SockAddrContext) -> Decision {
+    let address = F::get(ctx);
+    let Some(wanted) = maps::find(address) else {
+        return Ok(());
+    };
+    let outward = peer(ctx, address, DatagramPeer::SEND);
+    // SAFETY: read at once; an entry that is evicted and reused meanwhile names another instance, which is checked to
+    // be there as well.
+    let known = unsafe { PEERS.get(outward) };
+    let known = known.and_then(|flow| still_there(flow.place, flow.instance));
+    let (place, backend) = match known {
+        Some(found) => found,
+        None => maps::choose(wanted)?,
+    };
+    let target = reachable(address, backend)?;
+    let inward = peer(ctx, target, DatagramPeer::RECEIVE);
+    // The way back may be another service's, behind the same instance: who was asked last has answered.
+    // SAFETY: read at once.
+    let answers = unsafe { PEERS.get(inward) }.is_some_and(|flow| Address::from(flow.address) == address);
+    if known.is_none() || !answers {
+        let flow = |address: Address| DatagramFlow {
+            address: address.into(),
+            instance: backend.instance,
+            place,
+        };
+        // Without room for the answer's way back the datagram would go out for nothing.
+        if PEERS.insert(inward, flow(address), 0).is_err() || PEERS.insert(outward, flow(target), 0).is_err()
+        {
+            return Err(DropReason::RewriteFailed);
+        }
+    }
+    F::set(ctx, target)
+}
+
+/// A received datagram's sender is named.
+#[inline(always)]
+pub(crate) fn receive<F: Family>(ctx: &SockAddrContext) {
+    if streams::restore::<F>(ctx) {
+        return;
+    }
+    let inward = peer(ctx, F::get(ctx), DatagramPeer::RECEIVE);
+    // SAFETY: as above: read at once.
+    if let Some(flow) = unsafe { PEERS.get(inward) } {
+        // Both are of the same family, as they were when the entry was made.
+        let _ = F::set(ctx, flow.address.into());
+    }
+}
+
+#[inline(always)]
+fn peer(ctx: &SockAddrContext, address: Address, way: u16) -> DatagramPeer {
+    DatagramPeer {
+        // SAFETY: the kernel hands programs a valid context.
+        cookie: unsafe { bpf_get_socket_cookie(ctx.as_ptr()) },
+        address: address.into(),
+        port: context::port(ctx),
+        way,
+        reserved: 0,
+    }
+}
+
+#[inline(always)]
+fn still_there(place: BackendKey, instance: u64) -> Option<(BackendKey, &'static Backend)> {
+    let found = maps::backend(place)?;
+    (found.instance == instance).then_some((place, found))
+}
+
+/// Where the instance is for a socket that has named `address`: the kernel does not let an IPv6 datagram become IPv4.
+#[inline(always)]
+fn reachable(address: Address, backend: &Backend) -> Result<Address, DropReason> {
+    let target = Address::from(backend.address);
+    match (address.v4(), target.v4()) {
+        (Some(_), Some(_)) | (None, None) => Ok(target),
+        (Some(_), None) => Err(DropReason::NoInstanceOfFamily),
+        (None, Some(_)) => {
+            let target = Address::from(backend.address6);
+            if target.is_unspecified() {
+                return Err(DropReason::NoInstanceOfFamily);
+            }
+            Ok(target)
+        }
+    }
+}
