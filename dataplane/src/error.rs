@@ -45,6 +45,14 @@ pub enum Error {
     /// A service's number is out of range.
     #[error("there is no service of the number {0}: numbers go from 1 to {max}", max = flynn_abi::MAX_SERVICES - 1)]
     NoSuchService(u32),
+    /// More of something than the maps have room for.
+    #[error("there are more than {most} {what}, which is as many as there can be")]
+    TooMany {
+        /// Of what.
+        what: &'static str,
+        /// How many there can be.
+        most: u32,
+    },
     /// As many containers as the maps have room for.
     #[error("this host has {0} containers, which is as many as it can have")]
     Full(u32),
@@ -57,7 +65,9 @@ impl Error {
     pub(crate) fn kernel(what: impl Into<String>) -> impl FnOnce(Refusal) -> Self {
         let what = what.into();
         move |Refusal(source)| {
-            if errno(source.as_ref()).is_some_and(|errno| errno.kind() == io::ErrorKind::PermissionDenied) {
+            // The other one of this kind, EACCES, is the verifier's word.
+            let forbidden = Some(rustix::io::Errno::PERM.raw_os_error());
+            if errno(source.as_ref()).and_then(io::Error::raw_os_error) == forbidden {
                 Self::Forbidden { what }
             } else {
                 Self::Kernel { what, source }

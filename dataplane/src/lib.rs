@@ -17,6 +17,7 @@ mod error;
 pub mod features;
 mod hook;
 mod host;
+pub mod lb;
 mod links;
 mod maps;
 mod mirror;
@@ -70,7 +71,7 @@ impl Dataplane {
         let pins = Pins::open(pins)?;
         let mut object = object::load(&pins)?;
         let maps = Maps::take(&mut object)?;
-        let links = Links::take(object, pins, hook)?;
+        let links = Links::take(object, pins, hook, Program::OVERLAY)?;
         Ok(Self { links, maps })
     }
 

@@ -17,10 +17,17 @@ use crate::{
     Hook, Outcome, Program,
     error::{Error, Refusal, Result},
     pins::Pins,
+    program::Place,
 };
 
 /// Our filter among those of a `clsact`: with a place of its own it is found again and replaced there.
-const CLSACT_PRIORITY: u16 = 0xf1;
+const fn clsact_priority(program: Program) -> u16 {
+    match program.place() {
+        Place::First => 0xf0,
+        Place::Middle => 0xf1,
+        Place::Last => 0xf2,
+    }
+}
 const CLSACT_HANDLE: TcHandle = TcHandle::new(0, 1);
 
 /// Room for what a program adds to a frame.
@@ -30,13 +37,19 @@ pub(crate) struct Links {
     object: Ebpf,
     pins: Pins,
     hook: Hook,
+    programs: &'static [Program],
 }
 
 impl Links {
     /// Loads the programs and puts them in the place of those that are pinned.
-    pub(crate) fn take(object: Ebpf, pins: Pins, hook: Hook) -> Result<Self> {
-        let mut links = Self { object, pins, hook };
-        for program in Program::ALL {
+    pub(crate) fn take(object: Ebpf, pins: Pins, hook: Hook, programs: &'static [Program]) -> Result<Self> {
+        let mut links = Self {
+            object,
+            pins,
+            hook,
+            programs,
+        };
+        for &program in programs {
             links
                 .program_mut(program)
                 .and_then(|loaded| Ok(loaded.load()?))
@@ -45,7 +58,7 @@ impl Links {
                     program.name()
                 )))?;
         }
-        for (program, interface) in links.pins.links()? {
+        for (program, interface) in links.list()? {
             if !links.replace(program, &interface)? {
                 debug!(
                     program = program.name(),
@@ -87,7 +100,17 @@ impl Links {
     }
 
     pub(crate) fn list(&self) -> Result<Vec<(Program, String)>> {
-        self.pins.links()
+        let mut links = self.pins.links()?;
+        links.retain(|(program, _)| self.programs.contains(program));
+        Ok(links)
+    }
+
+    pub(crate) fn pins(&self) -> &Pins {
+        &self.pins
+    }
+
+    pub(crate) fn object_mut(&mut self) -> &mut Ebpf {
+        &mut self.object
     }
 
     pub(crate) fn hook(&self) -> Hook {
@@ -170,14 +193,18 @@ impl Links {
         let loaded = self.program_mut(program)?;
         match hook {
             Hook::Tcx => {
-                let order = TcAttachOptions::TcxOrder(LinkOrder::default());
+                let order = TcAttachOptions::TcxOrder(match program.place() {
+                    Place::First => LinkOrder::first(),
+                    Place::Middle => LinkOrder::default(),
+                    Place::Last => LinkOrder::last(),
+                });
                 let id = loaded.attach_with_options(interface, program.side(), order)?;
                 FdLink::try_from(loaded.take_link(id)?)?.pin(&pin)?;
             }
             Hook::Clsact => {
                 add_clsact(interface)?;
                 let place = NlOptions {
-                    priority: CLSACT_PRIORITY,
+                    priority: clsact_priority(program),
                     handle: CLSACT_HANDLE,
                     ..NlOptions::default()
                 };
@@ -208,7 +235,13 @@ impl Links {
 
 /// Our filter at an interface, for replacing or removing it.
 fn filter(program: Program, interface: &str) -> std::io::Result<SchedClassifierLink> {
-    SchedClassifierLink::attached(interface, program.side(), CLSACT_PRIORITY, CLSACT_HANDLE, None)
+    SchedClassifierLink::attached(
+        interface,
+        program.side(),
+        clsact_priority(program),
+        CLSACT_HANDLE,
+        None,
+    )
 }
 
 /// Leaves a filter in place when this process lets go of it.

@@ -11,6 +11,20 @@ static OVERLAY: &[u8] = include_bytes_aligned!(concat!(env!("OUT_DIR"), "/overla
 
 static SERVICE: &[u8] = include_bytes_aligned!(concat!(env!("OUT_DIR"), "/service"));
 
+static LB: &[u8] = include_bytes_aligned!(concat!(env!("OUT_DIR"), "/lb"));
+
+/// The same for the load balancer, with these sizes of maps in the place of the object's own.
+pub(crate) fn load_lb(pins: &Pins, sizes: &[(&'static str, u32)]) -> Result<Ebpf> {
+    let mut loader = EbpfLoader::new();
+    for (map, size) in sizes {
+        loader.map_max_entries(map, *size);
+    }
+    loader
+        .default_map_pin_directory(pins.maps())
+        .load(LB)
+        .map_err(|error| Error::kernel("loading the load balancer's eBPF maps")(error.into()))
+}
+
 /// Loads the overlay's over the maps that are pinned; those which are missing are made and pinned.
 pub(crate) fn load(pins: &Pins) -> Result<Ebpf> {
     EbpfLoader::new()

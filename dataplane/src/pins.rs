@@ -53,6 +53,11 @@ impl Pins {
         self.links.join(format!("{}@{interface}", program.name()))
     }
 
+    /// Where the link between the load balancer's XDP program and an interface is pinned.
+    pub(crate) fn xdp(&self, interface: &str) -> PathBuf {
+        self.links.join(format!("lb_xdp@{interface}"))
+    }
+
     /// All links that are pinned.
     pub(crate) fn links(&self) -> Result<Vec<(Program, String)>> {
         let failed = |source| Error::Pins {

@@ -72,7 +72,7 @@ pub struct AppPolicy {
 }
 
 impl Protocol {
-    const fn number(self) -> u8 {
+    pub(crate) const fn number(self) -> u8 {
         match self {
             Self::Tcp => 6,
             Self::Udp => 17,

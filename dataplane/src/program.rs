@@ -13,15 +13,31 @@ pub enum Program {
     FromTunnel,
     /// What comes from outside: for interfaces to other hosts.
     FromUplink,
+    /// What comes from outside for a VIP of the load balancer: for the uplink, before [`Program::FromUplink`].
+    LbUplink,
+    /// What backends of the load balancer answer: for the host's ends of their veths, after [`Program::FromContainer`].
+    LbAnswer,
+}
+
+/// Where among the programs at the same hook.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Place {
+    First,
+    Middle,
+    Last,
 }
 
 impl Program {
-    pub(crate) const ALL: [Self; 4] = [
+    /// Those of the overlay's object.
+    pub(crate) const OVERLAY: &[Self] = &[
         Self::FromContainer,
         Self::ToOverlay,
         Self::FromTunnel,
         Self::FromUplink,
     ];
+
+    /// Those of the load balancer's object.
+    pub(crate) const LB: &[Self] = &[Self::LbUplink, Self::LbAnswer];
 
     /// Its name in the object and in pins.
     pub const fn name(self) -> &'static str {
@@ -30,18 +46,36 @@ impl Program {
             Self::ToOverlay => "to_overlay",
             Self::FromTunnel => "from_tunnel",
             Self::FromUplink => "from_uplink",
+            Self::LbUplink => "lb_uplink",
+            Self::LbAnswer => "lb_answer",
         }
     }
 
     pub(crate) fn by_name(name: &str) -> Option<Self> {
-        Self::ALL.into_iter().find(|program| program.name() == name)
+        Self::OVERLAY
+            .iter()
+            .chain(Self::LB)
+            .copied()
+            .find(|program| program.name() == name)
     }
 
     /// On which packets of the interface it runs.
     pub(crate) const fn side(self) -> TcAttachType {
         match self {
-            Self::FromContainer | Self::FromTunnel | Self::FromUplink => TcAttachType::Ingress,
+            Self::FromContainer | Self::FromTunnel | Self::FromUplink | Self::LbUplink | Self::LbAnswer => {
+                TcAttachType::Ingress
+            }
             Self::ToOverlay => TcAttachType::Egress,
+        }
+    }
+}
+
+impl Program {
+    pub(crate) const fn place(self) -> Place {
+        match self {
+            Self::LbUplink => Place::First,
+            Self::LbAnswer => Place::Last,
+            _ => Place::Middle,
         }
     }
 }
@@ -60,6 +94,8 @@ impl Outcome {
     pub const PASS: u32 = 0;
     /// The packet is dropped.
     pub const DROP: u32 = 2;
+    /// The packet goes on to the next program at the hook, and behind the last one to the host's stack.
+    pub const NEXT: u32 = u32::MAX;
     /// The packet goes to another interface.
     pub const REDIRECT: u32 = 7;
 }

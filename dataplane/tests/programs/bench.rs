@@ -77,7 +77,11 @@ impl Bench {
         assert_eq!(
             outcome,
             Outcome {
-                action: Outcome::PASS,
+                action: if program == Program::FromContainer {
+                    Outcome::NEXT
+                } else {
+                    Outcome::PASS
+                },
                 frame: frame.to_vec()
             }
         );

@@ -43,6 +43,31 @@ impl Ipv6 {
     pub const fn octets(self) -> [u8; 16] {
         self.0
     }
+
+    /// An IPv4 address in the last four bytes, behind zeros.
+    #[inline]
+    pub const fn mapped(address: Ipv4) -> Self {
+        let [a, b, c, d] = address.0;
+        Self([0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, a, b, c, d])
+    }
+
+    /// The last four bytes.
+    #[inline]
+    pub const fn last(self) -> Ipv4 {
+        let [.., a, b, c, d] = self.0;
+        Ipv4([a, b, c, d])
+    }
+
+    /// The sixteen bytes as four numbers.
+    #[inline]
+    pub const fn words(self) -> [u32; 4] {
+        [self.word(0), self.word(4), self.word(8), self.word(12)]
+    }
+
+    #[inline]
+    const fn word(self, at: usize) -> u32 {
+        u32::from_be_bytes([self.0[at], self.0[at + 1], self.0[at + 2], self.0[at + 3]])
+    }
 }
 
 impl Mac {

@@ -76,6 +76,12 @@ drop_reasons! {
     NoInstance => "no_instance",
     /// The service's instances have no address of the kind that the socket speaks.
     NoInstanceOfFamily => "no_instance_of_family",
+    /// The VIP's service has no backend.
+    NoBackend => "no_backend",
+    /// A client's port reaches one backend through so many VIPs that no other port was found for it.
+    PortsTaken => "ports_taken",
+    /// A flow that nobody knows, in a second with too many of them.
+    TooManyFlows => "too_many_flows",
 }
 
 const _: () = assert!(DropReason::ALL.len() <= crate::MAX_DROP_REASONS as usize);

@@ -12,6 +12,7 @@ mod counters;
 mod drop_reason;
 mod endpoint;
 mod host;
+pub mod lb;
 mod limit;
 pub mod policy;
 mod service;

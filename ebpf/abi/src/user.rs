@@ -35,3 +35,28 @@ unsafe impl aya::Pod for Backend {}
 unsafe impl aya::Pod for DatagramPeer {}
 // SAFETY: as above.
 unsafe impl aya::Pod for DatagramFlow {}
+
+macro_rules! lb {
+    ($($name:ident),*) => {
+        $(
+            // SAFETY: as above.
+            unsafe impl aya::Pod for crate::lb::$name {}
+        )*
+    };
+}
+
+lb!(
+    VipKey4,
+    VipKey6,
+    Vip,
+    Flow4,
+    Flow6,
+    Pick,
+    Chunk,
+    Backend,
+    Config,
+    TranslationKey,
+    Translation,
+    VipTraffic,
+    Cpu
+);

@@ -1,6 +1,6 @@
 //! A packet that a container has sent.
 
-use aya_ebpf::{bindings::TC_ACT_OK, helpers::bpf_redirect_peer, programs::TcContext};
+use aya_ebpf::{bindings::TC_ACT_UNSPEC, helpers::bpf_redirect_peer, programs::TcContext};
 use flynn_abi::{Config, DropReason, Endpoint};
 
 use crate::{
@@ -67,12 +67,13 @@ fn forward<H: Header>(ctx: &TcContext) -> Decision {
                 tunnel::send::<H>(ctx, host, service, endpoint.identity)
             } else {
                 // The stack cuts it or tells the sender that it is too big.
-                Ok(TC_ACT_OK)
+                Ok(TC_ACT_UNSPEC)
             }
         }
         Way::Gateway | Way::Outside => {
             maps::count_sent(ctx, endpoint);
-            Ok(TC_ACT_OK)
+            // Behind this program may be one that knows it for an answer of the load balancer's; then comes the stack.
+            Ok(TC_ACT_UNSPEC)
         }
     }
 }
