@@ -199,6 +199,11 @@ impl Balancer {
         }
     }
 
+    /// Where clients' packets come by.
+    pub fn uplink(&self) -> &Uplink {
+        &self.uplink
+    }
+
     /// The VIPs that there are.
     pub fn vips(&self) -> Vec<Vip> {
         self.tables.vips()

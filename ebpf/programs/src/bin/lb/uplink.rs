@@ -11,7 +11,7 @@ use crate::{
     context::{self, Context},
     deliver,
     family::{Family, V4, V6},
-    headers::{ETHERNET, Ethernet, Ip4, Ip6},
+    headers::{ETHERNET, Ethernet, Ip4},
     maps, neighbour,
     select::{self, Choice},
     tunnel,
@@ -54,8 +54,9 @@ fn forward<F: Family>(ctx: &TcContext, config: &Config) -> Decision {
         return deliver::deliver::<F>(ctx, nobody, tunnelled, config);
     }
     let host = host_of(address).ok_or(DropReason::NoRoute)?;
-    if host.flags & Host::DIRECT != 0 && vip.flags & Vip::FIRST_HOST == 0 {
-        return pass_on::<F>(ctx, host);
+    // IPv6 packets have no neighbour's address: the underlay is IPv4.
+    if F::VERSION == 4 && host.flags & Host::DIRECT != 0 && vip.flags & Vip::FIRST_HOST == 0 {
+        return pass_on(ctx, host);
     }
     tunnel::send::<F>(ctx, host, hash, tunnelled, config)
 }
@@ -72,28 +73,17 @@ pub(crate) fn host_of(address: Ipv4) -> Option<&'static Host> {
 /// Gives the packet as it is to a host on the same link, which has the same tables and so finds the same backend. While
 /// tables change, two hosts may not agree for a moment: the packet's lifetime bounds how often it goes to and fro.
 #[inline(always)]
-fn pass_on<F: Family>(ctx: &TcContext, host: &Host) -> Decision {
+fn pass_on(ctx: &TcContext, host: &Host) -> Decision {
     let failed = |_| DropReason::RewriteFailed;
-    if F::VERSION == 4 {
-        let header = ctx.at::<Ip4>(ETHERNET).ok_or(DropReason::Truncated)?;
-        let (lifetime, protocol) = (header.time_to_live, header.protocol);
-        if lifetime <= 1 {
-            return Err(DropReason::NoRoute);
-        }
-        let word = |lifetime: u8| u64::from(u16::from_ne_bytes([lifetime, protocol]));
-        ctx.l3_csum_replace(ETHERNET + 10, word(lifetime), word(lifetime - 1), 2)
-            .map_err(failed)?;
-        ctx.store(ETHERNET + 8, &(lifetime - 1), 0).map_err(failed)?;
-    } else {
-        let limit = ctx.at::<Ip6>(ETHERNET).ok_or(DropReason::Truncated)?.hop_limit;
-        if limit <= 1 {
-            return Err(DropReason::NoRoute);
-        }
-        ctx.store(ETHERNET + 7, &(limit - 1), 0).map_err(failed)?;
-    }
-    if host.ifindex == 0 {
+    let header = ctx.at::<Ip4>(ETHERNET).ok_or(DropReason::Truncated)?;
+    let (lifetime, protocol) = (header.time_to_live, header.protocol);
+    if lifetime <= 1 || host.ifindex == 0 {
         return Err(DropReason::NoRoute);
     }
+    let word = |lifetime: u8| u64::from(u16::from_ne_bytes([lifetime, protocol]));
+    ctx.l3_csum_replace(ETHERNET + 10, word(lifetime), word(lifetime - 1), 2)
+        .map_err(failed)?;
+    ctx.store(ETHERNET + 8, &(lifetime - 1), 0).map_err(failed)?;
     maps::count(Event::Direct);
     Ok(neighbour::send(host.ifindex, host.next_hop))
 }
