@@ -14,7 +14,7 @@ use std::{
 
 const TARGET: &str = "bpfel-unknown-none";
 /// The objects, one for each part of the data plane.
-const OBJECTS: [&str; 3] = ["lb", "overlay", "service"];
+const OBJECTS: [&str; 4] = ["lb", "overlay", "service", "steer"];
 
 const RECIPES: &str =
     "The eBPF programs need a Rust compiler with its sources, and bpf-linker. Either of these does:

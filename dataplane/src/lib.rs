@@ -4,6 +4,8 @@
 //! **In**: which interfaces carry which [`Program`], which containers are behind which addresses ([`Container`]), and
 //! the cluster's networks ([`Network`]). **Out**: drops by reason, what went through each container's veth.
 //!
+//! [`Dataplane`] is the network of containers; [`steer`] the router's ports.
+//!
 //! Invariants:
 //! - All state is in the kernel, pinned below one directory of a BPF file system: `v<layout>/<map>` and
 //!   `links/<program>@<interface>`, or `links/<program>@cgroup<id>`. A [`Dataplane`] is only a hand on it: dropping one,
@@ -27,6 +29,7 @@ mod pins;
 mod policy;
 mod program;
 pub mod service;
+pub mod steer;
 mod sys;
 mod verify;
 
@@ -39,7 +42,7 @@ use std::{
 pub use container::{Container, Traffic};
 pub use error::{Error, Result};
 pub use flynn_abi::{
-    Counters, DropReason, VXLAN_PORT,
+    Counters, DropReason, Steered, VXLAN_PORT,
     policy::{HOST, Identity, MAX_IDENTITY, UNKNOWN},
 };
 pub use hook::Hook;

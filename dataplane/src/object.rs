@@ -25,6 +25,9 @@ pub(crate) fn load_lb(pins: &Pins, sizes: &[(&'static str, u32)]) -> Result<Ebpf
         .map_err(|error| Error::kernel("loading the load balancer's eBPF maps")(error.into()))
 }
 
+/// The router's ports.
+pub(crate) static STEER: &[u8] = include_bytes_aligned!(concat!(env!("OUT_DIR"), "/steer"));
+
 /// Loads the overlay's over the maps that are pinned; those which are missing are made and pinned.
 pub(crate) fn load(pins: &Pins) -> Result<Ebpf> {
     EbpfLoader::new()

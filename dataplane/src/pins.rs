@@ -58,6 +58,11 @@ impl Pins {
         self.links.join(format!("lb_xdp@{interface}"))
     }
 
+    /// Where the link between the program of the router's ports and the network namespace is pinned.
+    pub(crate) fn steer(&self) -> PathBuf {
+        self.links.join("steer")
+    }
+
     /// All links that are pinned.
     pub(crate) fn links(&self) -> Result<Vec<(Program, String)>> {
         let failed = |source| Error::Pins {

@@ -16,6 +16,7 @@ pub mod lb;
 mod limit;
 pub mod policy;
 mod service;
+mod steer;
 #[cfg(feature = "user")]
 mod user;
 
@@ -31,6 +32,7 @@ pub use service::{
     Backend, BackendKey, DatagramFlow, DatagramPeer, MAX_BACKENDS, MAX_DATAGRAM_PEERS, MAX_SERVICES,
     ServiceConfig, ServiceFlow,
 };
+pub use steer::{MAX_STEER_SOCKETS, MAX_STEERED_PORTS, SteerKey, Steered};
 
 /// The version of all layouts in this crate together. Maps of another version are never reused.
 pub const LAYOUT: u32 = 2;

@@ -2,7 +2,7 @@
 
 use crate::{
     Backend, BackendKey, Config, Counters, DatagramFlow, DatagramPeer, Endpoint, Host, Ipv4, Ipv6, Limits,
-    OpenPort, Pair, Peer, ServiceConfig,
+    OpenPort, Pair, Peer, ServiceConfig, SteerKey,
 };
 
 // SAFETY: `repr(transparent)` over bytes; every pattern of bits is a value.
@@ -60,3 +60,5 @@ lb!(
     VipTraffic,
     Cpu
 );
+// SAFETY: as above.
+unsafe impl aya::Pod for SteerKey {}

@@ -5,6 +5,7 @@
 //! | --- | --- |
 //! | `overlay` | classifiers at containers' veths, at `flynn0` and at the uplink |
 //! | `service` | what jobs' sockets are told of services' virtual addresses |
+//! | `steer` | a program at the host's network namespace: the router's ports |
 //!
 //! A decision is an `Ok` with the kernel's action or an `Err` with the reason to drop, and [`verdict`] is the one place
 //! where the second becomes the first and is counted. Nothing else is counted or logged per packet.
