@@ -140,6 +140,8 @@ pub struct Members {
     pub instances: Vec<Instance>,
     /// The id of the leader, if there is one.
     pub leader: Option<String>,
+    /// Whether anybody has ever told of them.
+    pub known: bool,
     backends: Vec<Arc<Backend>>,
     leading: Option<Arc<Backend>>,
 }
@@ -194,6 +196,7 @@ impl Service {
         let members = Arc::new(Members {
             instances,
             leader,
+            known: true,
             backends,
             leading,
         });

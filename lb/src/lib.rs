@@ -3,9 +3,10 @@
 //! In: clients' connections; the controller's routes with their certificates; discoverd's instances. Out: requests to
 //! instances, answers to clients, counters.
 //!
-//! - Pure: [`table`] (which route), [`balance`] (which instance, and whether again), [`headers`] (what is passed on).
+//! - Pure: [`table`] (which route), [`balance`] (which instance, and whether again), [`headers`] (what is passed on),
+//!   [`ports`] (which TCP routes are served).
 //! - [`proxy`] carries one request, over connections of [`upstream`] that [`backend`] keeps; [`tunnel`] and [`tcp`]
-//!   carry bytes. [`serve`] accepts, HTTP/1.1 and, by ALPN, HTTP/2; [`tls`] has the certificates.
+//!   carry bytes; the kernel steers what comes to a TCP route's port to one listener, or each has its own. [`serve`] accepts, HTTP/1.1 and, by ALPN, HTTP/2; [`tls`] has the certificates.
 //! - [`sync`] follows controller and discoverd, [`store`] keeps the last good state on disk, [`router`] is what all
 //!   of them share.
 //!
@@ -21,6 +22,7 @@ mod files;
 pub mod headers;
 pub mod listen;
 pub mod metrics;
+pub mod ports;
 pub mod proxy;
 pub mod router;
 mod run;

@@ -4,6 +4,7 @@ use std::fmt::Write as _;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
 
+use flynn_dataplane::Steered;
 use http::StatusCode;
 
 /// What is counted. Cheap to clone.
@@ -22,6 +23,7 @@ struct Counters {
     routes: AtomicU64,
     bad_certificates: AtomicU64,
     refused_routes: AtomicU64,
+    steered: [AtomicU64; Steered::ALL.len()],
 }
 
 /// Something that is under way, until it is dropped.
@@ -91,6 +93,13 @@ impl Metrics {
         self.0.refused_routes.store(count as u64, Ordering::Relaxed);
     }
 
+    /// So many connections to routed ports has the kernel steered, by what became of them.
+    pub fn steered(&self, counts: [(Steered, u64); Steered::ALL.len()]) {
+        for (outcome, count) in counts {
+            self.0.steered[outcome as usize].store(count, Ordering::Relaxed);
+        }
+    }
+
     /// All of it, as Prometheus reads it.
     pub fn text(&self) -> String {
         let counters = &self.0;
@@ -110,6 +119,20 @@ impl Metrics {
                 text,
                 "flynn_router_responses_total{{class=\"{}xx\"}} {count}",
                 class + 1
+            );
+        }
+        head(
+            &mut text,
+            "flynn_router_steered_total",
+            "counter",
+            "Connections to ports of TCP routes that the kernel has steered.",
+        );
+        for (outcome, count) in Steered::ALL.iter().zip(&counters.steered) {
+            let _ = writeln!(
+                text,
+                "flynn_router_steered_total{{outcome=\"{}\"}} {}",
+                outcome.name(),
+                count.load(Ordering::Relaxed)
             );
         }
         let counts = [

@@ -29,6 +29,8 @@ pub struct Target {
 /// The routes as they are now, and what was made of them.
 #[derive(Debug, Default)]
 struct Now {
+    /// Whether anybody has ever told of them.
+    known: bool,
     routes: Vec<Route>,
     table: Table<Target>,
     services: BTreeMap<String, Arc<Service>>,
@@ -46,6 +48,8 @@ pub struct Router {
     pub budget: Budget,
     /// Connections, upgraded ones as well.
     pub tasks: TaskTracker,
+    /// TCP routes that cannot be served, by port, and why.
+    refused: RwLock<BTreeMap<u16, String>>,
     /// The drain is over: whatever still runs ends.
     pub stop: CancellationToken,
     cookie_key: String,
@@ -59,6 +63,7 @@ impl Router {
             certificates,
             metrics: Metrics::default(),
             budget: Budget::default(),
+            refused: RwLock::default(),
             tasks: TaskTracker::new(),
             stop: CancellationToken::new(),
             cookie_key,
@@ -79,6 +84,31 @@ impl Router {
         self.now().routes.clone()
     }
 
+    /// Whether anybody has ever told of routes, be it that there are none.
+    pub fn knows_routes(&self) -> bool {
+        self.now().known
+    }
+
+    /// TCP routes that cannot be served, by port, and why.
+    pub fn refused(&self) -> BTreeMap<u16, String> {
+        self.refused
+            .read()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone()
+    }
+
+    /// These TCP routes cannot be served; those which could be before are logged.
+    pub(crate) fn refuse(&self, refused: BTreeMap<u16, String>) {
+        self.metrics.refused_routes(refused.len());
+        let mut before = self.refused.write().unwrap_or_else(PoisonError::into_inner);
+        for (port, why) in &refused {
+            if before.get(port) != Some(why) {
+                tracing::warn!(port, "a TCP route cannot be served: {why}");
+            }
+        }
+        *before = refused;
+    }
+
     /// The services that routes lead to.
     pub fn services(&self) -> Vec<Arc<Service>> {
         self.now().services.values().cloned().collect()
@@ -89,7 +119,7 @@ impl Router {
         // Of two routes for the same place the older one counts, whatever the order of the list.
         routes.sort_by(|a, b| (a.created_at, &a.id).cmp(&(b.created_at, &b.id)));
         let old = self.now();
-        if old.routes == routes {
+        if old.known && old.routes == routes {
             return false;
         }
         let mut services: BTreeMap<String, Arc<Service>> = BTreeMap::new();
@@ -115,6 +145,7 @@ impl Router {
         self.certificates.set(&routes);
         self.metrics.routes(routes.len());
         let now = Arc::new(Now {
+            known: true,
             routes,
             table,
             services,

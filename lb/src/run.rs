@@ -41,6 +41,8 @@ pub struct Options {
     pub controller_key: String,
     /// Where the state is kept.
     pub data: PathBuf,
+    /// Where eBPF programs and maps are pinned, where the router may use them.
+    pub pins: Option<PathBuf>,
     /// The domain of routes that name none of their own: what our own certificate is for.
     pub domain: Option<String>,
     /// The certificate of names that have none.
@@ -57,7 +59,7 @@ impl std::fmt::Debug for Options {
 
 impl Options {
     /// From the job's environment: `HTTP_PORT`, `HTTPS_PORT`, `HOST_IP`, `DISCOVERD`, `CONTROLLER_KEY`, `ROUTER_DATA`,
-    /// `DEFAULT_ROUTE_DOMAIN`, `TLSCERT`, `TLSKEY`.
+    /// `BPF_PINS`, `DEFAULT_ROUTE_DOMAIN`, `TLSCERT`, `TLSKEY`.
     pub fn from_env() -> anyhow::Result<Self> {
         let get = |name: &str| std::env::var(name).ok().filter(|value| !value.is_empty());
         let need = |name: &str| get(name).with_context(|| format!("{name} is not set: the router needs it"));
@@ -76,6 +78,7 @@ impl Options {
             discoverd: need("DISCOVERD")?,
             controller_key: need("CONTROLLER_KEY")?,
             data: get("ROUTER_DATA").unwrap_or_else(|| "/data".into()).into(),
+            pins: get("BPF_PINS").map(PathBuf::from),
             domain: get("DEFAULT_ROUTE_DOMAIN"),
             certificate: certificate.map(|(cert, key)| Certificate {
                 id: String::new(),
@@ -122,6 +125,8 @@ pub async fn serve(
     let store = Arc::new(Store::new(&options.data));
     store.load(&router);
 
+    let doors = tcp::Doors::open(options.pins.as_deref());
+
     let stop = CancellationToken::new();
     let _stopped = stop.clone().drop_guard();
     let sync = Arc::new(Sync {
@@ -136,7 +141,7 @@ pub async fn serve(
             Arc::clone(&sync).follow_routes(),
             sync.follow_services(),
             store.keep(Arc::clone(&router)),
-            tcp::follow(Arc::clone(&router), stop.clone()),
+            tcp::follow(Arc::clone(&router), doors, stop.clone()),
         )
     };
     let api = flynn_api::server::serve(
@@ -201,6 +206,7 @@ fn api(router: Arc<Router>) -> axum::Router {
                 "routes": router.routes().len(),
                 "services_without_instances": empty,
                 "bad_certificates": router.certificates.bad(),
+                "refused_routes": router.refused(),
             },
         }))
     };

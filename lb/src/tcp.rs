@@ -1,90 +1,230 @@
-//! TCP routes: a listener per port, carried in user space.
+//! TCP routes, carried in user space.
 
-use std::collections::BTreeMap;
-use std::io;
+use std::collections::{BTreeMap, BTreeSet};
+use std::io::{self, BufRead as _};
 use std::net::SocketAddr;
-use std::sync::Arc;
-use std::time::Duration;
+use std::path::Path;
+use std::sync::{Arc, PoisonError, RwLock};
+use std::time::{Duration, Instant};
 
-use flynn_api::route::RouteKind;
+use flynn_dataplane::steer::Steer;
+use flynn_dataplane::{Port, Protocol};
 use tokio::net::{TcpListener, TcpStream};
 use tokio_util::sync::CancellationToken;
 
 use crate::backend::Service;
 use crate::balance;
 use crate::listen;
+use crate::ports::{Plan, listening};
 use crate::router::Router;
 use crate::tunnel;
 use crate::upstream::CONNECT_TIMEOUT;
 
-/// Ports of the platform and of ssh: a route must never take them.
-const RESERVED: [u16; 7] = [22, 53, 80, 443, 1111, 1113, 5000];
-/// Between looks at the routes.
+/// Between looks at the routes, and at who else listens.
 const LOOK: Duration = Duration::from_secs(1);
-/// Between attempts at a port that something else listens on.
-const AGAIN: u32 = 10;
+/// The same until a router that begins knows enough.
+const WAIT: Duration = Duration::from_millis(20);
+/// How long it waits for the instances of a service that nobody may know.
+const INSTANCES: Duration = Duration::from_secs(2);
+/// Handshakes that have begun with a listener end with it, whoever has taken over: they are waited for.
+const HANDSHAKES: Duration = Duration::from_secs(1);
 
-/// Listens where TCP routes say, until `shutdown`. Connections that are there when a route goes are carried on.
-pub async fn follow(router: Arc<Router>, shutdown: CancellationToken) {
-    let mut listeners: BTreeMap<u16, (Arc<Service>, bool, CancellationToken)> = BTreeMap::new();
-    let mut refused: BTreeMap<u16, u32> = BTreeMap::new();
+/// How connections come from routed ports.
+pub enum Doors {
+    /// The kernel gives them to one listener.
+    Steered(Box<Steer>, TcpListener),
+    /// Each port has a listener of its own.
+    Bound,
+}
+
+impl Doors {
+    /// The best that can be had: steering where programs may be pinned and the kernel knows how.
+    pub fn open(pins: Option<&Path>) -> Self {
+        let Some(pins) = pins else {
+            tracing::info!("BPF_PINS is not set: the router listens on each routed port");
+            return Self::Bound;
+        };
+        match steering(pins) {
+            Ok((steer, listener)) => {
+                tracing::info!("the kernel steers routed ports to one listener");
+                Self::Steered(Box::new(steer), listener)
+            }
+            Err(why) => {
+                tracing::warn!("the router listens on each routed port, as it cannot steer them: {why:#}");
+                Self::Bound
+            }
+        }
+    }
+}
+
+fn steering(pins: &Path) -> anyhow::Result<(Steer, TcpListener)> {
+    let listener = listen::everywhere(0)?;
+    Ok((Steer::open(pins)?, listener))
+}
+
+/// Where the connections of each served port go.
+type Targets = Arc<RwLock<BTreeMap<u16, (Arc<Service>, bool)>>>;
+
+/// Serves TCP routes until `shutdown`. Connections that are there when a route goes are carried on.
+pub async fn follow(router: Arc<Router>, doors: Doors, shutdown: CancellationToken) {
+    let targets = Targets::default();
+    match doors {
+        Doors::Steered(steer, listener) => steered(&router, *steer, listener, &targets, shutdown).await,
+        Doors::Bound => bound(&router, &targets, shutdown).await,
+    }
+}
+
+/// What is to be served now; the targets are those from here on.
+fn plan(router: &Router, targets: &Targets, taken: &BTreeSet<u16>) -> Plan {
+    let plan = Plan::new(&router.routes(), taken);
+    let services: BTreeMap<_, _> = router
+        .services()
+        .into_iter()
+        .map(|service| (service.name.clone(), service))
+        .collect();
+    let target = |(port, (name, leader)): (&u16, &(String, bool))| {
+        Some((*port, (Arc::clone(services.get(name)?), *leader)))
+    };
+    *targets.write().unwrap_or_else(PoisonError::into_inner) =
+        plan.served.iter().filter_map(target).collect();
+    plan
+}
+
+/// One listener for all.
+async fn steered(
+    router: &Arc<Router>,
+    mut steer: Steer,
+    listener: TcpListener,
+    targets: &Targets,
+    shutdown: CancellationToken,
+) {
+    // The router waits for its tasks at its end: so also for this.
+    let _draining = router.tasks.token();
+    let mut takeover = Takeover::Waiting(None);
+    let accepting = accept(router, &listener, targets);
+    tokio::pin!(accepting);
     loop {
-        let services: BTreeMap<_, _> = router
-            .services()
-            .into_iter()
-            .map(|s| (s.name.clone(), s))
-            .collect();
-        let wanted: BTreeMap<u16, (Arc<Service>, bool)> = router
-            .routes()
-            .iter()
-            .filter(|route| route.kind == RouteKind::Tcp && route.port != 0)
-            .filter_map(|route| {
-                Some((
-                    route.port,
-                    (Arc::clone(services.get(&route.service)?), route.leader),
-                ))
-            })
-            .collect();
-        listeners.retain(|port, (service, leader, stop)| {
-            let same = wanted
-                .get(port)
-                .is_some_and(|(s, l)| Arc::ptr_eq(s, service) && l == leader);
-            if !same {
+        // Whoever listens on a port itself keeps it: the program would take its connections.
+        let taken = listeners().unwrap_or_else(|error| {
+            tracing::warn!(%error, "who else listens on this host cannot be seen");
+            BTreeSet::new()
+        });
+        let plan = plan(router, targets, &taken);
+        if takeover.is_due(router, &plan) {
+            let ports = plan.served.keys().map(|number| Port {
+                protocol: Protocol::Tcp,
+                number: *number,
+            });
+            // From here on an earlier router gets nothing new.
+            let outcome = steer
+                .set_ports(&ports.collect())
+                .and_then(|()| takeover.once(|| steer.serve(Protocol::Tcp, &listener)));
+            if let Err(error) = outcome {
+                tracing::error!(%error, "routed ports cannot be steered");
+            }
+            if let Ok(counts) = steer.counts() {
+                router.metrics.steered(counts);
+            }
+        }
+        router.refuse(plan.refused);
+        let look = if takeover == Takeover::Done { LOOK } else { WAIT };
+        tokio::select! {
+            () = shutdown.cancelled() => break,
+            () = tokio::time::sleep(look) => {}
+            () = &mut accepting => {}
+        }
+    }
+    // The ports are the next router's; connections are accepted until it is there, or until we are sure to be the last.
+    let _ = tokio::time::timeout(HANDSHAKES, accepting).await;
+}
+
+/// A router that begins leaves the ports as they are, with an earlier router as it is, until it can do better.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Takeover {
+    /// For routes and instances; since when there are routes.
+    Waiting(Option<Instant>),
+    /// What is known is to be served.
+    Due,
+    /// Ours are the ports.
+    Done,
+}
+
+impl Takeover {
+    fn is_due(&mut self, router: &Router, plan: &Plan) -> bool {
+        if let Self::Waiting(since) = self {
+            if !router.knows_routes() {
+                return false;
+            }
+            let since = *since.get_or_insert_with(Instant::now);
+            let services = router.services();
+            let mut wanted = services
+                .iter()
+                .filter(|service| plan.served.values().any(|(name, _)| *name == service.name));
+            if wanted.all(|service| service.members().known) || since.elapsed() > INSTANCES {
+                *self = Self::Due;
+            }
+        }
+        !matches!(self, Self::Waiting(_))
+    }
+
+    fn once<E>(&mut self, act: impl FnOnce() -> Result<(), E>) -> Result<(), E> {
+        if *self == Self::Due {
+            act()?;
+            *self = Self::Done;
+        }
+        Ok(())
+    }
+}
+
+/// The ports of this network namespace that somebody listens on.
+fn listeners() -> io::Result<BTreeSet<u16>> {
+    let mut ports = BTreeSet::new();
+    for table in ["/proc/thread-self/net/tcp", "/proc/thread-self/net/tcp6"] {
+        let file = match std::fs::File::open(table) {
+            Ok(file) => io::BufReader::new(file),
+            // No IPv6.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+            Err(error) => return Err(error),
+        };
+        ports.extend(listening(file.lines().map_while(Result::ok)));
+    }
+    Ok(ports)
+}
+
+/// A listener for each.
+async fn bound(router: &Arc<Router>, targets: &Targets, shutdown: CancellationToken) {
+    let mut listeners: BTreeMap<u16, CancellationToken> = BTreeMap::new();
+    loop {
+        let mut plan = plan(router, targets, &BTreeSet::new());
+        listeners.retain(|port, stop| {
+            let stays = plan.served.contains_key(port);
+            if !stays {
                 stop.cancel();
             }
-            same
+            stays
         });
-        refused.retain(|port, _| wanted.contains_key(port));
-        for (port, (service, leader)) in wanted {
+        for port in plan.served.into_keys() {
             if listeners.contains_key(&port) {
                 continue;
             }
-            let looks = refused.entry(port).or_insert(0);
-            *looks += 1;
-            if *looks % AGAIN != 1 {
-                continue;
-            }
-            match bind(port) {
+            match listen::everywhere(port) {
                 Ok(listener) => {
                     let stop = shutdown.child_token();
-                    tokio::spawn(accept(
-                        Arc::clone(&router),
-                        listener,
-                        Arc::clone(&service),
-                        leader,
-                        stop.clone(),
-                    ));
-                    listeners.insert(port, (service, leader, stop));
-                    refused.remove(&port);
+                    let (router, targets, stopped) = (Arc::clone(router), Arc::clone(targets), stop.clone());
+                    tokio::spawn(async move {
+                        tokio::select! {
+                            () = accept(&router, &listener, &targets) => {}
+                            () = stopped.cancelled() => {}
+                        }
+                    });
+                    listeners.insert(port, stop);
                 }
-                Err(why) => tracing::warn!(
-                    port,
-                    service = service.name,
-                    "a TCP route cannot be served: {why}"
-                ),
+                Err(why) => {
+                    plan.refused.insert(port, why.to_string());
+                }
             }
         }
-        router.metrics.refused_routes(refused.len());
+        router.refuse(plan.refused);
         tokio::select! {
             () = shutdown.cancelled() => return,
             () = tokio::time::sleep(LOOK) => {}
@@ -92,33 +232,20 @@ pub async fn follow(router: Arc<Router>, shutdown: CancellationToken) {
     }
 }
 
-fn bind(port: u16) -> io::Result<TcpListener> {
-    if RESERVED.contains(&port) {
-        return Err(io::Error::other(
-            "the port belongs to the system: choose another for the route",
-        ));
-    }
-    listen::everywhere(port)
-}
-
-async fn accept(
-    router: Arc<Router>,
-    listener: TcpListener,
-    service: Arc<Service>,
-    leader: bool,
-    stop: CancellationToken,
-) {
+/// Accepts for ever. The port that the client has dialled says where its connection goes.
+async fn accept(router: &Arc<Router>, listener: &TcpListener, targets: &Targets) {
     loop {
-        let accepted = tokio::select! {
-            accepted = listener.accept() => accepted,
-            () = stop.cancelled() => return,
-        };
-        let Ok((client, _)) = accepted else {
+        let Ok((client, _)) = listener.accept().await else {
+            // Out of files, say.
             tokio::time::sleep(Duration::from_millis(100)).await;
             continue;
         };
-        let (service, end) = (Arc::clone(&service), router.stop.clone());
-        let busy = router.metrics.tunnel();
+        let target = client.local_addr().ok().and_then(|address| {
+            let targets = targets.read().unwrap_or_else(PoisonError::into_inner);
+            targets.get(&address.port()).cloned()
+        });
+        let Some((service, leader)) = target else { continue };
+        let (end, busy) = (router.stop.clone(), router.metrics.tunnel());
         router.tasks.spawn(async move {
             let _counted = busy;
             tokio::select! {

@@ -1,5 +1,7 @@
 //! Routes and certificates: what the router serves.
 
+use std::ops::RangeInclusive;
+
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
@@ -12,6 +14,23 @@ pub enum RouteKind {
     Http,
     /// By port.
     Tcp,
+}
+
+/// Ports of hosts that no TCP route may have, with who has them: a route would take what comes there from them.
+pub const SYSTEM_PORTS: [(RangeInclusive<u16>, &str); 6] = [
+    (1..=1023, "the system (ssh, DNS, the router's HTTP and HTTPS, …)"),
+    (1110..=1119, "the platform (discoverd, the host API, heartbeats)"),
+    (5000..=5002, "the platform (the status of its components)"),
+    (5432..=5433, "PostgreSQL"),
+    (8472..=8472, "the cluster network"),
+    (51820..=51820, "the encryption between hosts"),
+];
+
+/// Who has a port of the system, which no TCP route may have.
+pub fn system_port(port: u16) -> Option<&'static str> {
+    SYSTEM_PORTS
+        .iter()
+        .find_map(|(ports, owner)| ports.contains(&port).then_some(*owner))
 }
 
 /// Sends requests that match to a service.

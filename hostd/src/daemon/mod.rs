@@ -81,6 +81,12 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
     notices.extend(crate::notices::of_kernel());
     let (features, missed) = crate::notices::of_network();
     notices.extend(missed);
+    if let Err(error) = network::make_pins() {
+        let notice =
+            format!("there is no place for eBPF programs, without which the router does not start: {error}");
+        tracing::error!("{notice}");
+        notices.push(notice);
+    }
     let (stored, broken) = store::load(&paths).context("cannot read the jobs")?;
     for notice in &broken {
         tracing::error!("{notice}");

@@ -193,6 +193,12 @@ impl Up {
     }
 }
 
+/// Makes the place where programs are pinned, which jobs of the platform that have programs of their own mount.
+pub(super) fn make_pins() -> std::io::Result<()> {
+    mount_bpf()?;
+    std::fs::create_dir_all(PINS)
+}
+
 /// Most init systems have mounted it; a machine without one gets it here.
 fn mount_bpf() -> std::io::Result<()> {
     if rustix::fs::statfs(BPF)?.f_type == BPF_MAGIC {

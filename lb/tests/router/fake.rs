@@ -180,6 +180,14 @@ impl Running {
     }
 
     pub(crate) async fn with_data(control: &Control, data: Arc<tempfile::TempDir>) -> Self {
+        Self::with(control, data, None).await
+    }
+
+    pub(crate) async fn with(
+        control: &Control,
+        data: Arc<tempfile::TempDir>,
+        pins: Option<&std::path::Path>,
+    ) -> Self {
         let bind = || TcpListener::bind(loopback());
         let sockets = Sockets {
             http: bind().await.unwrap(),
@@ -195,6 +203,7 @@ impl Running {
             discoverd: format!("http://{}", control.discoverd),
             controller_key: "key".into(),
             data: data.path().to_owned(),
+            pins: pins.map(std::path::Path::to_owned),
             domain: Some("flynn.test".into()),
             certificate: None,
         };

@@ -1,6 +1,6 @@
 //! Routes as people ask for them.
 
-use flynn_api::route::{Route, RouteKind};
+use flynn_api::route::{Route, RouteKind, system_port};
 use flynn_api::{Error, ErrorCode, Result};
 use uuid::Uuid;
 
@@ -9,8 +9,6 @@ use crate::data::routes::OnDomain;
 
 /// Ports that a TCP route gets when it asks for none.
 pub(crate) const PORTS: std::ops::RangeInclusive<u16> = 3000..=3500;
-/// Ports of hosts above the system range that belong to the platform.
-const PLATFORM_PORTS: [u16; 4] = [1111, 1113, 5000, 5002];
 /// Labels after a wildcard at most.
 const MAX_WILDCARD_LABELS: usize = 5;
 
@@ -128,12 +126,14 @@ fn path(path: &str) -> Result<()> {
     Err(Error::invalid_field("path", format!("{path:?} {rule}")))
 }
 
-/// Refuses ports that something of the host listens on.
+/// Refuses ports of the system.
 fn port(port: u16) -> Result<()> {
-    if (1..1024).contains(&port) || PLATFORM_PORTS.contains(&port) {
-        let rule =
-            "is a system port, and what listens there would be cut off: leave it out to get a free one";
-        return Err(Error::invalid_field("port", format!("{port} {rule}")));
+    if let Some(owner) = system_port(port) {
+        let rule = "which would be cut off: choose another, or leave it out to get a free one";
+        return Err(Error::invalid_field(
+            "port",
+            format!("{port} belongs to {owner}, {rule}"),
+        ));
     }
     Ok(())
 }
@@ -298,7 +298,7 @@ mod tests {
             port,
             ..Route::default()
         };
-        for bad in [22, 80, 443, 1113, 5000] {
+        for bad in [22, 53, 80, 443, 1111, 1113, 5000, 5432, 8472] {
             assert!(
                 prepare(tcp(bad)).unwrap_err().message.starts_with("port: "),
                 "{bad}"
