@@ -11,7 +11,7 @@
 //!   `links/<program>@<interface>`, or `links/<program>@cgroup<id>`. A [`Dataplane`] is only a hand on it: dropping one,
 //!   or the death of the process, changes nothing for a packet, and the next [`Dataplane::open`] finds everything again.
 //! - Opening replaces the programs of all pinned links by this build's, each in one step: there is no moment in which
-//!   an interface has none.
+//!   an interface has none. Where an older build has pinned maps of another layout, what they hold is carried over before.
 //! - Nothing here knows about network namespaces: interfaces are those of the calling thread's.
 
 mod container;
@@ -22,6 +22,7 @@ mod host;
 pub mod lb;
 mod links;
 mod maps;
+mod migrate;
 mod mirror;
 mod network;
 mod object;
@@ -72,9 +73,12 @@ impl Dataplane {
     /// The same with a given kind of hook, where [`Dataplane::open`] takes the best that the kernel has.
     pub fn open_with(pins: &Path, hook: Hook) -> Result<Self> {
         let pins = Pins::open(pins)?;
+        let older = pins.other_layouts()?;
         let mut object = object::load(&pins)?;
-        let maps = Maps::take(&mut object)?;
+        let mut maps = Maps::take(&mut object)?;
+        migrate::carry_over(&older, &mut maps)?;
         let links = Links::take(object, pins, hook, Program::OVERLAY)?;
+        migrate::remove(&older)?;
         Ok(Self { links, maps })
     }
 

@@ -233,6 +233,39 @@ impl Maps {
         read().map_err(Error::kernel("reading the drop counters"))
     }
 
+    /// Puts endpoints of an older layout in place.
+    pub(crate) fn carry_endpoints(
+        &mut self,
+        endpoints4: &[(Ipv4, Endpoint)],
+        endpoints6: &[(Ipv6, Endpoint)],
+    ) -> Result<()> {
+        for &(key, endpoint) in endpoints6 {
+            self.endpoints6.put(key, endpoint)?;
+        }
+        for &(key, endpoint) in endpoints4 {
+            self.endpoints4.put(key, endpoint)?;
+        }
+        self.slots = self.local().map(|(_, endpoint)| endpoint.slot).collect();
+        Ok(())
+    }
+
+    /// Puts the configuration of an older layout in place.
+    pub(crate) fn carry_config(&mut self, config: Config) -> Result<()> {
+        self.set_config(config)
+    }
+
+    /// Goes on counting from here.
+    pub(crate) fn carry_counters(&mut self, slot: u32, values: PerCpuValues<Counters>) -> Result<()> {
+        let written = self.counters.set(slot, values, 0);
+        written.map_err(|error| Error::kernel("carrying over counters")(error.into()))
+    }
+
+    /// The same for drops.
+    pub(crate) fn carry_drops(&mut self, reason: DropReason, values: PerCpuValues<u64>) -> Result<()> {
+        let written = self.drops.set(reason as u32, values, 0);
+        written.map_err(|error| Error::kernel("carrying over counters of drops")(error.into()))
+    }
+
     fn config(&self) -> Result<Config> {
         let read = self.config.get(&0, 0);
         read.map_err(|error| Error::kernel("reading the programs' configuration")(error.into()))

@@ -124,6 +124,43 @@ impl Pins {
         read().map_err(Error::kernel(format!("looking at the eBPF map {name}")))
     }
 
+    /// Where maps of other layouts are pinned, with their versions.
+    pub(crate) fn other_layouts(&self) -> Result<Vec<(u32, PathBuf)>> {
+        let failed = |source| Error::Pins {
+            what: "listing",
+            path: self.directory.clone(),
+            source,
+        };
+        let mut layouts = Vec::new();
+        for entry in fs::read_dir(&self.directory).map_err(failed)? {
+            let entry = entry.map_err(failed)?;
+            let version = entry.file_name();
+            let version = version
+                .to_str()
+                .and_then(|name| name.strip_prefix('v')?.parse().ok());
+            if let Some(version) = version.filter(|version| *version != flynn_abi::LAYOUT) {
+                layouts.push((version, entry.path()));
+            }
+        }
+        layouts.sort();
+        Ok(layouts)
+    }
+
+    /// Removes these maps of another layout, and its directory unless others are in it.
+    pub(crate) fn remove_layout(path: &Path, maps: &[&str]) -> Result<()> {
+        for name in maps {
+            Self::remove(&path.join(name))?;
+        }
+        match fs::remove_dir(path) {
+            Err(error) if error.kind() != io::ErrorKind::DirectoryNotEmpty => Err(Error::Pins {
+                what: "removing",
+                path: path.into(),
+                source: error,
+            }),
+            _ => Ok(()),
+        }
+    }
+
     /// Removes every pin.
     pub(crate) fn remove_all(&self) -> Result<()> {
         fs::remove_dir_all(&self.directory).map_err(|source| Error::Pins {

@@ -144,7 +144,7 @@ fn limit(rate: Option<NonZeroU64>) -> Limit {
     };
     let second = u64::try_from(Duration::from_secs(1).as_nanos()).unwrap_or(u64::MAX);
     let cost = ((second << Limit::SHIFT) / rate).max(1);
-    let smallest = u128::from(SMALLEST_BURST) * u128::from(cost) >> Limit::SHIFT;
+    let smallest = (u128::from(SMALLEST_BURST) * u128::from(cost)) >> Limit::SHIFT;
     let burst = smallest.max(BURST.as_nanos());
     Limit {
         cost,

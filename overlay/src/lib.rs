@@ -1,7 +1,8 @@
-//! The cluster network of one host: an address for each container, and a way to it.
+//! The cluster network of one host: an address for each container, and a way to it, from whichever host.
 //!
-//! **In**: the cluster's and this host's networks ([`NetworkConfig`]), and the network namespaces of containers that come
-//! and go ([`Network::attach`], [`Network::detach`]). **Out**: containers which reach one another, the host and what is
+//! **In**: the cluster's and this host's networks ([`NetworkConfig`]), the network namespaces of containers that come
+//! and go ([`Network::attach`], [`Network::detach`]), the other hosts ([`Network::set_hosts`]), their containers and the
+//! cluster's policy ([`Network::set_remote`], [`Network::set_policy`]). **Out**: containers which reach one another, the host and what is
 //! outside, by addresses that are their own; what each sent and received; drops by reason.
 //!
 //! How it is laid out: a container has one interface, `eth0`, with a /32 and a /128, a default route to the host's
@@ -9,6 +10,11 @@
 //! address ([`host_interface`]) and carries the eBPF program which decides where packets go. The device `flynn0` carries
 //! the gateway address and the cluster's routes: it is the host's own way to containers, with a program at its egress,
 //! and the VXLAN device for other hosts. There is no bridge, no ARP, and no rule per container.
+//!
+//! Between hosts, which have IPv4 addresses: a container of another host is reached by what its subnet says alone, so
+//! that a new container is no news to anybody. Its packets are put into VXLAN by the program at the sender's veth and
+//! taken out by the one at the receiver's uplink; only what those cannot do by hand goes through the device. The network
+//! identifier in the tunnel is the sender's identity, by which the receiver holds the policy.
 //!
 //! Invariants:
 //! - All state is in the kernel. A [`Network`] is a hand on it: dropping one, or the death of the process, changes

@@ -19,6 +19,7 @@ mod service;
 mod steer;
 #[cfg(feature = "user")]
 mod user;
+pub mod v1;
 
 pub use address::{Ipv4, Ipv6, Mac};
 pub use config::Config;
@@ -34,7 +35,8 @@ pub use service::{
 };
 pub use steer::{MAX_STEER_SOCKETS, MAX_STEERED_PORTS, SteerKey, Steered};
 
-/// The version of all layouts in this crate together. Maps of another version are never reused.
+/// The version of all layouts in this crate together. Maps of another version are never reused: what they hold is
+/// carried over, for which the older layout stays here in a module of its own.
 pub const LAYOUT: u32 = 2;
 
 /// How many endpoints of each address family the cluster may have.

@@ -35,6 +35,8 @@ unsafe impl aya::Pod for Backend {}
 unsafe impl aya::Pod for DatagramPeer {}
 // SAFETY: as above.
 unsafe impl aya::Pod for DatagramFlow {}
+// SAFETY: as above.
+unsafe impl aya::Pod for crate::v1::Config {}
 
 macro_rules! lb {
     ($($name:ident),*) => {

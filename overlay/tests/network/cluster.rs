@@ -134,6 +134,27 @@ impl Node {
         self.namespace.run(move || runtime.block_on(run(network)))
     }
 
+    /// Follows changes of routes until the result is dropped.
+    pub(crate) fn follow_routes(&self) -> impl Drop + use<> {
+        struct Until(Option<tokio::sync::oneshot::Sender<()>>);
+        impl Drop for Until {
+            fn drop(&mut self) {
+                drop(self.0.take());
+            }
+        }
+        let (sender, receiver) = tokio::sync::oneshot::channel();
+        let (runtime, network) = (Arc::clone(&self.runtime), Arc::clone(&self.network));
+        self.namespace.spawn(move || {
+            runtime.block_on(async {
+                tokio::select! {
+                    followed = network.follow_routes() => followed.unwrap(),
+                    _ = receiver => {}
+                }
+            });
+        });
+        Until(Some(sender))
+    }
+
     /// A container with the address that ends so.
     pub(crate) fn attach(&self, last: u8) -> Container {
         self.attach_as(last, Attachment::default())

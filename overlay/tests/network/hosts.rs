@@ -1,12 +1,12 @@
 //! Containers and hosts of a cluster, each with each.
 
-use std::net::IpAddr;
+use std::{fs, net::IpAddr};
 
 use flynn_overlay::DropReason;
 
 use crate::{
     cluster::Cluster,
-    support::{MEGABYTES, drops, ip, segmented, tcp_echo, udp_echo},
+    support::{Datagrams, MEGABYTES, arrives, drops, eventually, ip, live, segmented, tcp_echo, udp_echo},
 };
 
 /// From a single byte to what takes many packets, with the edges of the tunnel between.
@@ -110,5 +110,75 @@ pub(crate) fn too_big() {
             }
         }
         assert_eq!(drops(&one.network, DropReason::TooBig), 0);
+    });
+}
+
+pub(crate) fn by_hand() {
+    Cluster::run(2, |cluster| {
+        let [one, two] = cluster.nodes.as_slice() else {
+            unreachable!()
+        };
+        let (a, b) = (one.attach(2), two.attach(2));
+        for to in b.addresses() {
+            tcp_echo(&a.namespace, &b.namespace, to, MEGABYTES);
+            udp_echo(&a.namespace, &b.namespace, to, &DATAGRAMS);
+            tcp_echo(&one.namespace, &b.namespace, to, 1);
+        }
+        for node in &cluster.nodes {
+            let counts = node
+                .namespace
+                .run(|| fs::read_to_string("/proc/thread-self/net/dev").unwrap());
+            let device = counts
+                .lines()
+                .find(|line| line.trim().starts_with("flynn0:"))
+                .unwrap();
+            let received: u64 = device.split_whitespace().nth(2).unwrap().parse().unwrap();
+            // Nothing but what is for a host itself.
+            assert!(received < 50, "{received} packets took the slow way: {device}");
+        }
+    });
+}
+
+pub(crate) fn streams_outlive_daemons() {
+    Cluster::run(2, |mut cluster| {
+        let (a, b) = (cluster.nodes[0].attach(2), cluster.nodes[1].attach(2));
+        let there = Datagrams::start(&a.namespace, &b.namespace, b.ipv4.into());
+        let back = Datagrams::start(&b.namespace, &a.namespace, a.ipv4.into());
+        for _ in 0..5 {
+            for node in &mut cluster.nodes {
+                node.restart();
+                let own = [a.ipv4, b.ipv4]
+                    .into_iter()
+                    .filter(|address| node.config.subnet.contains(address));
+                let live = live(&own.collect::<Vec<_>>());
+                node.run(async move |network| network.reconcile(&live).await.unwrap());
+            }
+            cluster.introduce(|_, _| false);
+        }
+        there.arrive();
+        back.arrive();
+        assert_eq!(cluster.drops(), []);
+    });
+}
+
+pub(crate) fn routes_change() {
+    Cluster::run(2, |cluster| {
+        let [one, two] = cluster.nodes.as_slice() else {
+            unreachable!()
+        };
+        let (a, b) = (one.attach(2), two.attach(2));
+        tcp_echo(&a.namespace, &b.namespace, b.ipv4.into(), 1);
+        let follower = one.follow_routes();
+        one.namespace.run(|| ip(&["route", "delete", "default"]));
+        eventually("the way is gone", || {
+            !arrives(&a.namespace, &b.namespace, b.ipv4.into())
+                && drops(&one.network, DropReason::NoRoute) > 0
+        });
+        one.namespace
+            .run(|| ip(&["route", "add", "198.51.100.0/24", "via", "192.0.2.254"]));
+        eventually("there is another way", || {
+            arrives(&a.namespace, &b.namespace, b.ipv4.into())
+        });
+        drop(follower);
     });
 }

@@ -3,19 +3,14 @@
 use std::{
     fs,
     io::{Read, Write},
-    net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream},
+    net::{IpAddr, Ipv4Addr, TcpListener, TcpStream},
     os::fd::AsFd,
-    sync::{
-        Arc,
-        atomic::{AtomicBool, Ordering},
-    },
-    time::Duration,
 };
 
 use flynn_overlay::{Attachment, DropReason, Network, NetworkConfig, Reconciled, host_interface};
 
 use crate::support::{
-    Container, Host, Namespace, address, drops, eventually, ip, join, live, patient, tcp_echo, udp,
+    Container, Datagrams, Host, Namespace, address, drops, eventually, ip, live, patient, tcp_echo, udp,
 };
 
 /// A connection on which every byte comes back.
@@ -85,39 +80,12 @@ pub(crate) fn no_datagram_is_lost() {
             Container::attach(&network, 2).await,
             Container::attach(&network, 3).await,
         );
-        let address = b.ipv4.into();
-        let receiver = b.namespace.run(move || udp(SocketAddr::new(address, 0)));
-        let to = receiver.local_addr().unwrap();
-        let enough = Arc::new(AtomicBool::new(false));
-        let until = Arc::clone(&enough);
-        let sender = a.namespace.spawn(move || {
-            let socket = udp("0.0.0.0:0".parse().unwrap());
-            let mut sent = 0_u64;
-            while !until.load(Ordering::Relaxed) {
-                socket.send_to(&sent.to_be_bytes(), to).unwrap();
-                sent += 1;
-                std::thread::sleep(Duration::from_micros(100));
-            }
-            socket.send_to(b"end", to).unwrap();
-            sent
-        });
-        let receiver = std::thread::spawn(move || {
-            let mut received = 0_u64;
-            let mut buffer = [0; 8];
-            while receiver.recv(&mut buffer).unwrap() == 8 {
-                assert_eq!(u64::from_be_bytes(buffer), received, "datagrams were lost");
-                received += 1;
-            }
-            received
-        });
+        let stream = Datagrams::start(&a.namespace, &b.namespace, b.ipv4.into());
         drop(network);
         for _ in 0..20 {
             drop(host.network().await);
         }
-        enough.store(true, Ordering::Relaxed);
-        let sent = join(sender);
-        assert_eq!(join(receiver), sent);
-        assert!(sent > 100, "{sent} datagrams are no stream");
+        stream.arrive();
     });
 }
 

@@ -3,15 +3,21 @@
 #![expect(clippy::unwrap_used, reason = "a test says what is wrong by panicking")]
 
 mod cluster;
+mod guard;
 mod hosts;
 mod lifecycle;
 mod support;
 mod traffic;
+mod upgrade;
 
 fn main() {
     support::main(
         &["ip", "nft"],
-        |_| None,
+        |name| {
+            let tcx =
+                name.ends_with("by_tcx") && flynn_dataplane::Hook::detect() != flynn_dataplane::Hook::Tcx;
+            tcx.then_some("a kernel with tcx")
+        },
         &[
             (
                 "containers_reach_one_another",
@@ -76,6 +82,21 @@ fn main() {
             (
                 "a_packet_too_big_for_the_tunnel_is_cut_or_refused",
                 hosts::too_big,
+            ),
+            ("what_can_be_done_by_hand_is", hosts::by_hand),
+            (
+                "streams_between_hosts_outlive_daemons",
+                hosts::streams_outlive_daemons,
+            ),
+            ("changed_routes_are_followed", hosts::routes_change),
+            ("forged_packets_are_dropped_and_counted", guard::forged_packets),
+            ("direct_hosts_need_no_tunnel", guard::direct_hosts),
+            ("policy_holds_between_hosts", guard::policy_between_hosts),
+            ("ports_of_hosts_are_closed_to_jobs", guard::ports_between_hosts),
+            ("limits_hold_between_hosts", guard::limits_between_hosts),
+            (
+                "an_upgrade_from_an_older_layout_loses_no_datagram_by_tcx",
+                upgrade::from_layout_1,
             ),
             ("the_mtu_is_the_uplink_s", traffic::the_mtu_is_the_uplink_s),
             (

@@ -11,7 +11,11 @@ use std::{
     net::{IpAddr, Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream, UdpSocket},
     os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd},
     path::PathBuf,
-    sync::mpsc,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+        mpsc,
+    },
     thread::{self, JoinHandle},
     time::{Duration, Instant},
 };
@@ -305,7 +309,7 @@ pub(crate) fn segmented(client: &Namespace, server: &Namespace, address: IpAddr,
         assert_eq!(sender.send_to(&payload(length, 3), to).unwrap(), length);
     });
     let mut received = Vec::new();
-    let mut buffer = [0; 1 << 16];
+    let mut buffer = vec![0; 1 << 16];
     while received.len() < length {
         let size = socket.recv(&mut buffer).unwrap();
         received.extend_from_slice(&buffer[..size]);
@@ -314,6 +318,55 @@ pub(crate) fn segmented(client: &Namespace, server: &Namespace, address: IpAddr,
         received == payload(length, 3),
         "datagrams came changed or in another order"
     );
+}
+
+/// A stream of numbered datagrams.
+pub(crate) struct Datagrams {
+    enough: Arc<AtomicBool>,
+    sender: JoinHandle<u64>,
+    receiver: JoinHandle<u64>,
+}
+
+impl Datagrams {
+    pub(crate) fn start(client: &Namespace, server: &Namespace, address: IpAddr) -> Self {
+        let receiver = server.run(move || udp(SocketAddr::new(address, 0)));
+        let to = receiver.local_addr().unwrap();
+        let enough = Arc::new(AtomicBool::new(false));
+        let until = Arc::clone(&enough);
+        let sender = client.spawn(move || {
+            let socket = udp("0.0.0.0:0".parse().unwrap());
+            let mut sent = 0_u64;
+            while !until.load(Ordering::Relaxed) {
+                socket.send_to(&sent.to_be_bytes(), to).unwrap();
+                sent += 1;
+                thread::sleep(Duration::from_micros(100));
+            }
+            socket.send_to(b"end", to).unwrap();
+            sent
+        });
+        let receiver = thread::spawn(move || {
+            let mut received = 0_u64;
+            let mut buffer = [0; 8];
+            while receiver.recv(&mut buffer).unwrap() == 8 {
+                assert_eq!(u64::from_be_bytes(buffer), received, "datagrams were lost");
+                received += 1;
+            }
+            received
+        });
+        Self {
+            enough,
+            sender,
+            receiver,
+        }
+    }
+
+    /// Ends it; all of it must have arrived.
+    pub(crate) fn arrive(self) {
+        self.enough.store(true, Ordering::Relaxed);
+        let sent = join(self.sender);
+        assert_eq!(join(self.receiver), sent);
+        assert!(sent > 100, "{sent} datagrams are no stream");
+    }
 }
 
 /// Whether a datagram gets from one namespace to an address in another at all.
