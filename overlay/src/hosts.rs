@@ -57,14 +57,17 @@ impl Network {
     pub async fn follow_routes(&self) -> Result<()> {
         let changes = netlink::changes().map_err(Error::kernel("asking to be told of changed routes"))?;
         let mut changes = changes.ready_chunks(1024);
-        while changes.next().await.is_some() {
-            // Changes come in flocks.
-            tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+        loop {
+            // Once at the beginning, for what changed before anybody listened.
             if let Err(error) = self.refresh().await {
                 warn!(%error, "cannot follow changed routes");
             }
+            if changes.next().await.is_none() {
+                return Ok(());
+            }
+            // Changes come in flocks.
+            tokio::time::sleep(std::time::Duration::from_millis(20)).await;
         }
-        Ok(())
     }
 
     /// Replaces what is known of other hosts' containers. They are reached without it; it is policy that wants to know.
