@@ -25,6 +25,7 @@ pub(crate) struct Maps {
     config: Array<MapData, Config>,
     endpoints4: Mirror<Ipv4, Endpoint>,
     endpoints6: Mirror<Ipv6, Endpoint>,
+    local: Array<MapData, Endpoint>,
     hosts4: Mirror<Ipv4, flynn_abi::Host>,
     peers: Mirror<Ipv4, Peer>,
     host_addresses: Mirror<Ipv6, u32>,
@@ -44,6 +45,7 @@ impl Maps {
             config: take(object, "config")?,
             endpoints4: Mirror::take(object, "endpoints4")?,
             endpoints6: Mirror::take(object, "endpoints6")?,
+            local: take(object, "local")?,
             hosts4: Mirror::take(object, "hosts4")?,
             peers: Mirror::take(object, "peers")?,
             host_addresses: Mirror::take(object, "host_addresses")?,
@@ -79,7 +81,49 @@ impl Maps {
         let policy = self.config()?.flags & (Config::ISOLATION | Config::HOST_PORTS);
         let mut config = network.config();
         config.flags |= policy;
+        let before = self.config()?;
+        if (before.subnet4, before.subnet_mask4) != (config.subnet4, config.subnet_mask4) {
+            // Places mean other addresses: first nobody looks at them, and then they change.
+            let subnet_mask4 = Ipv4::default();
+            self.set_config(Config {
+                subnet_mask4,
+                ..config
+            })?;
+            self.place_all(config)?;
+        }
         self.set_config(config)
+    }
+
+    /// Writes the map `local` anew.
+    fn place_all(&mut self, config: Config) -> Result<()> {
+        for place in 0..MAX_LOCAL_ENDPOINTS {
+            self.write_place(place, Endpoint::default())?;
+        }
+        let is_remote = |endpoint: &Endpoint| endpoint.flags & Endpoint::REMOTE != 0;
+        let endpoints = self
+            .endpoints4
+            .iter()
+            .filter(|(_, endpoint)| !is_remote(endpoint));
+        let endpoints: Vec<_> = endpoints.map(|(&key, &endpoint)| (key, endpoint)).collect();
+        for (address, endpoint) in endpoints {
+            if let Some(place) = place(config, address) {
+                self.write_place(place, endpoint)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Writes an endpoint of this host to the map `local`, or that there is none.
+    fn place(&mut self, address: Ipv4, endpoint: Endpoint) -> Result<()> {
+        match place(self.config()?, address) {
+            Some(place) => self.write_place(place, endpoint),
+            None => Ok(()),
+        }
+    }
+
+    fn write_place(&mut self, place: u32, endpoint: Endpoint) -> Result<()> {
+        let written = self.local.set(place, endpoint, 0);
+        written.map_err(|error| Error::kernel("writing to the eBPF map local")(error.into()))
     }
 
     pub(crate) fn set_hosts(&mut self, hosts: &[Host]) -> Result<()> {
@@ -167,6 +211,7 @@ impl Maps {
             self.endpoints6.put(ipv6.into(), endpoint)?;
         }
         self.endpoints4.put(key, endpoint)?;
+        self.place(key, endpoint)?;
         self.slots.insert(slot);
         self.open_ports
             .remove_unless(|key, _| key.slot != slot || ports.contains_key(key))
@@ -195,6 +240,7 @@ impl Maps {
         let Some(endpoint) = self.endpoints4.get(&key).copied().filter(is_local) else {
             return Ok(false);
         };
+        self.place(key, Endpoint::default())?;
         self.endpoints4.remove(&key)?;
         self.open_ports
             .remove_unless(|port, _| port.slot != endpoint.slot)?;
@@ -287,6 +333,14 @@ impl Maps {
             .find(|slot| !self.slots.contains(slot))
             .ok_or(Error::Full(MAX_LOCAL_ENDPOINTS))
     }
+}
+
+/// Where in the map `local` an address is, if it is in this host's subnet.
+fn place(config: Config, address: Ipv4) -> Option<u32> {
+    let number = |address: Ipv4| u32::from(Ipv4Addr::from(address));
+    let (mask, address) = (number(config.subnet_mask4), number(address));
+    let place = (mask != 0 && address & mask == number(config.subnet4)).then_some(address & !mask);
+    place.filter(|&place| place < MAX_LOCAL_ENDPOINTS)
 }
 
 fn is_local(endpoint: &Endpoint) -> bool {

@@ -106,7 +106,7 @@ pub(crate) fn what_came_through_the_tunnel_is_taken_out() {
         for (tunnelled, frame) in from_far() {
             let outcome = bench.not_dropped(Program::FromUplink, &tunnelled);
             assert_eq!(outcome.action, Outcome::REDIRECT);
-            assert_eq!(outcome.frame[..12], [A.mac, GATEWAY].concat());
+            assert_eq!(outcome.frame[..12], tunnelled[..12]);
             assert_eq!(outcome.frame[14..], frame[14..]);
         }
         assert_eq!(bench.traffic()[0].received_packets, 2);
@@ -292,13 +292,13 @@ pub(crate) fn no_change_to_a_tunnelled_frame_makes_it_another_host_s() {
                 _ => {
                     prop_assert_eq!(&frame[OUTER + 12..OUTER + 16], &FAR_HOST.octets());
                     prop_assert_eq!(&outcome.frame[14..], &frame[INNER_IP..]);
-                    let source = if frame[INNER + 12..INNER_IP] == [0x08, 0x00] {
-                        12
+                    let (source, destination) = if frame[INNER + 12..INNER_IP] == [0x08, 0x00] {
+                        (12, 16)
                     } else {
-                        8 + 12
+                        (8 + 12, 24 + 12)
                     };
                     prop_assert_eq!(&frame[INNER_IP + source..][..3], &FAR4.octets()[..3]);
-                    prop_assert_eq!(&outcome.frame[..6], &A.mac);
+                    prop_assert_eq!(&frame[INNER_IP + destination..][..4], &A.ipv4.octets());
                 }
             }
             Ok(())

@@ -23,6 +23,11 @@ static ENDPOINTS4: HashMap<Ipv4, Endpoint> = HashMap::pinned(MAX_ENDPOINTS, BPF_
 #[map(name = "endpoints6")]
 static ENDPOINTS6: HashMap<Ipv6, Endpoint> = HashMap::pinned(MAX_ENDPOINTS, BPF_F_NO_PREALLOC);
 
+// The same values by their places in this host's subnet: an array is found in a fraction of the time of a hash. User
+// space clears an entry before it goes, and programs that see one half written take it for a packet that came too soon.
+#[map(name = "local")]
+static LOCAL: Array<Endpoint> = Array::pinned(MAX_LOCAL_ENDPOINTS, 0);
+
 #[map(name = "hosts4")]
 static HOSTS4: HashMap<Ipv4, Host> = HashMap::pinned(MAX_HOSTS, BPF_F_NO_PREALLOC);
 
@@ -60,14 +65,46 @@ pub fn config() -> Result<&'static Config, DropReason> {
 
 #[inline(always)]
 pub fn endpoint4(address: Ipv4) -> Option<&'static Endpoint> {
+    if let Some(endpoint) = local(address) {
+        return Some(endpoint);
+    }
     // SAFETY: the map is not preallocated, so the entry outlives this program run; user space replaces entries whole.
     unsafe { ENDPOINTS4.get(address) }
 }
 
 #[inline(always)]
 pub fn endpoint6(address: Ipv6) -> Option<&'static Endpoint> {
+    if let Some(endpoint) = local6(address) {
+        return Some(endpoint);
+    }
     // SAFETY: as above.
     unsafe { ENDPOINTS6.get(address) }
+}
+
+/// Who is behind an address of this host's subnet.
+#[inline(always)]
+fn local(address: Ipv4) -> Option<&'static Endpoint> {
+    let config = CONFIG.get(0)?;
+    let address = u32::from_ne_bytes(address.octets());
+    let mask = u32::from_ne_bytes(config.subnet_mask4.octets());
+    if mask == 0 || address & mask != u32::from_ne_bytes(config.subnet4.octets()) {
+        return None;
+    }
+    let endpoint = LOCAL.get(u32::from_be(address & !mask))?;
+    (endpoint.flags != 0).then_some(endpoint)
+}
+
+/// The same for IPv6, where the IPv4 address is the end of the address.
+#[inline(always)]
+fn local6(address: Ipv6) -> Option<&'static Endpoint> {
+    let config = CONFIG.get(0)?;
+    let [a @ .., e, f, g, h] = address.octets();
+    let [b @ .., _, _, _, _] = config.network6.octets();
+    if a == b && config.mask6 != Ipv6::default() {
+        local(Ipv4::new([e, f, g, h]))
+    } else {
+        None
+    }
 }
 
 /// The host whose subnet begins with this address.

@@ -1,6 +1,6 @@
 //! A packet that a container has sent.
 
-use aya_ebpf::{bindings::TC_ACT_UNSPEC, helpers::bpf_redirect_peer, programs::TcContext};
+use aya_ebpf::{bindings::TC_ACT_UNSPEC, programs::TcContext};
 use flynn_abi::{Config, DropReason, Endpoint};
 
 use crate::{
@@ -57,9 +57,7 @@ fn forward<H: Header>(ctx: &TcContext) -> Decision {
         Way::Container(receiver) => {
             rate::limit_received(ctx, receiver)?;
             maps::count_sent(ctx, endpoint);
-            route::hand_over(ctx, receiver, config)?;
-            // SAFETY: a helper that only notes where the packet goes; allowed here because this is an ingress hook.
-            Ok(unsafe { bpf_redirect_peer(receiver.ifindex, 0) } as i32)
+            route::hand_over(ctx, receiver)
         }
         Way::Remote(host, _) | Way::RemoteGateway(host) => {
             maps::count_sent(ctx, endpoint);

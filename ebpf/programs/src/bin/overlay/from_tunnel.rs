@@ -3,7 +3,7 @@
 
 use aya_ebpf::{
     bindings::{TC_ACT_OK, bpf_tunnel_key},
-    helpers::{bpf_redirect_peer, bpf_skb_get_tunnel_key},
+    helpers::bpf_skb_get_tunnel_key,
     programs::TcContext,
 };
 use flynn_abi::{DropReason, Endpoint, Ipv4, Peer};
@@ -49,19 +49,21 @@ fn forward<H: Header>(ctx: &TcContext, peer: &Peer, sender: Sender) -> Decision 
         ip,
         at: packet::IP,
     };
+    // The Ethernet address in the tunnel is nobody's.
+    let take = || {
+        ctx.change_type(PACKET_HOST)
+            .map_err(|_| DropReason::RewriteFailed)
+    };
     match H::endpoint(ip.destination()) {
         Some(receiver) if receiver.flags & Endpoint::CONTAINER != 0 => {
             packet.to_container(sender, receiver, config)?;
             rate::limit_received(ctx, receiver)?;
-            route::hand_over(ctx, receiver, config)?;
-            // SAFETY: a helper that only notes where the packet goes; allowed here because this is an ingress hook.
-            Ok(unsafe { bpf_redirect_peer(receiver.ifindex, 0) } as i32)
+            take()?;
+            route::hand_over(ctx, receiver)
         }
         Some(receiver) if receiver.flags & Endpoint::GATEWAY != 0 => {
             packet.to_host(sender, config)?;
-            // The Ethernet address in the tunnel is nobody's.
-            ctx.change_type(PACKET_HOST)
-                .map_err(|_| DropReason::RewriteFailed)?;
+            take()?;
             Ok(TC_ACT_OK)
         }
         _ => Err(DropReason::NoEndpoint),

@@ -1,11 +1,7 @@
 //! A packet that came from outside. What is neither tunnelled to this host nor from an address of the cluster is none
 //! of our business and goes on to the host's stack.
 
-use aya_ebpf::{
-    bindings::TC_ACT_OK,
-    helpers::{bpf_redirect_peer, bpf_skb_ecn_set_ce},
-    programs::TcContext,
-};
+use aya_ebpf::{bindings::TC_ACT_OK, helpers::bpf_skb_ecn_set_ce, programs::TcContext};
 use flynn_abi::{Config, DropReason, Endpoint, Host, Ipv4, Peer, VXLAN_PORT, policy::UNKNOWN};
 
 use crate::{
@@ -117,9 +113,7 @@ fn receive<H: Header>(ctx: &TcContext, peer: &Peer, sender: Sender, config: &Con
     if congested && unsafe { bpf_skb_ecn_set_ce(ctx.skb.skb) } == 0 {
         return Err(DropReason::Congested);
     }
-    route::hand_over(ctx, receiver, config)?;
-    // SAFETY: a helper that only notes where the packet goes; allowed here because this is an ingress hook.
-    Ok(unsafe { bpf_redirect_peer(receiver.ifindex, 0) } as i32)
+    route::hand_over(ctx, receiver)
 }
 
 /// A packet from an address of the cluster, without a tunnel.
@@ -149,9 +143,7 @@ fn from_direct(ctx: &TcContext, ip: &Ipv4Header, config: &Config) -> Decision {
         Some(receiver) if receiver.flags & Endpoint::CONTAINER != 0 => {
             packet.to_container(sender, receiver, config)?;
             rate::limit_received(ctx, receiver)?;
-            route::hand_over(ctx, receiver, config)?;
-            // SAFETY: a helper that only notes where the packet goes; allowed here because this is an ingress hook.
-            Ok(unsafe { bpf_redirect_peer(receiver.ifindex, 0) } as i32)
+            route::hand_over(ctx, receiver)
         }
         Some(receiver) if receiver.flags & Endpoint::GATEWAY != 0 => {
             packet.to_host(sender, config)?;
