@@ -49,7 +49,8 @@ impl NetworkConfig {
         self.ipv6(self.gateway())
     }
 
-    pub(crate) fn ipv6(&self, address: Ipv4Addr) -> Option<Ipv6Addr> {
+    /// The IPv6 address that goes with a container's address.
+    pub fn ipv6(&self, address: Ipv4Addr) -> Option<Ipv6Addr> {
         self.cluster6.map(|network| address::ipv6(network, address))
     }
 

@@ -15,6 +15,7 @@ mod inside;
 mod overlay;
 mod row;
 mod samples;
+mod services;
 mod spine;
 mod suites;
 

@@ -1,7 +1,7 @@
 //! Which suites there are.
 
 use crate::row::Row;
-use crate::{overlay, spine};
+use crate::{overlay, services, spine};
 
 /// A suite.
 #[derive(Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
@@ -10,6 +10,8 @@ pub(crate) enum Suite {
     Spine,
     /// Containers on one host and across two: request/response, connections, bulk TCP
     Overlay,
+    /// Virtual addresses of services: what they cost, and what ten thousand of them cost
+    Services,
 }
 
 /// How much is measured.
@@ -37,6 +39,7 @@ impl Suite {
         match self {
             Self::Spine => spine::run(thoroughness),
             Self::Overlay => overlay::run(thoroughness),
+            Self::Services => services::run(thoroughness),
         }
     }
 }

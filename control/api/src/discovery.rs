@@ -4,8 +4,10 @@
 //! | --- | --- |
 //! | `PUT /services/{s}` | makes a service ([`ServiceConfig`]); 409 `object_exists` when it is there |
 //! | `GET /services` | names |
+//! | `GET /services` with `Accept: text/event-stream` | [`Event`]s of all services, without metadata: first what is there, //! `current`, then changes. A stream that has ended is begun anew: there is no resuming |
 //! | `DELETE /services/{s}` | removes it |
 //! | `GET /services/{s}` with `Accept: text/event-stream` | [`Event`]s: the present state, `current`, then changes |
+//! | `GET /services/{s}` | [`ServiceInfo`] |
 //! | `PUT`/`GET /services/{s}/meta` | [`ServiceMeta`]; a write must carry the index that it replaces, 0 to create |
 //! | `PUT /services/{s}/instances/{id}` | registers an [`Instance`]; repeated, it is the heartbeat |
 //! | `DELETE /services/{s}/instances/{id}` | deregisters |
@@ -13,11 +15,13 @@
 //! | `PUT`/`GET /services/{s}/leader` | the leading [`Instance`], or a stream; `PUT` only for `manual` services |
 //! | `GET /raft/leader`, `GET /raft/peers`, `PUT`/`DELETE /raft/peers/{addr}` | membership |
 //! | `POST /cluster/tokens`, `POST /cluster/join`, `POST /cluster/renew` | [`JoinToken`], [`JoinRequest`], [`RenewRequest`] |
+//! | `PUT`/`GET /cluster/virtual-networks` | [`VirtualNetworks`]; they can be set once |
 //! | `GET /ping`, `GET /.well-known/status` | is it there; [`Status`] |
 
 use serde::{Deserialize, Serialize};
 
 use crate::Meta;
+pub use crate::virtual_address::{VirtualAddresses, VirtualNetworks};
 
 /// The port of discoverd.
 pub const PORT: u16 = 1111;
@@ -45,6 +49,17 @@ pub struct ServiceConfig {
     /// How it finds its leader.
     #[serde(default)]
     pub leader_type: LeaderType,
+}
+
+/// What there is to say about a service as a whole.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ServiceInfo {
+    /// Its settings.
+    #[serde(flatten)]
+    pub config: ServiceConfig,
+    /// Where its instances and its leader are always found: `vip.<svc>.discoverd`, `vip.leader.<svc>.discoverd`.
+    #[serde(default, rename = "virtual")]
+    pub addresses: Option<VirtualAddresses>,
 }
 
 /// One member of a service.
@@ -113,6 +128,10 @@ pub enum EventKind {
     Current,
     /// The metadata changed.
     ServiceMeta,
+    /// The service is there; with its `virtual` addresses. Only where all services are watched, as its first event.
+    Service,
+    /// The service is there no more. Only where all services are watched.
+    ServiceGone,
 }
 
 /// A change of a service.
@@ -128,9 +147,30 @@ pub struct Event {
     /// The metadata, for `service_meta`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub service_meta: Option<ServiceMeta>,
+    /// The virtual addresses, for `service`.
+    #[serde(default, rename = "virtual", skip_serializing_if = "Option::is_none")]
+    pub addresses: Option<VirtualAddresses>,
+    /// For `down`: its heartbeats stopped, it did not say goodbye.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub expired: bool,
     /// The Raft index of the change.
     #[serde(default)]
     pub index: u64,
+}
+
+impl Event {
+    /// An event with nothing but its kind.
+    pub fn new(service: impl Into<String>, kind: EventKind, index: u64) -> Self {
+        Self {
+            service: service.into(),
+            kind,
+            instance: None,
+            service_meta: None,
+            addresses: None,
+            expired: false,
+            index,
+        }
+    }
 }
 
 /// A member of the Raft cluster.

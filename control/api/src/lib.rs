@@ -6,7 +6,7 @@
 //! (`server::StrictJson`).
 //!
 //! - [`controller`], [`discovery`], [`host`], [`image`], [`receive`], [`route`], [`sirenia`]: the types, one module per API.
-//! - [`error`]: the one error body; [`spec`]: the jobs of a formation.
+//! - [`error`]: the one error body; [`spec`]: the jobs of a formation; [`virtual_address`]: what a service's number comes to.
 //! - `tls` (feature `tls`): the cluster CA and the identities that it signs.
 //! - `client` (feature `client`): transport over TCP, mutual TLS and Unix sockets, and a client per API.
 //! - `server` (feature `server`): listeners, extractors, event streams, logging and shutdown.
@@ -22,6 +22,7 @@ pub mod redact;
 pub mod route;
 pub mod sirenia;
 pub mod spec;
+pub mod virtual_address;
 
 #[cfg(feature = "client")]
 pub mod client;

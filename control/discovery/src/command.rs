@@ -6,7 +6,7 @@
 use std::fmt;
 
 use flynn_api::Error;
-use flynn_api::discovery::{Instance, LeaderType, ServiceMeta};
+use flynn_api::discovery::{Instance, LeaderType, ServiceMeta, VirtualNetworks};
 use serde::{Deserialize, Serialize};
 
 /// A change of the registry.
@@ -61,6 +61,18 @@ pub enum Command {
         /// The instance's id.
         id: String,
     },
+    /// Sets the networks that virtual addresses are from, once.
+    SetVirtualNetworks {
+        /// Those.
+        networks: VirtualNetworks,
+    },
+    /// Says what numbers services have: all of them, those that were made by an earlier release included.
+    NumberServices {
+        /// By service.
+        numbers: std::collections::BTreeMap<String, u32>,
+        /// The number that was given last.
+        last: u32,
+    },
     /// Keeps a join token.
     AddToken {
         /// Digest of the secret.
@@ -89,6 +101,8 @@ impl Command {
             Self::PutInstance { .. }
                 | Self::Expire { .. }
                 | Self::SetLeader { .. }
+                | Self::SetVirtualNetworks { .. }
+                | Self::NumberServices { .. }
                 | Self::AddToken { .. }
                 | Self::UseToken { .. }
         )
@@ -130,6 +144,14 @@ impl fmt::Display for Command {
             Self::Expire { instances } => write!(f, "expire {} instances", instances.len()),
             Self::SetMeta { service, meta } => write!(f, "set metadata of {service} at {}", meta.index),
             Self::SetLeader { service, id } => write!(f, "set leader of {service} to {id}"),
+            Self::SetVirtualNetworks { networks } => {
+                write!(
+                    f,
+                    "set virtual networks to {} and {}",
+                    networks.ipv4, networks.ipv6
+                )
+            }
+            Self::NumberServices { numbers, .. } => write!(f, "number {} services", numbers.len()),
             Self::AddToken { .. } => f.write_str("add token"),
             Self::UseToken { .. } => f.write_str("use token"),
         }

@@ -158,6 +158,7 @@ async fn chores(node: &Node, options: &Options) -> anyhow::Result<()> {
         // Not awaited for long: a leader without a majority cannot write, and would miss its rounds.
         let work = async {
             node.expire().await?;
+            node.number().await?;
             node.shorten().await?;
             members::reconcile(node).await
         };

@@ -23,6 +23,7 @@ use crate::raft::machine::Machine;
 use crate::raft::network::Dialer;
 use crate::raft::snapshot::SnapshotFile;
 use crate::raft::{Member, Raft, Timing};
+use crate::state::State;
 use crate::view::View;
 
 /// How long a write may take until its outcome is given up on.
@@ -350,6 +351,17 @@ impl Node {
         self.write_here(&Command::Expire { instances: expired })
             .await
             .map(drop)
+    }
+
+    /// If this member leads, gives numbers to services that have none. To be called each second.
+    pub async fn number(&self) -> Result<(), Error> {
+        if self.leads().is_none() {
+            return Ok(());
+        }
+        match self.view.read(State::numbering) {
+            Some(command) => self.write_here(&command).await.map(drop),
+            None => Ok(()),
+        }
     }
 
     /// Makes a snapshot and drops what it holds from the log, if the log has grown long. Entries alone are counted by

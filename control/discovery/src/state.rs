@@ -9,17 +9,24 @@
 //!   as long as it is registered.
 //! - Metadata's index is that of the write which made it.
 //! - A token lets one request join, before it expires.
+//! - A service has a number from its beginning to its end, and no other has it at the same time; one that was given back
+//!   is the last to be given again. Virtual addresses follow from it.
+
+mod numbers;
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
-use flynn_api::discovery::{Event, EventKind, Instance, LeaderType, ServiceMeta};
+use flynn_api::discovery::{
+    Event, EventKind, Instance, LeaderType, ServiceMeta, VirtualAddresses, VirtualNetworks,
+};
 use flynn_api::{Error, ErrorCode};
 use serde::{Deserialize, Serialize};
 
 use crate::command::{Command, Outcome, Registration};
 
-/// The version of [`State`]'s stored form that is written.
-pub const VERSION: u32 = 1;
+/// The version of [`State`]'s stored form that is written. Version 1 had no numbers.
+pub const VERSION: u32 = 2;
 
 /// Services that there may be.
 pub const MAX_SERVICES: usize = 20_000;
@@ -31,8 +38,15 @@ pub const MAX_TOKENS: usize = 1_000;
 /// The whole registry.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct State {
-    services: BTreeMap<String, Service>,
+    /// Shared, for a state is copied whole for each snapshot and each watch of everything.
+    #[serde(with = "shared")]
+    services: BTreeMap<String, Arc<Service>>,
     tokens: BTreeMap<String, Token>,
+    #[serde(default)]
+    networks: Option<VirtualNetworks>,
+    /// The number that was given last.
+    #[serde(default)]
+    last_number: u32,
 }
 
 /// A service.
@@ -40,6 +54,9 @@ pub struct State {
 pub struct Service {
     /// How it finds its leader.
     pub leader_type: LeaderType,
+    /// Its number; 0 until it has got one.
+    #[serde(default)]
+    pub number: u32,
     /// By id.
     pub instances: BTreeMap<String, Instance>,
     /// Metadata, once it was set.
@@ -66,6 +83,14 @@ impl Service {
         }
     }
 
+    /// The events that tell a newcomer of its instances and its leader.
+    fn present(&self, service: &str) -> Vec<Event> {
+        let up = |instance: &Instance| instance_event(service, EventKind::Up, instance, instance.index);
+        let leader = self.leader();
+        let leads = leader.map(|leader| instance_event(service, EventKind::Leader, leader, leader.index));
+        self.instances.values().map(up).chain(leads).collect()
+    }
+
     fn leader_id(&self) -> Option<String> {
         self.leader().map(|leader| leader.id.clone())
     }
@@ -74,12 +99,32 @@ impl Service {
 impl State {
     /// A service by name.
     pub fn service(&self, name: &str) -> Option<&Service> {
-        self.services.get(name)
+        self.services.get(name).map(Arc::as_ref)
     }
 
     /// All services.
     pub fn services(&self) -> impl Iterator<Item = (&String, &Service)> {
-        self.services.iter()
+        self.services.iter().map(|(name, of)| (name, of.as_ref()))
+    }
+
+    /// The networks that virtual addresses are from.
+    pub fn networks(&self) -> VirtualNetworks {
+        self.networks.unwrap_or_default()
+    }
+
+    /// A service's virtual addresses, once it has a number.
+    pub fn addresses(&self, of: &Service) -> Option<VirtualAddresses> {
+        (of.number != 0).then(|| self.networks().addresses(of.number))
+    }
+
+    /// The events that tell a newcomer of everything but metadata, without the final `current`.
+    pub fn everything(self) -> impl Iterator<Item = Event> + Send {
+        let networks = self.networks();
+        self.services.into_iter().flat_map(move |(service, of)| {
+            let mut events = vec![service_event(&service, &of, networks, 0)];
+            events.extend(of.present(&service));
+            events
+        })
     }
 
     /// All registrations.
@@ -98,14 +143,7 @@ impl State {
         let Some(of) = self.services.get(service) else {
             return Vec::new();
         };
-        let mut events: Vec<_> = of
-            .instances
-            .values()
-            .map(|instance| instance_event(service, EventKind::Up, instance, instance.index))
-            .collect();
-        if let Some(leader) = of.leader() {
-            events.push(instance_event(service, EventKind::Leader, leader, leader.index));
-        }
+        let mut events = of.present(service);
         if let Some(meta) = &of.meta {
             events.push(meta_event(service, meta));
         }
@@ -122,7 +160,9 @@ impl State {
 
     fn try_apply(&mut self, index: u64, command: &Command) -> Result<Vec<Event>, Error> {
         match command {
-            Command::CreateService { service, leader_type } => self.create_service(service, *leader_type),
+            Command::CreateService { service, leader_type } => {
+                self.create_service(index, service, *leader_type)
+            }
             Command::DeleteService { service } => self.delete_service(index, service),
             Command::PutInstance { service, instance } => self.put_instance(index, service, instance),
             Command::DeleteInstance { service, id } => {
@@ -142,37 +182,50 @@ impl State {
                     Vec::new()
                 }))
             }
+            Command::SetVirtualNetworks { networks } => self.set_networks(index, *networks),
+            Command::NumberServices { numbers, last } => Ok(self.number(index, numbers, *last)),
             Command::AddToken { digest, now, expires } => self.add_token(digest, *now, *expires),
             Command::UseToken { digest, request, now } => self.use_token(digest, request, *now),
         }
     }
 
     fn find_mut(&mut self, service: &str) -> Result<&mut Service, Error> {
-        self.services.get_mut(service).ok_or_else(|| no_service(service))
+        let of = self.services.get_mut(service).map(Arc::make_mut);
+        of.ok_or_else(|| no_service(service))
     }
 
-    fn create_service(&mut self, service: &str, leader_type: LeaderType) -> Result<Vec<Event>, Error> {
+    fn create_service(
+        &mut self,
+        index: u64,
+        service: &str,
+        leader_type: LeaderType,
+    ) -> Result<Vec<Event>, Error> {
         if self.services.contains_key(service) {
             let message = format!("the service {service} is there already");
             return Err(Error::new(ErrorCode::ObjectExists, message));
         }
         full(self.services.len(), MAX_SERVICES, "services")?;
-        self.services.insert(
-            service.to_owned(),
-            Service {
-                leader_type,
-                ..Service::default()
-            },
-        );
-        Ok(Vec::new())
+        let number = self.free_number()?;
+        self.last_number = number;
+        let of = Service {
+            leader_type,
+            number,
+            ..Service::default()
+        };
+        let event = service_event(service, &of, self.networks(), index);
+        self.services.insert(service.to_owned(), Arc::new(of));
+        Ok(vec![event])
     }
 
     fn delete_service(&mut self, index: u64, service: &str) -> Result<Vec<Event>, Error> {
-        let mut of = self.services.remove(service).ok_or_else(|| no_service(service))?;
+        let of = self.services.remove(service).ok_or_else(|| no_service(service))?;
+        let mut of = Arc::unwrap_or_clone(of);
         let ids: Vec<_> = of.instances.keys().cloned().collect();
-        Ok(of.change(index, service, |of| {
+        let mut events = of.change(index, service, |of| {
             ids.iter().flat_map(|id| remove(of, index, service, id)).collect()
-        }))
+        });
+        events.push(Event::new(service, EventKind::ServiceGone, index));
+        Ok(events)
     }
 
     fn put_instance(&mut self, index: u64, service: &str, instance: &Instance) -> Result<Vec<Event>, Error> {
@@ -210,8 +263,12 @@ impl State {
                 .get(&gone.id)
                 .is_some_and(|known| known.index == gone.index)
             {
-                events.extend(of.change(index, &gone.service, |of| {
-                    remove(of, index, &gone.service, &gone.id)
+                events.extend(Arc::make_mut(of).change(index, &gone.service, |of| {
+                    let mut events = remove(of, index, &gone.service, &gone.id);
+                    for event in &mut events {
+                        event.expired = true;
+                    }
+                    events
                 }));
             }
         }
@@ -297,11 +354,8 @@ impl Service {
         let mut events = change(self);
         if self.leader_id() != before {
             events.push(Event {
-                service: service.to_owned(),
-                kind: EventKind::Leader,
                 instance: self.leader().cloned(),
-                service_meta: None,
-                index,
+                ..Event::new(service, EventKind::Leader, index)
             });
         }
         events
@@ -329,21 +383,22 @@ fn remove(of: &mut Service, index: u64, service: &str, id: &str) -> Vec<Event> {
 
 fn instance_event(service: &str, kind: EventKind, instance: &Instance, index: u64) -> Event {
     Event {
-        service: service.to_owned(),
-        kind,
         instance: Some(instance.clone()),
-        service_meta: None,
-        index,
+        ..Event::new(service, kind, index)
+    }
+}
+
+fn service_event(service: &str, of: &Service, networks: VirtualNetworks, index: u64) -> Event {
+    Event {
+        addresses: (of.number != 0).then(|| networks.addresses(of.number)),
+        ..Event::new(service, EventKind::Service, index)
     }
 }
 
 fn meta_event(service: &str, meta: &ServiceMeta) -> Event {
     Event {
-        service: service.to_owned(),
-        kind: EventKind::ServiceMeta,
-        instance: None,
         service_meta: Some(meta.clone()),
-        index: meta.index,
+        ..Event::new(service, EventKind::ServiceMeta, meta.index)
     }
 }
 
@@ -365,4 +420,31 @@ fn full(present: usize, limit: usize, what: &str) -> Result<(), Error> {
         ErrorCode::LimitExceeded,
         format!("there may be no more than {limit} {what}"),
     ))
+}
+
+/// A map of shared values is stored as one of plain values.
+mod shared {
+    use std::collections::BTreeMap;
+    use std::sync::Arc;
+
+    use serde::{Deserialize as _, Deserializer, Serializer};
+
+    use super::Service;
+
+    pub(super) fn serialize<S: Serializer>(
+        services: &BTreeMap<String, Arc<Service>>,
+        serializer: S,
+    ) -> Result<S::Ok, S::Error> {
+        serializer.collect_map(services.iter().map(|(name, of)| (name, of.as_ref())))
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(
+        deserializer: D,
+    ) -> Result<BTreeMap<String, Arc<Service>>, D::Error> {
+        let services = BTreeMap::<String, Service>::deserialize(deserializer)?;
+        Ok(services
+            .into_iter()
+            .map(|(name, of)| (name, Arc::new(of)))
+            .collect())
+    }
 }

@@ -15,6 +15,10 @@ use crate::state::State;
 
 /// Events that may wait for one watcher.
 const QUEUE: usize = 1024;
+/// The same for one who watches all services.
+const QUEUE_OF_ALL: usize = 16 << 10;
+/// Under what those are kept; no service has that name.
+const ALL: &str = "";
 /// Watchers that there may be.
 const MAX_WATCHERS: usize = 20_000;
 
@@ -29,6 +33,17 @@ pub struct View {
 struct Inner {
     state: State,
     watchers: HashMap<String, Vec<mpsc::Sender<Arc<Event>>>>,
+}
+
+/// A watch of all services.
+#[derive(Debug)]
+pub struct WatchOfAll {
+    /// The state when the watch began: [`State::everything`] tells of it.
+    pub present: State,
+    /// Its index.
+    pub index: u64,
+    /// What came after, but for metadata. Ends when the watcher was too slow.
+    pub changes: mpsc::Receiver<Arc<Event>>,
 }
 
 /// A watch of one service.
@@ -114,39 +129,55 @@ impl View {
     pub fn watch(&self, service: &str) -> Option<Watch> {
         let (sender, changes) = mpsc::channel(QUEUE);
         let mut inner = self.inner.write().unwrap_or_else(PoisonError::into_inner);
-        if inner.watchers.values().map(Vec::len).sum::<usize>() >= MAX_WATCHERS {
-            inner.watchers.retain(|_, watchers| {
-                watchers.retain(|watcher| !watcher.is_closed());
-                !watchers.is_empty()
-            });
-            if inner.watchers.values().map(Vec::len).sum::<usize>() >= MAX_WATCHERS {
-                return None;
-            }
-        }
-        let watchers = inner.watchers.entry(service.to_owned()).or_default();
-        watchers.retain(|watcher| !watcher.is_closed());
-        watchers.push(sender);
+        inner.enter(service, sender)?;
         let mut present = inner.state.present(service);
-        present.push(Event {
-            service: service.to_owned(),
-            kind: EventKind::Current,
-            instance: None,
-            service_meta: None,
-            index: self.applied(),
-        });
+        present.push(Event::new(service, EventKind::Current, self.applied()));
         Some(Watch { present, changes })
+    }
+
+    /// Watches all services. `None` when there are too many watchers.
+    pub fn watch_all(&self) -> Option<WatchOfAll> {
+        let (sender, changes) = mpsc::channel(QUEUE_OF_ALL);
+        let mut inner = self.inner.write().unwrap_or_else(PoisonError::into_inner);
+        inner.enter(ALL, sender)?;
+        Some(WatchOfAll {
+            present: inner.state.clone(),
+            index: self.applied(),
+            changes,
+        })
     }
 }
 
 impl Inner {
+    fn enter(&mut self, service: &str, sender: mpsc::Sender<Arc<Event>>) -> Option<()> {
+        if self.watchers.values().map(Vec::len).sum::<usize>() >= MAX_WATCHERS {
+            self.watchers.retain(|_, watchers| {
+                watchers.retain(|watcher| !watcher.is_closed());
+                !watchers.is_empty()
+            });
+            if self.watchers.values().map(Vec::len).sum::<usize>() >= MAX_WATCHERS {
+                return None;
+            }
+        }
+        let watchers = self.watchers.entry(service.to_owned()).or_default();
+        watchers.retain(|watcher| !watcher.is_closed());
+        watchers.push(sender);
+        Some(())
+    }
+
     fn tell(&mut self, event: Event) {
-        let Some(watchers) = self.watchers.get_mut(&event.service) else {
-            return;
-        };
         let event = Arc::new(event);
-        watchers.retain(|watcher| watcher.try_send(Arc::clone(&event)).is_ok());
-        if watchers.is_empty() {
-            self.watchers.remove(&event.service);
+        // Who watches one service knows nothing of numbers; who watches all is told no metadata, for it may be secret.
+        let of_one = !matches!(event.kind, EventKind::Service | EventKind::ServiceGone);
+        let of_all = event.kind != EventKind::ServiceMeta;
+        for (service, wanted) in [(event.service.as_str(), of_one), (ALL, of_all)] {
+            let Some(watchers) = self.watchers.get_mut(service).filter(|_| wanted) else {
+                continue;
+            };
+            watchers.retain(|watcher| watcher.try_send(Arc::clone(&event)).is_ok());
+            if watchers.is_empty() {
+                self.watchers.remove(service);
+            }
         }
     }
 }

@@ -205,6 +205,26 @@ fn names_of_services_leaders_and_instances() {
                 .is_empty()
         );
 
+        // Virtual addresses are there whether anybody serves them or not.
+        for service in ["web", "empty"] {
+            let of = client.service(service).await.unwrap().addresses.unwrap();
+            let names = [
+                (format!("vip.{service}.discoverd."), of.ipv4, of.ipv6),
+                (
+                    format!("VIP.Leader.{service}.discoverd."),
+                    of.leader_ipv4,
+                    of.leader_ipv6,
+                ),
+            ];
+            for (name, ipv4, ipv6) in names {
+                let answer = ask(dns, &name, RecordType::A).await;
+                assert_eq!(addresses(&answer), BTreeSet::from([ipv4.into()]), "{name}");
+                let answer = ask(dns, &name, RecordType::AAAA).await;
+                assert_eq!(addresses(&answer), BTreeSet::from([ipv6.into()]), "{name}");
+                assert!(ask(dns, &name, RecordType::TXT).await.answers.is_empty());
+            }
+        }
+
         // There, but without such records; and not there.
         for (name, kind) in [
             ("empty.discoverd.", RecordType::A),
@@ -224,6 +244,9 @@ fn names_of_services_leaders_and_instances() {
         for name in [
             "nobody.discoverd.",
             "leader.nobody.discoverd.",
+            "vip.nobody.discoverd.",
+            "vip.leader.nobody.discoverd.",
+            "vip.discoverd.",
             "x.web._i.discoverd.",
             "a.b.c.d.discoverd.",
         ] {

@@ -7,7 +7,9 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use flynn_api::Meta;
-use flynn_api::discovery::{Event, EventKind, Instance, LeaderType, ServiceMeta};
+use flynn_api::discovery::{
+    Event, EventKind, Instance, LeaderType, ServiceMeta, VirtualAddresses, VirtualNetworks,
+};
 use flynn_discovery::command::{Command, Outcome, Registration};
 use flynn_discovery::state::State;
 use rand::rngs::StdRng;
@@ -22,6 +24,7 @@ const STEPS: u64 = 200;
 struct Model {
     services: BTreeMap<String, ModelService>,
     tokens: BTreeMap<String, (u64, Option<String>)>,
+    networks: Option<VirtualNetworks>,
 }
 
 struct ModelService {
@@ -107,6 +110,8 @@ impl Model {
                 }
                 may
             }
+            Command::SetVirtualNetworks { networks } => *self.networks.get_or_insert(*networks) == *networks,
+            Command::NumberServices { .. } => true,
             Command::AddToken { digest, expires, now } => {
                 self.tokens.retain(|_, (expires, _)| *expires > *now);
                 self.tokens.insert(digest.clone(), (*expires, None));
@@ -129,6 +134,7 @@ struct Watcher {
     instances: BTreeMap<(String, String), Instance>,
     leaders: BTreeMap<String, String>,
     metas: BTreeMap<String, ServiceMeta>,
+    services: BTreeMap<String, VirtualAddresses>,
 }
 
 impl Watcher {
@@ -160,6 +166,12 @@ impl Watcher {
             (EventKind::ServiceMeta, _) => {
                 self.metas.insert(service, event.service_meta.clone().unwrap());
             }
+            (EventKind::Service, None) => {
+                let addresses = event.addresses.unwrap();
+                let before = self.services.insert(service, addresses);
+                assert_ne!(before, Some(addresses), "the same addresses again");
+            }
+            (EventKind::ServiceGone, None) => assert!(self.services.remove(&service).is_some()),
             other => panic!("unexpected event {other:?}"),
         }
     }
@@ -220,7 +232,20 @@ fn random(rng: &mut StdRng, state: &State, now: &mut u64) -> Command {
                 },
             }
         }
-        80..88 => Command::SetLeader { service, id },
+        80..86 => Command::SetLeader { service, id },
+        86..88 => {
+            let ipv4 = if rng.random() {
+                "100.101.0.0/16"
+            } else {
+                "10.9.0.0/20"
+            };
+            Command::SetVirtualNetworks {
+                networks: VirtualNetworks {
+                    ipv4: ipv4.parse().unwrap(),
+                    ..VirtualNetworks::default()
+                },
+            }
+        }
         88..92 => {
             let digest = format!("t{}", rng.random_range(0..5));
             Command::AddToken {
@@ -265,6 +290,25 @@ fn check(state: &State, model: &Model, watcher: &Watcher) {
             newcomer.take(&event);
         }
     }
+    // So does whoever watches everything from now on.
+    let mut of_all = Watcher::default();
+    for event in state.clone().everything() {
+        of_all.take(&event);
+    }
+    assert_eq!(
+        (&of_all.instances, &of_all.leaders),
+        (&watcher.instances, &watcher.leaders)
+    );
+    assert_eq!(of_all.services, watcher.services);
+    let numbers: BTreeSet<_> = watcher.services.values().map(|of| of.number).collect();
+    assert_eq!(numbers.len(), model.services.len(), "numbers are unique");
+    let networks = state.networks();
+    assert!(
+        watcher
+            .services
+            .values()
+            .all(|of| *of == networks.addresses(of.number))
+    );
     assert_eq!(watcher.instances, newcomer.instances);
     assert_eq!(watcher.leaders, newcomer.leaders);
     for (name, meta) in &newcomer.metas {
@@ -324,4 +368,77 @@ fn five_hundred_seeds() {
         let run = std::panic::catch_unwind(|| simulate(seed));
         assert!(run.is_ok(), "seed {seed} fails: run it alone with SEED={seed}");
     }
+}
+
+fn create(service: &str) -> Command {
+    Command::CreateService {
+        service: service.into(),
+        leader_type: LeaderType::Oldest,
+    }
+}
+
+fn number(state: &State, service: &str) -> u32 {
+    state.service(service).unwrap().number
+}
+
+#[test]
+fn a_number_that_was_given_back_is_the_last_to_be_given_again() {
+    let mut state = State::default();
+    let networks = VirtualNetworks {
+        ipv4: "10.0.0.0/24".parse().unwrap(),
+        ..VirtualNetworks::default()
+    };
+    state.apply(1, &Command::SetVirtualNetworks { networks });
+    state.apply(2, &create("stays"));
+    for round in 0..300 {
+        state.apply(3, &create("comes-and-goes"));
+        assert_eq!(number(&state, "comes-and-goes"), 2 + round % 126);
+        let service = "comes-and-goes".into();
+        state.apply(4, &Command::DeleteService { service });
+    }
+    for at in 1..127 {
+        assert!(matches!(
+            state.apply(5, &create(&format!("s{at}"))).0,
+            Outcome::Done { .. }
+        ));
+    }
+    let (Outcome::Refused(error), _) = state.apply(6, &create("one-more")) else {
+        panic!("there are no more numbers");
+    };
+    assert!(error.message.contains("10.0.0.0/24"), "{error}");
+    let elsewhere = VirtualNetworks::default();
+    let moved = state.apply(7, &Command::SetVirtualNetworks { networks: elsewhere });
+    assert!(matches!(moved.0, Outcome::Refused(_)), "addresses do not move");
+}
+
+/// Two members, one of which was restored from an earlier release's snapshot and the other had the log.
+#[test]
+fn services_of_an_earlier_release_get_the_same_numbers_everywhere() {
+    let mut with_log = State::default();
+    for (index, service) in (1..).zip(["c", "a", "b"]) {
+        with_log.apply(index, &create(service));
+    }
+    let mut stored = serde_json::to_value(&with_log).unwrap();
+    for of in stored["services"].as_object_mut().unwrap().values_mut() {
+        of.as_object_mut().unwrap().remove("number");
+    }
+    stored.as_object_mut().unwrap().remove("last_number");
+    stored.as_object_mut().unwrap().remove("networks");
+    let mut restored: State = serde_json::from_value(stored).unwrap();
+    assert!(restored.addresses(restored.service("a").unwrap()).is_none());
+    assert!(
+        with_log.numbering().is_none(),
+        "whoever has numbers proposes none"
+    );
+
+    let command = restored.numbering().unwrap();
+    // While it is proposed, another service is made.
+    for state in [&mut with_log, &mut restored] {
+        state.apply(4, &create("d"));
+        state.apply(5, &command);
+    }
+    let numbers: BTreeSet<_> = with_log.services().map(|(_, of)| of.number).collect();
+    assert_eq!(numbers.len(), 4, "{numbers:?}");
+    assert!(!numbers.contains(&0));
+    assert_eq!(with_log, restored);
 }

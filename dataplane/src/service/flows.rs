@@ -31,6 +31,8 @@ pub struct Flow {
     pub leader: bool,
     /// The instance that was chosen.
     pub instance: u64,
+    /// Where that is.
+    pub backend: SocketAddr,
 }
 
 /// The sockets that go by virtual addresses. It can be moved to a thread in another network namespace.
@@ -106,6 +108,7 @@ fn goes_nowhere(socket: &Socket, is_gone: impl Fn(&Flow) -> bool) -> bool {
             service: noted.service,
             leader: noted.flags & ServiceFlow::LEADER != 0,
             instance: noted.instance,
+            backend: socket.peer(),
         })
 }
 

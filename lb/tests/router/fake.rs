@@ -81,11 +81,8 @@ impl Control {
     /// The present state, `current`, and, for each change, what is gone and what is there.
     fn watch(&self, service: &str) -> Response {
         let event = |kind, instance: Option<Instance>| Event {
-            service: String::new(),
-            kind,
             instance,
-            service_meta: None,
-            index: 0,
+            ..Event::new("", kind, 0)
         };
         let (services, name) = (self.services.lock().unwrap().clone(), service.to_owned());
         let now = services.get(&name).cloned().unwrap_or_default();

@@ -180,11 +180,9 @@ async fn changes(State(discoverd): State<Discoverd>) -> Result<Response, Error> 
     let mut known = BTreeMap::new();
     let all = tokio_stream(discoverd.service.subscribe()).flat_map(move |service| {
         let event = |kind, instance, service_meta| Event {
-            service: "postgres".into(),
-            kind,
             instance,
             service_meta,
-            index: service.index,
+            ..Event::new("postgres", kind, service.index)
         };
         let gone = known
             .values()

@@ -2,7 +2,8 @@
 
 use super::{EventStream, Http, encode};
 use crate::discovery::{
-    Event, Instance, JoinRequest, JoinToken, Peer, RenewRequest, ServiceConfig, ServiceMeta, SignedIdentity,
+    Event, Instance, JoinRequest, JoinToken, Peer, RenewRequest, ServiceConfig, ServiceInfo, ServiceMeta,
+    SignedIdentity, VirtualNetworks,
 };
 use crate::{Error, ErrorCode, Result};
 
@@ -39,6 +40,26 @@ impl DiscoveryClient {
     /// Names of all services.
     pub async fn services(&self) -> Result<Vec<String>> {
         self.http.get("/services").await
+    }
+
+    /// What there is to say about a service as a whole.
+    pub async fn service(&self, service: &str) -> Result<ServiceInfo> {
+        self.http.get(&path(service, "")).await
+    }
+
+    /// All services: what is there, `current`, then changes. Ends with the connection.
+    pub async fn watch_all(&self) -> Result<EventStream<Event>> {
+        self.http.events("/services").await
+    }
+
+    /// The networks that virtual addresses are from.
+    pub async fn virtual_networks(&self) -> Result<VirtualNetworks> {
+        self.http.get("/cluster/virtual-networks").await
+    }
+
+    /// Sets them, once.
+    pub async fn set_virtual_networks(&self, networks: &VirtualNetworks) -> Result<()> {
+        self.http.put("/cluster/virtual-networks", networks).await
     }
 
     /// Removes a service.

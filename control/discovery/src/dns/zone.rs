@@ -4,17 +4,19 @@
 //! | --- | --- |
 //! | `svc.discoverd` | A, AAAA: the service's instances |
 //! | `leader.svc.discoverd` | A, AAAA: its leader |
+//! | `vip.svc.discoverd`, `vip.leader.svc.discoverd` | A, AAAA: its virtual addresses, whoever serves it |
 //! | `_svc._proto.discoverd` | SRV: its instances of that protocol, with their addresses |
 //! | `<id>.svc._i.discoverd` | A, AAAA: that instance |
 //! | `discoverd` | SOA |
 //!
-//! Answers are shuffled and live zero seconds; over UDP there are no more than three. A name that is there but has no
+//! Answers are shuffled and live zero seconds, but for virtual addresses, which stay as long as the service; over UDP
+//! there are no more than three. A name that is there but has no
 //! such records answers with none, one that is not there with NXDOMAIN, both with the SOA.
 
 use std::net::{IpAddr, SocketAddr};
 use std::str::FromStr as _;
 
-use flynn_api::discovery::Instance;
+use flynn_api::discovery::{Instance, VirtualAddresses};
 use hickory_proto::op::{Edns, Message, MessageType, OpCode, Query, ResponseCode};
 use hickory_proto::rr::rdata::{A, AAAA, SOA, SRV};
 use hickory_proto::rr::{DNSClass, Name, RData, Record, RecordType};
@@ -25,6 +27,8 @@ use crate::state::{Service, State};
 
 /// The top of our names.
 const ZONE: &str = "discoverd";
+/// How long a virtual address may be remembered, in seconds: a service may be removed and made anew.
+const VIRTUAL_TTL: u32 = 30;
 /// Answers over UDP.
 const MAX_UDP_ANSWERS: usize = 3;
 /// The longest answer over UDP that needs no fragments anywhere.
@@ -114,6 +118,8 @@ enum Found<'a> {
     Branch,
     /// Addresses of these instances.
     Addresses(Vec<&'a Instance>),
+    /// A service's or its leader's virtual addresses.
+    Virtual([IpAddr; 2]),
     /// Places of these instances of a service.
     Places(&'a str, Vec<&'a Instance>),
 }
@@ -128,6 +134,10 @@ fn find<'a>(labels: &'a [String], state: &'a State) -> Option<Found<'a>> {
         ["leader", service] => state
             .service(service)
             .map(|of| Found::Addresses(of.leader().into_iter().collect())),
+        ["vip", service] => found_virtual(state, service, |all| [all.ipv4.into(), all.ipv6.into()]),
+        ["vip", "leader", service] => found_virtual(state, service, |all| {
+            [all.leader_ipv4.into(), all.leader_ipv6.into()]
+        }),
         [service, "_i"] => state.service(service).map(|_| Found::Branch),
         [service, proto] => {
             let (service, proto) = (service.strip_prefix('_')?, proto.strip_prefix('_')?);
@@ -152,6 +162,16 @@ fn find<'a>(labels: &'a [String], state: &'a State) -> Option<Found<'a>> {
         }
         _ => None,
     }
+}
+
+/// Without a number, a service is there but has no virtual address yet.
+fn found_virtual<'a>(
+    state: &State,
+    service: &str,
+    which: impl Fn(VirtualAddresses) -> [IpAddr; 2],
+) -> Option<Found<'a>> {
+    let addresses = state.addresses(state.service(service)?);
+    Some(addresses.map_or(Found::Branch, |all| Found::Virtual(which(all))))
 }
 
 impl Found<'_> {
@@ -187,6 +207,14 @@ impl Found<'_> {
                 records.truncate(limit);
                 answer.answers = records;
             }
+            Self::Virtual(addresses) => {
+                let records = addresses
+                    .map(|address| Record::from_rdata(question.name().clone(), VIRTUAL_TTL, rdata(address)));
+                answer.answers = records.into();
+                answer
+                    .answers
+                    .retain(|record| wanted == RecordType::ANY || record.record_type() == wanted);
+            }
             Self::Places(service, mut instances) => {
                 if !matches!(wanted, RecordType::SRV | RecordType::ANY) {
                     return;
@@ -215,11 +243,18 @@ impl Found<'_> {
 
 fn address(name: &Name, instance: &Instance) -> Option<Record> {
     let addr: SocketAddr = instance.addr.parse().ok()?;
-    let data = match addr.ip().to_canonical() {
+    Some(Record::from_rdata(
+        name.clone(),
+        0,
+        rdata(addr.ip().to_canonical()),
+    ))
+}
+
+fn rdata(address: IpAddr) -> RData {
+    match address {
         IpAddr::V4(ip) => RData::A(A(ip)),
         IpAddr::V6(ip) => RData::AAAA(AAAA(ip)),
-    };
-    Some(Record::from_rdata(name.clone(), 0, data))
+    }
 }
 
 /// The SOA; its last field says that what is not there may be there the next moment.

@@ -24,6 +24,10 @@ pub fn router(node: Node, door: Door) -> Router {
         .route("/.well-known/status", get(status))
         .route("/services", get(services::names))
         .route(
+            "/cluster/virtual-networks",
+            put(services::set_virtual_networks).get(services::virtual_networks),
+        )
+        .route(
             "/services/{service}",
             put(services::create).delete(services::remove).get(services::show),
         )

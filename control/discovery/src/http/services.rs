@@ -6,7 +6,9 @@ use std::sync::Arc;
 use axum::Extension;
 use axum::extract::{Path, State};
 use axum::response::{IntoResponse as _, Response};
-use flynn_api::discovery::{Event, EventKind, Instance, ServiceConfig, ServiceMeta};
+use flynn_api::discovery::{
+    Event, EventKind, HOST_SERVICE, Instance, ServiceConfig, ServiceInfo, ServiceMeta, VirtualNetworks,
+};
 use flynn_api::server::{Json, Peer, StrictJson, events, wants_events};
 use flynn_api::{Error, ErrorCode};
 use futures::StreamExt as _;
@@ -26,11 +28,37 @@ type From = Extension<Peer>;
 pub(super) async fn names(
     State((node, door)): App,
     Extension(peer): From,
-) -> Result<Json<Vec<String>>, Error> {
+    headers: HeaderMap,
+) -> Result<Response, Error> {
     door.check(&peer, &Action::Read(""))?;
-    Ok(Json(node.view.read(|state| {
-        state.services().map(|(name, _)| name.clone()).collect()
-    })))
+    if wants_events(&headers) {
+        return stream_all(&node);
+    }
+    let names: Vec<String> = node
+        .view
+        .read(|state| state.services().map(|(name, _)| name.clone()).collect());
+    Ok(Json(names).into_response())
+}
+
+pub(super) async fn virtual_networks(
+    State((node, door)): App,
+    Extension(peer): From,
+) -> Result<Json<VirtualNetworks>, Error> {
+    door.check(&peer, &Action::Read(""))?;
+    node.barrier().await?;
+    Ok(Json(node.view.read(state::State::networks)))
+}
+
+pub(super) async fn set_virtual_networks(
+    State((node, door)): App,
+    Extension(peer): From,
+    StrictJson(networks): StrictJson<VirtualNetworks>,
+) -> Result<(), Error> {
+    door.check(&peer, &Action::Govern(HOST_SERVICE))?;
+    networks.check().map_err(Error::validation)?;
+    node.write(Command::SetVirtualNetworks { networks })
+        .await
+        .map(drop)
 }
 
 pub(super) async fn create(
@@ -70,10 +98,16 @@ pub(super) async fn show(
     if wants_events(&headers) {
         return stream(&node, &service, |_| true);
     }
-    let config = look(&node, &service, |of| ServiceConfig {
-        leader_type: of.leader_type,
-    })?;
-    Ok(Json(config).into_response())
+    let info = node.view.read(|state| {
+        let of = state.service(&service)?;
+        Some(ServiceInfo {
+            config: ServiceConfig {
+                leader_type: of.leader_type,
+            },
+            addresses: state.addresses(of),
+        })
+    });
+    Ok(Json(info.ok_or_else(|| state::no_service(&service))?).into_response())
 }
 
 pub(super) async fn meta(
@@ -226,14 +260,26 @@ impl Serialize for Shared {
     }
 }
 
+fn too_many() -> Error {
+    Error::new(
+        ErrorCode::LimitExceeded,
+        "there are too many watchers: close some",
+    )
+}
+
+/// All services: what there is (told as the reader takes it), `current`, and what changes.
+fn stream_all(node: &Node) -> Result<Response, Error> {
+    let watch = node.view.watch_all().ok_or_else(too_many)?;
+    let current = Event::new("", EventKind::Current, watch.index);
+    let present = watch.present.everything().chain([current]).map(Arc::new);
+    let all = futures::stream::iter(present).chain(ReceiverStream::new(watch.changes));
+    Ok(events(
+        all.map(|event| (Some(event.index.to_string()), Shared(event))),
+    ))
+}
+
 fn stream(node: &Node, service: &str, wanted: fn(EventKind) -> bool) -> Result<Response, Error> {
-    let full = || {
-        Error::new(
-            ErrorCode::LimitExceeded,
-            "there are too many watchers: close some",
-        )
-    };
-    let watch = node.view.watch(service).ok_or_else(full)?;
+    let watch = node.view.watch(service).ok_or_else(too_many)?;
     let present = futures::stream::iter(watch.present.into_iter().map(Arc::new));
     let all = present.chain(ReceiverStream::new(watch.changes));
     let chosen = all.filter_map(move |event| {
