@@ -63,6 +63,7 @@ impl Maps {
 
     pub(crate) fn configure(&mut self, network: &Network) -> Result<()> {
         let gateway = Endpoint {
+            ifindex: network.device.unwrap_or(0),
             flags: Endpoint::GATEWAY,
             identity: flynn_abi::policy::HOST,
             ..Endpoint::default()

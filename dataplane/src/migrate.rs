@@ -49,10 +49,11 @@ pub(crate) fn remove(older: &[(u32, PathBuf)]) -> Result<()> {
 }
 
 /// The overlay's maps, of all layouts.
-const OVERLAY: [&str; 12] = [
+const OVERLAY: [&str; 13] = [
     "config",
     "endpoints4",
     "endpoints6",
+    "local",
     "hosts4",
     "peers",
     "host_addresses",

@@ -21,6 +21,8 @@ pub struct Network {
     pub address: Option<Ipv4Addr>,
     /// The largest packet that fits into the tunnel.
     pub tunnel_mtu: u32,
+    /// The interface index of the overlay's device, once there is one.
+    pub device: Option<u32>,
     /// The Ethernet address that containers send to and see frames come from.
     pub gateway_mac: [u8; 6],
 }

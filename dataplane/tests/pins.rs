@@ -216,6 +216,7 @@ fn counters_begin_at_zero_for_each_container() {
             subnet_length: 24,
             address: None,
             tunnel_mtu: 1450,
+            device: None,
             gateway_mac: [2; 6],
         };
         dataplane.configure(&network).unwrap();

@@ -95,7 +95,6 @@ impl Network {
             network.accept_router_advertisements(&uplink.name)?;
         }
         network.forward()?;
-        network.configure_programs()?;
         network.device_up().await?;
         masquerade::install(&network.config).await?;
         network.take_in().await?;
@@ -230,7 +229,7 @@ impl Network {
         Ok(())
     }
 
-    fn configure_programs(&self) -> Result<()> {
+    fn configure_programs(&self, device: u32) -> Result<()> {
         let config = &self.config;
         let network = flynn_dataplane::Network {
             cluster4: Prefix {
@@ -246,6 +245,7 @@ impl Network {
             subnet_length: config.subnet.prefix_len(),
             address: config.address,
             tunnel_mtu: self.tunnel_mtu(),
+            device: Some(device),
             gateway_mac: mac(config.gateway()),
         };
         Ok(self.dataplane().configure(&network)?)
@@ -283,6 +283,7 @@ impl Network {
         }
         let link = self.netlink.link(DEVICE).await.map_err(failed("looking for"))?;
         let link = link.ok_or_else(|| failed("looking for")(std::io::ErrorKind::NotFound.into()))?;
+        self.configure_programs(link.index)?;
         for program in [Program::ToOverlay, Program::FromTunnel] {
             self.dataplane().attach(program, DEVICE)?;
         }

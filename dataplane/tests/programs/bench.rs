@@ -77,7 +77,7 @@ impl Bench {
         assert_eq!(
             outcome,
             Outcome {
-                action: if program == Program::FromContainer {
+                action: if matches!(program, Program::FromContainer | Program::FromUplink) {
                     Outcome::NEXT
                 } else {
                     Outcome::PASS
@@ -164,6 +164,7 @@ pub(crate) fn network() -> Network {
         subnet_length: 24,
         address: Some(HOST),
         tunnel_mtu: 1450,
+        device: None,
         gateway_mac: GATEWAY,
     }
 }

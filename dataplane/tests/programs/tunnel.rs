@@ -3,13 +3,13 @@
 use std::net::Ipv4Addr;
 
 use etherparse::PacketBuilder;
-use flynn_dataplane::{Attachment, DropReason, Host, Outcome, Program};
+use flynn_dataplane::{Attachment, DropReason, Host, Network, Outcome, Program};
 use proptest::{prelude::*, sample::Index, test_runner::TestRunner};
 
 use crate::{
     bench::{
         A, Bench, FAR, FAR_GATEWAY, FAR_HOST, FAR4, FAR6, GATEWAY, GATEWAY4, GATEWAY6, HOST, IFINDEX,
-        NOBODY4, OUTSIDE4, frame4, frame6, six, with,
+        NOBODY4, OUTSIDE4, frame4, frame6, network, six, with,
     },
     support::alone,
 };
@@ -102,7 +102,7 @@ pub(crate) fn what_is_for_another_host_goes_into_the_tunnel() {
 
 pub(crate) fn what_came_through_the_tunnel_is_taken_out() {
     alone(|bpffs| {
-        let bench = Bench::of_two(bpffs);
+        let mut bench = Bench::of_two(bpffs);
         for (tunnelled, frame) in from_far() {
             let outcome = bench.not_dropped(Program::FromUplink, &tunnelled);
             assert_eq!(outcome.action, Outcome::REDIRECT);
@@ -110,9 +110,26 @@ pub(crate) fn what_came_through_the_tunnel_is_taken_out() {
             assert_eq!(outcome.frame[14..], frame[14..]);
         }
         assert_eq!(bench.traffic()[0].received_packets, 2);
-        // What is for the host itself is the device's: so is what has a checksum, or options, or is a fragment.
+        // What is for the host itself goes to the device, by which way it ever comes there.
         let [(four, _), _] = from_far();
         bench.passes(Program::FromUplink, &tunnelled(7, &frame4(FAR4, GATEWAY4)));
+        let network = Network {
+            device: Some(IFINDEX),
+            ..network()
+        };
+        bench.0.configure(&network).unwrap();
+        for frame in [frame4(FAR4, GATEWAY4), frame6(FAR6, GATEWAY6)] {
+            let outcome = bench.not_dropped(Program::FromUplink, &tunnelled(7, &frame));
+            let expected = [&GATEWAY[..], &GATEWAY, &frame[12..]].concat();
+            assert_eq!(
+                outcome,
+                Outcome {
+                    action: Outcome::REDIRECT,
+                    frame: expected
+                }
+            );
+        }
+        // What has a checksum, or options, or is a fragment, is the device's.
         bench.passes(Program::FromUplink, &with(&four, UDP + 6, &[1, 2]));
         bench.passes(Program::FromUplink, &with(&four, OUTER, &[0x46]));
         bench.passes(Program::FromUplink, &with(&four, OUTER + 6, &[0x20, 0]));
@@ -259,7 +276,7 @@ pub(crate) fn the_host_s_own_packets_are_left_alone() {
         let dataplane = flynn_dataplane::Dataplane::open(&crate::support::pins(bpffs)).unwrap();
         let [(frame, _), _] = from_far();
         let outcome = dataplane.dry_run(Program::FromUplink, IFINDEX, &frame).unwrap();
-        assert_eq!(outcome.action, Outcome::PASS);
+        assert_eq!(outcome.action, Outcome::NEXT);
     });
 }
 
@@ -288,7 +305,7 @@ pub(crate) fn no_change_to_a_tunnelled_frame_makes_it_another_host_s() {
                 Outcome::DROP => {}
                 // Congestion is told on in the inner header.
                 Outcome::REDIRECT if frame[OUTER + 1] & 3 == 3 => {}
-                Outcome::PASS => prop_assert_eq!(&outcome.frame, &frame),
+                Outcome::NEXT => prop_assert_eq!(&outcome.frame, &frame),
                 _ => {
                     prop_assert_eq!(&frame[OUTER + 12..OUTER + 16], &FAR_HOST.octets());
                     prop_assert_eq!(&outcome.frame[14..], &frame[INNER_IP..]);

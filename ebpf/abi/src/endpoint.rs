@@ -6,7 +6,8 @@ use crate::{Mac, policy::Identity};
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[repr(C)]
 pub struct Endpoint {
-    /// The host's end of the container's veth, for [`Endpoint::CONTAINER`].
+    /// The host's end of the container's veth, for [`Endpoint::CONTAINER`]; the overlay's device, for
+    /// [`Endpoint::GATEWAY`], or zero while that is not known.
     pub ifindex: u32,
     /// Its place in the map `counters`, for [`Endpoint::CONTAINER`].
     pub slot: u32,

@@ -365,6 +365,12 @@ pub fn address_to(ctx: &TcContext, destination: Mac, source: Mac) -> Result<(), 
         .map_err(|_| DropReason::RewriteFailed)
 }
 
+/// Gives the frame a new Ethernet header.
+#[inline(always)]
+pub fn set_ethernet(ctx: &TcContext, ethernet: &Ethernet) -> Result<(), DropReason> {
+    ctx.store(0, ethernet, 0).map_err(|_| DropReason::RewriteFailed)
+}
+
 /// The size of the parts that the packet is to be cut into; zero where it is not to be cut.
 #[inline(always)]
 pub fn segment_size(ctx: &TcContext) -> u32 {

@@ -1,5 +1,6 @@
-//! A packet that came through the tunnel and that the VXLAN device took out of it: one for this host itself, one that
-//! came in pieces or is to be cut, or any where the uplink has no program.
+//! A packet that came through the tunnel and that the VXLAN device took out of it: one that came in pieces or is to be
+//! cut, or any where the uplink has no program. What was taken out at the uplink and is for this host itself comes in here
+//! as well.
 
 use aya_ebpf::{
     bindings::{TC_ACT_OK, bpf_tunnel_key},
@@ -12,13 +13,18 @@ use crate::{
     Decision, maps,
     packet::{self, Header, Ipv4Header, Ipv6Header, Protocol},
     policy::{Packet, Sender},
-    rate, route,
+    rate, route, tunnel,
 };
 
 const PACKET_HOST: u32 = 0;
 
 #[inline(always)]
 pub(crate) fn decide(ctx: &TcContext) -> Decision {
+    // SAFETY: the kernel hands programs a valid context. Only programs of this host can have marked it so.
+    if unsafe { (*ctx.skb.skb).mark } == tunnel::TAKEN_OUT {
+        ctx.set_mark(0);
+        return Ok(TC_ACT_OK);
+    }
     // SAFETY: integers, for which zeros are values.
     let mut key: bpf_tunnel_key = unsafe { core::mem::zeroed() };
     let size = size_of::<bpf_tunnel_key>() as u32;

@@ -1,7 +1,11 @@
 //! A packet that came from outside. What is neither tunnelled to this host nor from an address of the cluster is none
-//! of our business and goes on to the host's stack.
+//! of our business and goes on to programs behind this one, and to the host's stack.
 
-use aya_ebpf::{bindings::TC_ACT_OK, helpers::bpf_skb_ecn_set_ce, programs::TcContext};
+use aya_ebpf::{
+    bindings::{BPF_F_INGRESS, TC_ACT_UNSPEC},
+    helpers::{bpf_redirect, bpf_skb_ecn_set_ce},
+    programs::TcContext,
+};
 use flynn_abi::{Config, DropReason, Endpoint, Host, Ipv4, Peer, VXLAN_PORT, policy::UNKNOWN};
 
 use crate::{
@@ -19,22 +23,22 @@ const CONGESTION: u8 = 0b11;
 pub(crate) fn decide(ctx: &TcContext) -> Decision {
     // Before there is a network, the host's own traffic is not to suffer.
     let Ok(config) = maps::config() else {
-        return Ok(TC_ACT_OK);
+        return Ok(TC_ACT_UNSPEC);
     };
     let Ok(ethernet) = packet::read::<Ethernet>(ctx) else {
-        return Ok(TC_ACT_OK);
+        return Ok(TC_ACT_UNSPEC);
     };
     match ethernet.carries() {
         Some(Protocol::Ipv4) => from_ipv4(ctx, config),
         Some(Protocol::Ipv6) => from_ipv6(ctx, config),
-        None => Ok(TC_ACT_OK),
+        None => Ok(TC_ACT_UNSPEC),
     }
 }
 
 #[inline(always)]
 fn from_ipv4(ctx: &TcContext, config: &Config) -> Decision {
     let Ok(frame) = packet::read::<Frame<Ipv4Header>>(ctx) else {
-        return Ok(TC_ACT_OK);
+        return Ok(TC_ACT_UNSPEC);
     };
     if frame.ip.is_plain_udp() && frame.ip.destination() == config.address {
         return from_host(ctx, config);
@@ -42,7 +46,7 @@ fn from_ipv4(ctx: &TcContext, config: &Config) -> Decision {
     if Ipv4Header::is_in_cluster(frame.ip.source(), config) {
         return from_direct(ctx, &frame.ip, config);
     }
-    Ok(TC_ACT_OK)
+    Ok(TC_ACT_UNSPEC)
 }
 
 /// IPv6 is never sent without the tunnel.
@@ -50,7 +54,7 @@ fn from_ipv4(ctx: &TcContext, config: &Config) -> Decision {
 fn from_ipv6(ctx: &TcContext, config: &Config) -> Decision {
     match packet::read::<Frame<Ipv6Header>>(ctx) {
         Ok(frame) if Ipv6Header::is_in_cluster(frame.ip.source(), config) => Err(DropReason::NotTunnelled),
-        _ => Ok(TC_ACT_OK),
+        _ => Ok(TC_ACT_UNSPEC),
     }
 }
 
@@ -58,10 +62,10 @@ fn from_ipv6(ctx: &TcContext, config: &Config) -> Decision {
 #[inline(always)]
 fn from_host(ctx: &TcContext, config: &Config) -> Decision {
     let Ok(tunnelled) = packet::read::<Tunnelled<()>>(ctx) else {
-        return Ok(TC_ACT_OK);
+        return Ok(TC_ACT_UNSPEC);
     };
     if tunnelled.udp.destination != VXLAN_PORT.to_be_bytes() {
-        return Ok(TC_ACT_OK);
+        return Ok(TC_ACT_UNSPEC);
     }
     let peer = maps::peer(tunnelled.outer.source()).ok_or(DropReason::UnknownHost)?;
     if peer.flags & Peer::ENCRYPTED != 0 {
@@ -70,7 +74,7 @@ fn from_host(ctx: &TcContext, config: &Config) -> Decision {
     let sender = Sender::remote(tunnelled.vxlan.identity()?);
     if tunnelled.udp.checksum != [0; 2] {
         // Not of our making, but right if the stack finds it so.
-        return Ok(TC_ACT_OK);
+        return Ok(TC_ACT_UNSPEC);
     }
     match tunnelled.inner.carries() {
         Some(Protocol::Ipv4) => receive::<Ipv4Header>(ctx, peer, sender, config),
@@ -86,15 +90,10 @@ fn receive<H: Header>(ctx: &TcContext, peer: &Peer, sender: Sender, config: &Con
     if !ip.is_sound() {
         return Err(DropReason::Malformed);
     }
-    let receiver = match H::endpoint(ip.destination()) {
-        Some(endpoint) if endpoint.flags & Endpoint::CONTAINER != 0 => endpoint,
-        // For the device and the program behind it.
-        Some(endpoint) if endpoint.flags & Endpoint::GATEWAY != 0 => return Ok(TC_ACT_OK),
-        _ => return Err(DropReason::NoEndpoint),
-    };
+    let receiver = H::endpoint(ip.destination()).ok_or(DropReason::NoEndpoint)?;
     if packet::segment_size(ctx) != 0 && !ip.is_tcp() {
         // The kernel would cut it in the wrong places, if it were taken out of the tunnel here.
-        return Ok(TC_ACT_OK);
+        return Ok(TC_ACT_UNSPEC);
     }
     let subnet = packet::masked(H::ipv4(ip.source()), config.subnet_mask4);
     if subnet != u32::from_ne_bytes(peer.subnet.octets()) {
@@ -105,15 +104,40 @@ fn receive<H: Header>(ctx: &TcContext, peer: &Peer, sender: Sender, config: &Con
         ip,
         at: tunnel::INNER_IP,
     };
-    packet.to_container(sender, receiver, config)?;
     let congested = tunnelled.outer.service() & CONGESTION == CONGESTION;
-    rate::limit_received(ctx, receiver)?;
-    tunnel::decapsulate::<H>(ctx)?;
+    if receiver.flags & Endpoint::CONTAINER != 0 {
+        packet.to_container(sender, receiver, config)?;
+        rate::limit_received(ctx, receiver)?;
+        if !take_out::<H>(ctx, congested)? {
+            return Ok(TC_ACT_UNSPEC);
+        }
+        return route::hand_over(ctx, receiver);
+    }
+    if receiver.flags & Endpoint::GATEWAY == 0 {
+        return Err(DropReason::NoEndpoint);
+    }
+    packet.to_host(sender, config)?;
+    if receiver.ifindex == 0 || !take_out::<H>(ctx, congested)? {
+        return Ok(TC_ACT_UNSPEC);
+    }
+    packet::set_ethernet(ctx, &Ethernet::new(config.gateway, config.gateway, H::ETHERTYPE))?;
+    ctx.set_mark(tunnel::TAKEN_OUT);
+    // As if the device had taken it out: that is where the host's stack expects packets of the cluster.
+    // SAFETY: a helper that only notes where the packet goes.
+    Ok(unsafe { bpf_redirect(receiver.ifindex, u64::from(BPF_F_INGRESS)) } as i32)
+}
+
+/// Takes a packet out of the tunnel; or leaves it to the device, where the kernel does not know how a program can.
+#[inline(always)]
+fn take_out<H: Header>(ctx: &TcContext, congested: bool) -> Result<bool, DropReason> {
+    if !tunnel::decapsulate::<H>(ctx)? {
+        return Ok(false);
+    }
     // SAFETY: the kernel hands programs a valid context.
     if congested && unsafe { bpf_skb_ecn_set_ce(ctx.skb.skb) } == 0 {
         return Err(DropReason::Congested);
     }
-    route::hand_over(ctx, receiver)
+    Ok(true)
 }
 
 /// A packet from an address of the cluster, without a tunnel.
@@ -147,7 +171,7 @@ fn from_direct(ctx: &TcContext, ip: &Ipv4Header, config: &Config) -> Decision {
         }
         Some(receiver) if receiver.flags & Endpoint::GATEWAY != 0 => {
             packet.to_host(sender, config)?;
-            Ok(TC_ACT_OK)
+            Ok(TC_ACT_UNSPEC)
         }
         _ => Err(DropReason::NoEndpoint),
     }

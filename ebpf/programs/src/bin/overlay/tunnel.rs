@@ -22,6 +22,7 @@ use crate::{
 };
 
 const AF_INET: u32 = 2;
+const EINVAL: i64 = -22;
 const ETHERNET: u32 = size_of::<Ethernet>() as u32;
 
 /// What the tunnel puts between a frame's Ethernet header and its IP header.
@@ -65,6 +66,9 @@ pub(crate) struct Tunnelled<H> {
     pub(crate) inner: Ethernet,
     pub(crate) ip: H,
 }
+
+/// The mark of a packet for this host that was taken out of the tunnel by hand, on its way to the overlay's device.
+pub(crate) const TAKEN_OUT: u32 = 0x666c_796e;
 
 const ROOM: i32 = size_of::<Room>() as i32;
 const _: () = assert!(ROOM == 50);
@@ -174,16 +178,20 @@ fn encapsulate<H: Header>(
         .map_err(|_| DropReason::RewriteFailed)
 }
 
-/// Takes the outer headers off. What is left begins with the outer Ethernet header, which was this host's.
+/// Takes the outer headers off, and says whether it could: kernels before 6.3 do not let programs say that what is left is
+/// of another IP version. What is left begins with the outer Ethernet header, which was this host's.
 #[inline(always)]
-pub(crate) fn decapsulate<H: Header>(ctx: &TcContext) -> Result<(), DropReason> {
+pub(crate) fn decapsulate<H: Header>(ctx: &TcContext) -> Result<bool, DropReason> {
     let flags = if H::IS_IPV4 {
         BPF_F_ADJ_ROOM_FIXED_GSO
     } else {
         BPF_F_ADJ_ROOM_FIXED_GSO | BPF_F_ADJ_ROOM_DECAP_L3_IPV6
     };
-    ctx.adjust_room(-ROOM, BPF_ADJ_ROOM_MAC, u64::from(flags))
-        .map_err(|_| DropReason::RewriteFailed)
+    match ctx.adjust_room(-ROOM, BPF_ADJ_ROOM_MAC, u64::from(flags)) {
+        Ok(()) => Ok(true),
+        Err(EINVAL) if !H::IS_IPV4 => Ok(false),
+        Err(_) => Err(DropReason::RewriteFailed),
+    }
 }
 
 /// An Ethernet address for a host: in the tunnel nobody has one, and nobody's is this.
