@@ -92,7 +92,8 @@ impl Maps {
             })?;
             self.place_all(config)?;
         }
-        self.set_config(config)
+        self.set_config(config)?;
+        self.place(gateway4, gateway)
     }
 
     /// Writes the map `local` anew.

@@ -330,6 +330,19 @@ pub(crate) struct Datagrams {
 impl Datagrams {
     pub(crate) fn start(client: &Namespace, server: &Namespace, address: IpAddr) -> Self {
         let receiver = server.run(move || udp(SocketAddr::new(address, 0)));
+        // A receiver that waits for its CPU is to lose nothing of what has arrived.
+        let room: libc::c_int = 64 << 20;
+        // SAFETY: a pointer to an integer that outlives the call, with its length.
+        let set = unsafe {
+            libc::setsockopt(
+                receiver.as_raw_fd(),
+                libc::SOL_SOCKET,
+                libc::SO_RCVBUFFORCE,
+                (&raw const room).cast(),
+                libc::socklen_t::try_from(size_of_val(&room)).unwrap(),
+            )
+        };
+        assert_eq!(set, 0, "{}", std::io::Error::last_os_error());
         let to = receiver.local_addr().unwrap();
         let enough = Arc::new(AtomicBool::new(false));
         let until = Arc::clone(&enough);
