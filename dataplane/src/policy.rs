@@ -134,7 +134,7 @@ impl Limits {
 }
 
 /// A burst is what the rate allows in this time,
-const BURST: Duration = Duration::from_millis(50);
+const BURST: Duration = Duration::from_millis(250);
 /// or this many bytes where that is more: a few of the largest packets that stacks pass on uncut.
 const SMALLEST_BURST: u64 = 256 << 10;
 

@@ -138,6 +138,7 @@ impl Bench {
                 subnet_length: 24,
                 address: Some(US),
                 tunnel_mtu: 1450,
+                device: None,
                 gateway_mac: GATEWAY,
             })
             .unwrap();
