@@ -27,6 +27,20 @@ pub struct Way {
 }
 
 impl Host {
+    /// By the map's entry.
+    pub(crate) fn of(subnet: Ipv4Addr, entry: &flynn_abi::Host) -> Self {
+        Self {
+            subnet,
+            address: entry.address.into(),
+            direct: entry.flags & flynn_abi::Host::DIRECT != 0,
+            way: (entry.ifindex != 0).then(|| Way {
+                ifindex: entry.ifindex,
+                next_hop: entry.next_hop.into(),
+                source: entry.source.into(),
+            }),
+        }
+    }
+
     pub(crate) fn entry(&self) -> flynn_abi::Host {
         let way = self.way.unwrap_or(Way {
             ifindex: 0,

@@ -124,6 +124,16 @@ impl Dataplane {
         self.maps.set_hosts(hosts)
     }
 
+    /// The cluster's other hosts, as they were set last.
+    pub fn hosts(&self) -> Vec<Host> {
+        self.maps.hosts()
+    }
+
+    /// How full the maps are: each with its name, its entries, and how many there is room for.
+    pub fn fill(&self) -> Vec<(&'static str, u64, u64)> {
+        self.maps.fill()
+    }
+
     /// Replaces the addresses that are hosts' own, so that [`Policy::host_ports`] holds for them. IPv4 addresses are
     /// given mapped.
     pub fn set_host_addresses(&mut self, addresses: &BTreeSet<Ipv6Addr>) -> Result<()> {

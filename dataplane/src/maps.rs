@@ -11,7 +11,8 @@ use aya::{
     util::nr_cpus,
 };
 use flynn_abi::{
-    Config, Counters, DropReason, Endpoint, Ipv4, Ipv6, MAX_LOCAL_ENDPOINTS, Mac, OpenPort, Pair, Peer,
+    Config, Counters, DropReason, Endpoint, Ipv4, Ipv6, MAX_ENDPOINTS, MAX_HOST_ADDRESSES, MAX_HOSTS,
+    MAX_IDENTITIES, MAX_LOCAL_ENDPOINTS, MAX_OPEN_PORTS, MAX_PAIRS, Mac, OpenPort, Pair, Peer,
     policy::Identity,
 };
 
@@ -134,6 +135,28 @@ impl Maps {
         // Who may send before who is sent to, so that none of the answers comes from a stranger.
         self.peers.set(&peers.collect())?;
         self.hosts4.set(&hosts.collect())
+    }
+
+    pub(crate) fn hosts(&self) -> Vec<Host> {
+        let hosts = self.hosts4.iter();
+        hosts
+            .map(|(subnet, entry)| Host::of((*subnet).into(), entry))
+            .collect()
+    }
+
+    pub(crate) fn fill(&self) -> Vec<(&'static str, u64, u64)> {
+        let slots = ("counters", self.slots.len() as u64, MAX_LOCAL_ENDPOINTS.into());
+        vec![
+            self.endpoints4.fill(MAX_ENDPOINTS),
+            self.endpoints6.fill(MAX_ENDPOINTS),
+            self.hosts4.fill(MAX_HOSTS),
+            self.peers.fill(MAX_HOSTS),
+            self.host_addresses.fill(MAX_HOST_ADDRESSES),
+            self.identities.fill(MAX_IDENTITIES),
+            self.pairs.fill(MAX_PAIRS),
+            self.open_ports.fill(MAX_OPEN_PORTS),
+            slots,
+        ]
     }
 
     pub(crate) fn set_host_addresses(&mut self, addresses: &BTreeSet<Ipv6Addr>) -> Result<()> {

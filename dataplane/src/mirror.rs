@@ -35,6 +35,11 @@ impl<K: Pod + Eq + Hash, V: Pod + PartialEq> Mirror<K, V> {
         self.copy.iter()
     }
 
+    /// Its name, its entries, and how many there is room for.
+    pub(crate) fn fill(&self, room: u32) -> (&'static str, u64, u64) {
+        (self.name, self.copy.len() as u64, room.into())
+    }
+
     /// Writes an entry, if it is not there as it is.
     pub(crate) fn put(&mut self, key: K, value: V) -> Result<()> {
         if self.copy.get(&key) == Some(&value) {

@@ -184,6 +184,7 @@ mod tests {
         config.network = Some(NetworkConfig {
             network: "n".into(),
             subnet: "s".into(),
+            network6: "n6".into(),
         });
         config.save(dir.path()).unwrap();
         assert_eq!(

@@ -27,6 +27,7 @@ pub mod files;
 pub mod identities;
 pub mod launch;
 pub mod layers;
+pub mod leases;
 pub mod logs;
 mod notices;
 pub mod paths;

@@ -7,7 +7,7 @@ use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand};
 use flynn_api::Meta;
-use flynn_hostd::bootstrap::{self, join};
+use flynn_hostd::bootstrap::{self, join, remove};
 use flynn_hostd::commands::{self, Operator};
 use flynn_hostd::config::{HostConfig, Overrides};
 use flynn_hostd::{daemon, supervisor};
@@ -41,6 +41,8 @@ enum Command {
     Join(join::Args),
     /// Make a token with which one host can join
     Token(join::TokenArgs),
+    /// Take another host out of the cluster for good
+    Remove(remove::Args),
     /// Bring images into this host's store
     Download(bootstrap::DownloadArgs),
     /// Show the version
@@ -119,6 +121,7 @@ fn run(command: Command) -> anyhow::Result<ExitCode> {
         Command::Bootstrap(args) => runtime(bootstrap::run(&args))?,
         Command::Join(args) => runtime(join::run(&args))?,
         Command::Token(args) => runtime(join::token(&args))?,
+        Command::Remove(args) => runtime(remove::run(&args))?,
         Command::Download(args) => runtime(bootstrap::download(&args))?,
         Command::Version => println!("{}", env!("CARGO_PKG_VERSION")),
         Command::Operator(command) => return runtime(commands::operate(command)),

@@ -4,6 +4,11 @@ use std::path::Path;
 
 use flynn_api::host::KernelFeature;
 
+/// What operators of more than one host have to know.
+pub(crate) const PLAIN: &str = "traffic between hosts is not encrypted: who can listen on the network between them reads \
+                                what apps say to each other. Connect the hosts by a network of their own, or have apps \
+                                speak TLS";
+
 /// What the kernel lacks, and what that means.
 pub(crate) fn of_kernel() -> Vec<String> {
     let filesystems = std::fs::read_to_string("/proc/filesystems").unwrap_or_default();

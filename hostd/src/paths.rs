@@ -77,6 +77,11 @@ impl Paths {
         self.state.join("volumes")
     }
 
+    /// The cluster network's documents, as they were seen last.
+    pub fn network(&self) -> PathBuf {
+        self.state.join("network")
+    }
+
     /// Where layers are mounted.
     pub fn layer_mounts() -> PathBuf {
         Path::new(RUN).join("layers")

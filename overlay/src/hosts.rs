@@ -37,7 +37,38 @@ pub struct RemoteEndpoint {
     pub identity: flynn_dataplane::Identity,
 }
 
+/// How another host is reached.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Reached {
+    /// IPv4 packets go to it as they are.
+    pub direct: bool,
+    /// The way there.
+    pub way: Way,
+}
+
 impl Network {
+    /// How each other host is reached, by the first address of its subnet, and the name of the interface. Those to
+    /// which there is no way are left out.
+    pub async fn ways(&self) -> Result<BTreeMap<Ipv4Addr, (Reached, String)>> {
+        let links = self.netlink.links().await;
+        let links = links.map_err(Error::kernel("listing interfaces"))?;
+        let reached = |host: flynn_dataplane::Host| {
+            let way = host.way?;
+            let link = links.iter().find(|link| link.index == way.ifindex)?;
+            let reached = Reached {
+                direct: host.direct,
+                way,
+            };
+            Some((host.subnet, (reached, link.name.clone())))
+        };
+        Ok(self.dataplane().hosts().into_iter().filter_map(reached).collect())
+    }
+
+    /// How full the data plane's maps are: each with its name, its entries, and how many there is room for.
+    pub fn fill(&self) -> Vec<(&'static str, u64, u64)> {
+        self.dataplane().fill()
+    }
+
     /// Replaces the cluster's other hosts; this one may be among them. The ways to those which stay remain all the time.
     pub async fn set_hosts(&self, hosts: &[Host]) -> Result<()> {
         let hosts = self.check_hosts(hosts)?;

@@ -40,8 +40,8 @@ pub use config::NetworkConfig;
 pub use error::{Error, Result};
 pub use flynn_dataplane::{
     AppPolicy, Attachment, Container, DropReason, HOST, Identity, Limits, MAX_IDENTITY, Policy, Port,
-    Protocol, Traffic, UNKNOWN,
+    Protocol, Traffic, UNKNOWN, Way,
 };
-pub use hosts::{Host, RemoteEndpoint};
+pub use hosts::{Host, Reached, RemoteEndpoint};
 pub use masquerade::check_tool;
 pub use network::{Endpoint, Network, Reconciled};

@@ -9,6 +9,7 @@ mod artifacts;
 mod engine;
 mod load;
 mod platform;
+pub mod traffic;
 mod wait;
 
 pub use artifacts::Artifacts;

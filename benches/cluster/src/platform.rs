@@ -313,16 +313,22 @@ impl Platform {
         let script = "for log in /var/lib/flynn/jobs/*; do echo \"--- $log\"; \
                       cat \"$log/status.json\" 2>/dev/null | head -c 1500; echo; \
                       tail -qn 40 \"$log\"/log/* 2>/dev/null | cut -c 1-400; done";
-        let jobs = self
-            .host()
-            .exec("sh", ["-c", script])
-            .map(|output| output.stdout)
-            .unwrap_or_default();
-        let daemon = std::fs::read(self.host().log(DAEMON)).unwrap_or_default();
-        let daemon = &daemon[daemon.len().saturating_sub(16 << 10)..];
-        // A closed stderr is no reason to stop.
-        let _ = writeln!(stderr, "=== jobs").and_then(|()| stderr.write_all(&jobs));
-        let _ = writeln!(stderr, "\n=== {DAEMON}").and_then(|()| stderr.write_all(daemon));
+        let hosts = self.lab.status().map_or(0, |status| status.hosts.len());
+        for host in 1..=u8::try_from(hosts).unwrap_or(u8::MAX) {
+            let host = self.lab.host(host);
+            let jobs = host
+                .exec("sh", ["-c", script])
+                .map(|output| output.stdout)
+                .unwrap_or_default();
+            let daemon = std::fs::read(host.log(DAEMON)).unwrap_or_default();
+            let daemon = &daemon[daemon.len().saturating_sub(16 << 10)..];
+            let name = host.name();
+            // A closed stderr is no reason to stop.
+            let _ = writeln!(stderr, "=== jobs of {name}")
+                .and_then(|()| stderr.write_all(&jobs))
+                .and_then(|()| writeln!(stderr, "\n=== {DAEMON} of {name}"))
+                .and_then(|()| stderr.write_all(daemon));
+        }
     }
 
     /// Ends it and sees that nothing is left.

@@ -192,22 +192,62 @@ pub const HOST_SERVICE: &str = "flynn-host";
 /// The service whose metadata holds the cluster CA ([`ClusterCa`]).
 pub const CA_SERVICE: &str = "flynn-ca";
 
-/// Metadata of [`HOST_SERVICE`]: which host holds which subnet.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+/// Metadata of [`HOST_SERVICE`]: the cluster's networks, and which host holds which subnet.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct NetworkLeases {
     /// The cluster's network.
     pub network: String,
+    /// The prefix length of each host's part of it.
+    #[serde(default = "NetworkLeases::default_subnet_length")]
+    pub subnet_length: u8,
+    /// The IPv6 network beside it.
+    #[serde(default = "NetworkLeases::default_network6")]
+    pub network6: String,
+    /// Hosts that share a link with one another reach each other's containers without encapsulation.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub direct: bool,
     /// By host id.
     pub leases: std::collections::BTreeMap<String, SubnetLease>,
 }
 
-/// One host's subnet.
+impl NetworkLeases {
+    /// Where the operator has not chosen another: /24.
+    pub const DEFAULT_SUBNET_LENGTH: u8 = 24;
+    /// Where the operator has not chosen another.
+    pub const DEFAULT_NETWORK6: &str = "fd66:6c79:6e6e::/64";
+
+    fn default_subnet_length() -> u8 {
+        Self::DEFAULT_SUBNET_LENGTH
+    }
+
+    /// [`Self::DEFAULT_NETWORK6`].
+    pub fn default_network6() -> String {
+        Self::DEFAULT_NETWORK6.into()
+    }
+}
+
+impl Default for NetworkLeases {
+    fn default() -> Self {
+        Self {
+            network: String::new(),
+            subnet_length: Self::DEFAULT_SUBNET_LENGTH,
+            network6: Self::default_network6(),
+            direct: false,
+            leases: std::collections::BTreeMap::new(),
+        }
+    }
+}
+
+/// One host's subnet. It does not run out: a host that comes back finds it. It ends when the host is removed.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SubnetLease {
     /// `100.100.1.0/24`; its first address is the gateway.
     pub subnet: String,
     /// Where the host is reached.
     pub address: std::net::Ipv4Addr,
+    /// When the host took it, or said last that it has it: at each start, and once a day.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub renewed_at: Option<jiff::Timestamp>,
 }
 
 /// Metadata of [`CA_SERVICE`]. Only `host:` certificates and discoverd itself may read it.

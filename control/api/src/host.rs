@@ -12,6 +12,8 @@
 //! | `GET /host/jobs/{id}/log?lines=n&follow=true` | a stream of [`LogLine`] |
 //! | `POST /attach` | upgrade `flynn-attach/0` after an [`AttachRequest`]; frames of [`attach`] |
 //! | `GET /host/network` | [`NetworkStatus`] |
+//! | `GET /host/network/flows` | `[`[`Flow`]`]`: the established TCP connections of this host's containers |
+//! | `GET /metrics` | counters and gauges of the network, in Prometheus' text format |
 //! | `PUT /host/layers/{digest}`, `GET` | puts a squashfs layer into the store; fetches it |
 //! | `GET /host/volumes`, `DELETE /host/volumes/{id}` | [`Volume`]s |
 
@@ -241,7 +243,8 @@ pub struct Mount {
     pub writeable: bool,
 }
 
-/// Limits by name: `memory` (bytes), `cpu` (thousandths of a core), `max_pids`, `max_fd`, `temp_disk` (bytes).
+/// Limits by name: `memory` (bytes), `cpu` (thousandths of a core), `max_pids`, `max_fd`, `temp_disk` (bytes),
+/// `network_out` and `network_in` (bytes a second that the container may send and receive; 0 for no limit).
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct Resources(pub BTreeMap<String, Resource>);
@@ -259,7 +262,15 @@ pub struct Resource {
 
 impl Resources {
     /// Names that mean something.
-    pub const NAMES: [&'static str; 5] = ["memory", "cpu", "max_pids", "max_fd", "temp_disk"];
+    pub const NAMES: [&'static str; 7] = [
+        "memory",
+        "cpu",
+        "max_pids",
+        "max_fd",
+        "temp_disk",
+        "network_out",
+        "network_in",
+    ];
 
     /// Whether nothing is set.
     pub fn is_empty(&self) -> bool {
@@ -276,7 +287,8 @@ impl Resources {
                 "cpu" => 1000,
                 "max_pids" => 4096,
                 "max_fd" => 10_000,
-                _ => 100 << 20,
+                "temp_disk" => 100 << 20,
+                _ => 0,
             })
     }
 }
@@ -494,17 +506,32 @@ pub mod attach {
     pub const MAX: usize = 1 << 20;
 }
 
-/// The network of a host.
+/// The network of a host. Counters are those since the data plane was begun.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct NetworkStatus {
     /// The host's subnet.
     pub subnet: String,
     /// The gateway address.
     pub gateway: Option<Ipv4Addr>,
-    /// Containers with their counters.
+    /// The cluster's network.
+    #[serde(default)]
+    pub network: String,
+    /// The IPv6 network beside it.
+    #[serde(default)]
+    pub network6: String,
+    /// Containers of this host with their counters.
     pub endpoints: Vec<EndpointStatus>,
+    /// The hosts of the cluster, this one among them.
+    #[serde(default)]
+    pub hosts: Vec<NetworkHost>,
+    /// Containers of other hosts.
+    #[serde(default)]
+    pub remote: Vec<RemoteEndpoint>,
     /// Packets dropped, by reason.
     pub drops: BTreeMap<String, u64>,
+    /// How full the data plane's maps are.
+    #[serde(default)]
+    pub maps: Vec<MapFill>,
 }
 
 /// One container's address and counters.
@@ -514,6 +541,30 @@ pub struct EndpointStatus {
     pub address: Ipv4Addr,
     /// Its job.
     pub job_id: String,
+    /// The name of its app; empty for an operator's own job.
+    #[serde(default)]
+    pub app: String,
+    /// Its process type.
+    #[serde(default)]
+    pub process_type: String,
+    /// The number by which the data plane knows its app.
+    #[serde(default)]
+    pub identity: u32,
+    /// Of the platform: others reach only `open_ports`.
+    #[serde(default)]
+    pub system: bool,
+    /// Only hosts and the apps on its list reach it.
+    #[serde(default)]
+    pub isolated: bool,
+    /// Ports with a service: `5432/tcp`.
+    #[serde(default)]
+    pub open_ports: Vec<String>,
+    /// Bytes a second that it may send.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tx_limit: Option<u64>,
+    /// Bytes a second that it may be sent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rx_limit: Option<u64>,
     /// From the container.
     pub tx_packets: u64,
     /// From the container.
@@ -522,6 +573,81 @@ pub struct EndpointStatus {
     pub rx_packets: u64,
     /// To the container.
     pub rx_bytes: u64,
+}
+
+/// A host of the cluster, as another sees it.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct NetworkHost {
+    /// Its id.
+    pub id: String,
+    /// Where it is reached.
+    pub address: Ipv4Addr,
+    /// Its subnet.
+    pub subnet: String,
+    /// It is the one that says so.
+    #[serde(default)]
+    pub own: bool,
+    /// How packets get there: `own`, `tunnel`, `direct`, or `none` where there is no route.
+    pub way: String,
+    /// The neighbour that they are handed to.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub next_hop: Option<Ipv4Addr>,
+    /// The interface that they leave by.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub interface: Option<String>,
+    /// How many containers it has.
+    pub endpoints: u64,
+    /// When it renewed its lease last.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub renewed_at: Option<Timestamp>,
+}
+
+/// A container of another host.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct RemoteEndpoint {
+    /// Its address.
+    pub address: Ipv4Addr,
+    /// Its host.
+    pub host_id: String,
+    /// The number by which the data plane knows its app.
+    pub identity: u32,
+}
+
+/// A TCP connection of a container of this host.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Flow {
+    /// The container's job.
+    pub job_id: String,
+    /// The name of its app; empty for an operator's own job.
+    pub app: String,
+    /// Its process type.
+    pub process_type: String,
+    /// The container's service that the connection came to; absent where the container opened it, or has none there.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub service: Option<String>,
+    /// The container's side.
+    pub local: std::net::SocketAddr,
+    /// The other.
+    pub remote: std::net::SocketAddr,
+    /// The smoothed round-trip time, in microseconds.
+    pub rtt_us: u32,
+    /// Segments that the container sent again.
+    pub retransmits: u32,
+    /// Bytes that the other side has acknowledged.
+    pub tx_bytes: u64,
+    /// Bytes that came.
+    pub rx_bytes: u64,
+}
+
+/// How full a map of the data plane is.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MapFill {
+    /// Its name.
+    pub name: String,
+    /// Entries that it has.
+    pub entries: u64,
+    /// Entries that there is room for.
+    pub room: u64,
 }
 
 /// A volume of a host.
@@ -543,4 +669,7 @@ pub struct NetworkConfig {
     pub network: String,
     /// This host's part of it, `100.100.1.0/24`.
     pub subnet: String,
+    /// The IPv6 network beside it.
+    #[serde(default = "crate::discovery::NetworkLeases::default_network6")]
+    pub network6: String,
 }

@@ -5,7 +5,7 @@
 //! reads another's answer (clusters of mixed versions), and refused where a person's input arrives
 //! (`server::StrictJson`).
 //!
-//! - [`controller`], [`discovery`], [`host`], [`image`], [`receive`], [`route`], [`sirenia`]: the types, one module per API.
+//! - [`controller`], [`discovery`], [`host`], [`image`], [`network`], [`receive`], [`route`], [`sirenia`]: the types, one module per API.
 //! - [`error`]: the one error body; [`spec`]: the jobs of a formation; [`virtual_address`]: what a service's number comes to.
 //! - `tls` (feature `tls`): the cluster CA and the identities that it signs.
 //! - `client` (feature `client`): transport over TCP, mutual TLS and Unix sockets, and a client per API.
@@ -17,6 +17,7 @@ pub mod discovery;
 pub mod error;
 pub mod host;
 pub mod image;
+pub mod network;
 pub mod receive;
 pub mod redact;
 pub mod route;

@@ -143,6 +143,9 @@ fn apps_are_made_shown_and_deleted() {
     );
     cluster.ok(&["-a", "shop", "meta", "set", "team=a"]);
     assert!(cluster.ok(&["-a", "shop", "meta"]).contains("team"));
+    // The last one goes as well.
+    cluster.ok(&["-a", "shop", "meta", "unset", "team"]);
+    assert!(!cluster.ok(&["-a", "shop", "meta"]).contains("team"));
     cluster.ok(&["-a", "shop", "deployment", "timeout", "30"]);
     assert_eq!(cluster.ok(&["-a", "shop", "deployment", "timeout"]), "30\n");
     assert!(
@@ -152,6 +155,38 @@ fn apps_are_made_shown_and_deleted() {
     cluster.ok(&["-a", "shop", "delete", "-y"]);
     assert_eq!(cluster.ok(&["apps"]).lines().count(), 2);
     assert!(cluster.fails(2, &["-a", "shop"]).contains("Usage"));
+}
+
+#[test]
+fn apps_are_isolated_and_opened() {
+    let cluster = Cluster::start();
+    cluster.ok(&["create", "--remote", "", "shop"]);
+    cluster.ok(&["create", "--remote", "", "db"]);
+    let network = |args: &[&str]| cluster.ok(&[&["-a", "shop", "network"], args].concat());
+    assert!(network(&[]).contains("shop is open"));
+    assert!(
+        cluster
+            .fails(2, &["-a", "shop", "network", "allow", "db"])
+            .contains("isolate --allow db")
+    );
+    assert!(network(&["isolate"]).contains("only the router reaches it"));
+    assert!(network(&["allow", "db"]).contains("the router and db reach it"));
+    let shown: serde_json::Value = serde_json::from_str(&network(&["show", "--json"])).unwrap();
+    assert_eq!(
+        shown,
+        serde_json::json!({"app": "shop", "isolated": true, "allow": ["db"]})
+    );
+    assert!(
+        cluster
+            .fails(3, &["-a", "shop", "network", "allow", "nobody"])
+            .contains("flynn apps")
+    );
+    assert!(network(&["deny", "db"]).contains("only the router reaches it"));
+    assert!(network(&["open"]).contains("shop is open"));
+    assert!(
+        !cluster.ok(&["-a", "shop", "meta"]).contains("network"),
+        "no label is left"
+    );
 }
 
 #[test]

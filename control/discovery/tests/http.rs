@@ -13,6 +13,7 @@ use flynn_api::discovery::{
     CA_SERVICE, ClusterCa, EventKind, HOST_SERVICE, JoinRequest, LeaderType, RenewRequest, ServiceConfig,
     ServiceMeta, Status,
 };
+use flynn_api::network::{IDENTITIES_SERVICE, POLICY_SERVICE, endpoints_service};
 use flynn_api::server::Peer;
 use flynn_api::tls::{self, Identity, KeyRequest, PeerIdentity};
 use flynn_api::{Digest, Error, ErrorCode};
@@ -58,6 +59,7 @@ async fn bootstrapped() -> Cluster {
 #[test]
 fn authorisation() {
     const WEB: &str = "web";
+    let endpoints = endpoints_service("100.100.1.0/24");
     let subnet = "100.100.1.0/24".parse().unwrap();
     let host = Ipv4Addr::new(192, 0, 2, 1);
     let gateway = Door::Gateway { subnet, host };
@@ -109,6 +111,11 @@ fn authorisation() {
         (Action::Register(WEB, &of_host), "01110011"),
         (Action::Register(WEB, &elsewhere), "01110000"),
         (Action::Register(HOST_SERVICE, &own), "01100000"),
+        (Action::Govern(IDENTITIES_SERVICE), "01100000"),
+        (Action::Govern(POLICY_SERVICE), "01100000"),
+        (Action::CreateService(&endpoints), "01100000"),
+        (Action::Govern(&endpoints), "01100000"),
+        (Action::Read(&endpoints), "01111111"),
     ];
     for (action, want) in table {
         let got: String = callers
@@ -122,6 +129,22 @@ fn authorisation() {
             })
             .collect();
         assert_eq!(got, *want, "{action:?}");
+    }
+    let scheduler = Peer {
+        identity: Some(PeerIdentity::Job("scheduler".into())),
+        ..Peer::default()
+    };
+    for action in [
+        Action::CreateService(POLICY_SERVICE),
+        Action::Govern(POLICY_SERVICE),
+    ] {
+        assert!(Door::Cluster.check(&scheduler, &action).is_ok());
+    }
+    for action in [
+        Action::Govern(IDENTITIES_SERVICE),
+        Action::DeleteService(POLICY_SERVICE),
+    ] {
+        assert!(Door::Cluster.check(&scheduler, &action).is_err());
     }
 }
 

@@ -32,7 +32,7 @@ pub(crate) struct Controller {
 }
 
 impl Controller {
-    async fn client(&self, attempt: &mut usize) -> Result<ControllerClient> {
+    pub(crate) async fn client(&self, attempt: &mut usize) -> Result<ControllerClient> {
         *attempt += 1;
         ControllerClient::discover(&self.discovery, &self.key, *attempt).await
     }

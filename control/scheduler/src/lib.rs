@@ -9,7 +9,7 @@
 //! [`backoff`] when, [`start`] with which job, [`report`] what the controller is told. It is simulated over 500 seeds.
 //!
 //! The shell around it: `lead` (only the leader acts), `formations` and `hosts` (what is known), `act` (what is done),
-//! `status`. Each follows something for ever; `run` plans whenever something has changed, and on a timer.
+//! `policy` (who may speak to whom, told to the hosts), `status`. Each follows something for ever; `run` plans whenever something has changed, and on a timer.
 //!
 //! Invariants: see [`plan`]. Above all: what is not known for certain is left alone.
 
@@ -20,6 +20,7 @@ mod hosts;
 mod lead;
 pub mod place;
 pub mod plan;
+mod policy;
 pub mod report;
 mod run;
 mod shared;

@@ -18,6 +18,7 @@ use crate::formations::{self, Controller};
 use crate::hosts::{self, Reach};
 use crate::lead::{self, Lead};
 use crate::plan::plan;
+use crate::policy;
 use crate::shared::Shared;
 use crate::status;
 
@@ -35,6 +36,8 @@ pub struct Options {
     pub listen: SocketAddr,
     /// discoverd's URL.
     pub discoverd: String,
+    /// The URL at which discoverd speaks mutual TLS.
+    pub cluster: String,
     /// A key of the controller.
     pub controller_key: String,
     /// The directory of its certificate.
@@ -50,7 +53,7 @@ impl std::fmt::Debug for Options {
 }
 
 impl Options {
-    /// From the job's environment: `EXTERNAL_IP`, `PORT`, `DISCOVERD`, `CONTROLLER_KEY`.
+    /// From the job's environment: `EXTERNAL_IP`, `HOST_IP`, `PORT`, `DISCOVERD`, `CONTROLLER_KEY`.
     pub fn from_env() -> anyhow::Result<Self> {
         let get = |name: &str| {
             let value = std::env::var(name).ok().filter(|value| !value.is_empty());
@@ -63,6 +66,7 @@ impl Options {
             address: format!("{}:{port}", get("EXTERNAL_IP")?),
             listen: (Ipv4Addr::UNSPECIFIED, port).into(),
             discoverd: get("DISCOVERD")?,
+            cluster: format!("https://{}:{}", get("HOST_IP")?, flynn_api::discovery::PORT),
             controller_key: get("CONTROLLER_KEY")?,
             tls_dir: PathBuf::from("/etc/flynn/tls"),
         })
@@ -88,6 +92,10 @@ pub async fn serve(
         discovery: discovery.clone(),
         key: options.controller_key,
     };
+    let policy = policy::Cluster {
+        url: options.cluster,
+        tls_dir: options.tls_dir.clone(),
+    };
     let reach = Reach {
         discovery: discovery.clone(),
         tls_dir: options.tls_dir,
@@ -100,7 +108,8 @@ pub async fn serve(
     tasks.spawn(hosts::follow(Arc::clone(&shared), reach));
     tasks.spawn(formations::follow(Arc::clone(&shared), controller.clone()));
     tasks.spawn(formations::tell(Arc::clone(&shared), controller.clone()));
-    tasks.spawn(formations::compare(Arc::clone(&shared), controller));
+    tasks.spawn(formations::compare(Arc::clone(&shared), controller.clone()));
+    tasks.spawn(policy::tell(controller, policy, leads.clone()));
     tasks.spawn(reconcile(Arc::clone(&shared), leads));
     tokio::select! {
         served = flynn_api::server::serve(listener, router, shutdown) => served.context("cannot serve the status"),

@@ -13,13 +13,12 @@ use flynn_api::Digest;
 use flynn_api::client::Http;
 use flynn_api::client::discovery::DiscoveryClient;
 use flynn_api::client::host::HostClient;
-use flynn_api::discovery::{JoinRequest, NetworkLeases, SignedIdentity};
+use flynn_api::discovery::{JoinRequest, SignedIdentity};
 use flynn_api::host::{Job, NetworkConfig, label};
 use flynn_api::tls::{Identity, KeyRequest, joining_client_config};
 
-use super::steps::take_lease;
 use super::{check_tools, images, local_host, own_address, say};
-use crate::identities;
+use crate::{identities, leases};
 
 /// `flynn-host join`
 #[derive(clap::Args, Debug)]
@@ -44,7 +43,7 @@ pub struct TokenArgs {
     state: PathBuf,
 }
 
-fn discoverd_url(address: impl std::fmt::Display) -> String {
+pub(super) fn discoverd_url(address: impl std::fmt::Display) -> String {
     format!("https://{address}:{}", flynn_api::discovery::PORT)
 }
 
@@ -89,22 +88,9 @@ pub async fn run(args: &Args) -> anyhow::Result<()> {
     let remote = DiscoveryClient::new(Http::new(&discoverd_url(args.address))?.identity(&identity)?);
 
     say("taking a subnet");
-    let leases = remote.meta(flynn_api::discovery::HOST_SERVICE).await?;
-    let leases: NetworkLeases =
-        serde_json::from_value(leases.data).context("the network leases cannot be read")?;
-    let network = leases
-        .network
-        .parse()
-        .with_context(|| format!("{:?} is not a network", leases.network))?;
-    let lease = loop {
-        match take_lease(&remote, network, &host_id, address).await {
-            Ok(Some(lease)) => break lease,
-            Ok(None) => {}
-            // Another host was faster: look again.
-            Err(error) if error.code == flynn_api::ErrorCode::PreconditionFailed => {}
-            Err(error) => return Err(error).context("cannot take a subnet"),
-        }
-    };
+    let (leases, lease, _) = leases::take_in(&remote, None, &host_id, address)
+        .await
+        .context("cannot take a subnet")?;
 
     say("starting discoverd");
     identities::ensure_app(&args.state, "discoverd", &remote).await?;
@@ -117,6 +103,7 @@ pub async fn run(args: &Args) -> anyhow::Result<()> {
     let config = NetworkConfig {
         network: leases.network,
         subnet: lease.subnet,
+        network6: leases.network6,
     };
     host.configure_network(&config)
         .await

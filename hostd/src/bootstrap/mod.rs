@@ -7,6 +7,7 @@
 mod images;
 pub mod join;
 mod manifest;
+pub mod remove;
 mod state;
 mod steps;
 
@@ -17,10 +18,13 @@ use std::time::{Duration, Instant};
 use anyhow::Context as _;
 use flynn_api::client::discovery::DiscoveryClient;
 use flynn_api::client::{Http, host::HostClient};
-use ipnet::Ipv4Net;
+use flynn_api::discovery::NetworkLeases;
+use ipnet::{Ipv4Net, Ipv6Net};
 
 use manifest::{Manifest, Start};
 use state::State;
+
+use crate::leases::Networks;
 
 pub use images::import;
 
@@ -35,9 +39,19 @@ pub struct Args {
     /// Where images are, as `cargo xtask image` makes them; those that the host has unless given
     #[arg(long, value_name = "DIR")]
     images: Option<PathBuf>,
-    /// The cluster's own network, of which each host gets a /24
+    /// The cluster's own network, of which each host gets a part
     #[arg(long, default_value = "100.100.0.0/16")]
     network: Ipv4Net,
+    /// The prefix length of each host's part: 24 has room for 253 containers on a host
+    #[arg(long, value_name = "LENGTH", default_value_t = NetworkLeases::DEFAULT_SUBNET_LENGTH)]
+    subnet_length: u8,
+    /// The IPv6 network beside it, /96 or larger
+    #[arg(long, default_value = NetworkLeases::DEFAULT_NETWORK6)]
+    network6: Ipv6Net,
+    /// Do not encapsulate packets between hosts that share a link; the network between them must let through packets
+    /// from and to the cluster's network
+    #[arg(long)]
+    direct: bool,
     /// The host's state directory
     #[arg(long, default_value = "/var/lib/flynn")]
     state: PathBuf,
@@ -66,7 +80,7 @@ struct Bootstrap {
     host_id: String,
     address: Ipv4Addr,
     dir: PathBuf,
-    network: Ipv4Net,
+    networks: Networks,
     step_timeout: Duration,
     state: State,
     /// Discoverd as the host's containers see it, once the network is up.
@@ -108,6 +122,13 @@ pub async fn download(args: &DownloadArgs) -> anyhow::Result<()> {
 /// Makes a cluster of this host.
 pub async fn run(args: &Args) -> anyhow::Result<()> {
     check_tools()?;
+    let networks = Networks {
+        network: args.network,
+        subnet_length: args.subnet_length,
+        network6: args.network6,
+        direct: args.direct,
+    };
+    networks.check()?;
     let host = local_host()?;
     let (host_id, address) = own_address(&host).await?;
     let state = State::open(&args.state, args.domain.as_deref())?;
@@ -127,7 +148,7 @@ pub async fn run(args: &Args) -> anyhow::Result<()> {
         host_id,
         address,
         dir: args.state.clone(),
-        network: args.network,
+        networks,
         step_timeout: Duration::from_secs(args.step_timeout),
         state,
         gateway: None,

@@ -11,9 +11,7 @@ use flynn_api::client::Http;
 use flynn_api::client::controller::ControllerClient;
 use flynn_api::client::discovery::DiscoveryClient;
 use flynn_api::controller::{Formation, JobState};
-use flynn_api::discovery::{
-    CA_SERVICE, ClusterCa, HOST_SERVICE, NetworkLeases, ServiceConfig, ServiceMeta, SubnetLease,
-};
+use flynn_api::discovery::{CA_SERVICE, ClusterCa, ServiceConfig, ServiceMeta};
 use flynn_api::host::{ActiveJob, Job, JobState as HostJobState, NetworkConfig, label};
 use flynn_api::tls::{Ca, Identity, PeerIdentity};
 use flynn_api::{Error, ErrorCode};
@@ -24,6 +22,7 @@ use tokio::time::Instant;
 use super::manifest::{self, SystemApp};
 use super::state::State;
 use super::{Bootstrap, images};
+use crate::leases;
 
 impl Bootstrap {
     /// Certificates: this host's, and one for each app of the platform, before there is anybody else to sign them.
@@ -178,17 +177,18 @@ impl Bootstrap {
     /// Takes a subnet for this host and brings its network up.
     pub(super) async fn network(&mut self) -> anyhow::Result<Ipv4Addr> {
         let discoverd = self.discoverd()?;
-        let lease = self
+        let networks = Some(&self.networks);
+        let (leases, lease, _) = self
             .wait("this host holds a subnet", async || {
-                discoverd
-                    .ensure_service(HOST_SERVICE, &ServiceConfig::default())
-                    .await?;
-                take_lease(&discoverd, self.network, &self.host_id, self.address).await
+                leases::take_in(&discoverd, networks, &self.host_id, self.address)
+                    .await
+                    .map(Some)
             })
             .await?;
         let config = NetworkConfig {
-            network: self.network.to_string(),
+            network: leases.network,
             subnet: lease.subnet.clone(),
+            network6: leases.network6,
         };
         self.host
             .configure_network(&config)
@@ -350,75 +350,6 @@ fn first_of_its_kind(app: &str, job: &mut Job) {
     if app == "discoverd" {
         job.config.env.insert("DISCOVERD_INIT".into(), "true".into());
     }
-}
-
-/// Takes a subnet by compare-and-swap; `None` when somebody else was faster.
-pub(super) async fn take_lease(
-    discoverd: &DiscoveryClient,
-    network: Ipv4Net,
-    host_id: &str,
-    address: Ipv4Addr,
-) -> Result<Option<SubnetLease>, Error> {
-    let current = discoverd.find_meta(HOST_SERVICE).await?;
-    let (mut leases, index) = match current {
-        Some(meta) => {
-            let leases: NetworkLeases = serde_json::from_value(meta.data).map_err(|why| {
-                Error::internal(format!("the network leases in discoverd cannot be read: {why}"))
-            })?;
-            (leases, meta.index)
-        }
-        None => (
-            NetworkLeases {
-                network: network.to_string(),
-                ..NetworkLeases::default()
-            },
-            0,
-        ),
-    };
-    if let Some(lease) = leases.leases.get(host_id)
-        && lease.address == address
-    {
-        return Ok(Some(lease.clone()));
-    }
-    let subnet = match leases.leases.get(host_id) {
-        Some(lease) => lease.subnet.clone(),
-        None => free_subnet(network, &leases)
-            .ok_or_else(|| {
-                Error::new(
-                    ErrorCode::LimitExceeded,
-                    format!("{network} has no free subnet: remove hosts that are gone"),
-                )
-            })?
-            .to_string(),
-    };
-    let lease = SubnetLease { subnet, address };
-    leases.leases.insert(host_id.to_owned(), lease.clone());
-    let data = serde_json::to_value(&leases).map_err(|why| Error::internal(why.to_string()))?;
-    discoverd
-        .set_meta(
-            HOST_SERVICE,
-            &ServiceMeta {
-                data,
-                index,
-                leader_id: None,
-            },
-        )
-        .await?;
-    Ok(Some(lease))
-}
-
-/// The lowest /24 of the network that nobody holds. The first is never given: it would hold the network's address.
-fn free_subnet(network: Ipv4Net, leases: &NetworkLeases) -> Option<Ipv4Net> {
-    let taken: Vec<&str> = leases
-        .leases
-        .values()
-        .map(|lease| lease.subnet.as_str())
-        .collect();
-    network
-        .subnets(24)
-        .ok()?
-        .skip(1)
-        .find(|subnet| !taken.contains(&subnet.to_string().as_str()))
 }
 
 impl State {

@@ -1,6 +1,7 @@
 //! The operator's commands: they speak to the daemon of this host over its socket.
 
 mod attach;
+mod network;
 mod run;
 mod show;
 
@@ -71,11 +72,7 @@ pub enum Operator {
         json: bool,
     },
     /// Show the host's part of the cluster's network
-    Network {
-        /// As JSON
-        #[arg(long)]
-        json: bool,
-    },
+    Network(network::Args),
     /// List volumes
     Volumes {
         /// As JSON
@@ -140,14 +137,7 @@ pub async fn operate(command: Operator) -> anyhow::Result<ExitCode> {
                 println!("{}", show::status(&status));
             }
         }
-        Operator::Network { json } => {
-            let network = reach(host.network().await)?;
-            if json {
-                print_json(&network)?;
-            } else {
-                println!("{}", show::network(&network));
-            }
-        }
+        Operator::Network(args) => network::run(&host, &args).await?,
         Operator::Volumes { json } => {
             let volumes = reach(host.volumes().await)?;
             if json {

@@ -1,10 +1,10 @@
 //! Answers as people read them.
 
 use comfy_table::{Table, presets};
-use flynn_api::host::{ActiveJob, HostStatus, NetworkStatus, Volume, label};
+use flynn_api::host::{ActiveJob, HostStatus, Volume, label};
 use jiff::Timestamp;
 
-fn table(head: &[&str]) -> Table {
+pub(super) fn table(head: &[&str]) -> Table {
     let mut table = Table::new();
     table.load_style(presets::NOTHING).set_header(head);
     // The first column begins where the line does.
@@ -47,7 +47,7 @@ fn address(job: &ActiveJob) -> String {
 }
 
 /// How long ago, in the largest unit that fits.
-fn age(then: Timestamp, now: Timestamp) -> String {
+pub(super) fn age(then: Timestamp, now: Timestamp) -> String {
     let seconds = now.duration_since(then).as_secs().max(0);
     match seconds {
         0..120 => format!("{seconds}s"),
@@ -128,36 +128,6 @@ pub(super) fn status(status: &HostStatus) -> String {
     }));
     lines.extend(status.notices.iter().map(|notice| format!("notice    {notice}")));
     lines.join("\n")
-}
-
-/// `network`.
-pub(super) fn network(network: &NetworkStatus) -> String {
-    let Some(gateway) = network.gateway else {
-        return "this host has no cluster network yet: run flynn-host bootstrap or flynn-host join".into();
-    };
-    let mut table = table(&["ADDRESS", "JOB", "SENT", "BYTES", "RECEIVED", "BYTES"]);
-    for endpoint in &network.endpoints {
-        table.add_row([
-            endpoint.address.to_string(),
-            endpoint.job_id.clone(),
-            endpoint.tx_packets.to_string(),
-            endpoint.tx_bytes.to_string(),
-            endpoint.rx_packets.to_string(),
-            endpoint.rx_bytes.to_string(),
-        ]);
-    }
-    let drops = network.drops.iter().filter(|(_, count)| **count > 0);
-    let drops: Vec<String> = drops.map(|(reason, count)| format!("{reason} {count}")).collect();
-    let drops = if drops.is_empty() {
-        "none".to_owned()
-    } else {
-        drops.join(", ")
-    };
-    format!(
-        "subnet {}, gateway {gateway}, drops: {drops}\n{}",
-        network.subnet,
-        table.trim_fmt()
-    )
 }
 
 /// `volumes`.

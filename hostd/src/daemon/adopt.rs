@@ -120,8 +120,8 @@ impl Daemon {
         };
         if !config.host_network && status.address.is_none() {
             let pid = status.supervisor.map_or(0, |supervisor| supervisor.pid);
-            let network = self.network.get()?;
-            place.address = Some(self.attach(&network, pid).await?);
+            let network = self.network_for_jobs()?;
+            place.address = Some(self.attach(&network, &entry.job, pid).await?);
         }
         call(connection, &Request::Go(place)).await
     }

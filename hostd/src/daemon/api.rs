@@ -47,6 +47,8 @@ pub(super) fn router(daemon: Arc<Daemon>) -> Router {
         .route("/attach", post(attach_job))
         .route("/host/network", get(network).put(configure_network))
         .route("/host/layers/{digest}", get(layer).put(put_layer))
+        .route("/host/network/flows", get(flows))
+        .route("/metrics", get(metrics))
         .route("/host/volumes", get(volumes))
         .route("/host/volumes/{id}", delete(remove_volume))
         .fallback(|| async { Error::new(ErrorCode::NotFound, "there is no such call in the host API") })
@@ -211,7 +213,17 @@ fn log_lines(
 }
 
 async fn network(State(daemon): Shared) -> Result<Response> {
-    Ok(Json(daemon.network_status()?).into_response())
+    Ok(Json(daemon.network_status().await?).into_response())
+}
+
+async fn flows(State(daemon): Shared) -> Result<Response> {
+    Ok(Json(daemon.flows().await?).into_response())
+}
+
+/// For Prometheus.
+async fn metrics(State(daemon): Shared) -> Result<Response> {
+    let headers = [(CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")];
+    Ok((headers, daemon.metrics().await?).into_response())
 }
 
 async fn configure_network(

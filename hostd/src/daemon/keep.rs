@@ -159,7 +159,7 @@ impl Daemon {
         }
         let _ = files::remove_all(&Paths::socket(id));
         if let (Some(network), Some(address)) = (self.network.peek(), address) {
-            network.detach(address).await;
+            self.network.detach(&network, address).await;
         }
     }
 

@@ -26,6 +26,7 @@ use tokio::sync::Semaphore;
 
 use self::exe::Executable;
 use self::network::Networking;
+use self::network::documents::Documents;
 use self::table::Table;
 use crate::cgroup::Hierarchies;
 use crate::config::{HostConfig, Overrides};
@@ -55,6 +56,7 @@ struct Daemon {
     store: Store,
     mounts: Mutex<Mounts>,
     network: Networking,
+    documents: Documents,
     hierarchies: Hierarchies,
     executable: Executable,
     starts: Semaphore,
@@ -99,6 +101,7 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
         config: Mutex::new(config),
         mounts: Mutex::default(),
         network: Networking::default(),
+        documents: Documents::open(&paths.network()).context("cannot use the cluster network's documents")?,
         hierarchies,
         executable: Executable::own().context("cannot open this program's own file")?,
         starts: Semaphore::new(STARTS),
@@ -151,16 +154,40 @@ impl Daemon {
                     .is_some_and(crate::status::ProcessId::is_alive)
         };
         let (running, ended): (Vec<_>, Vec<_>) = stored.iter().partition(runs);
-        let addresses = |jobs: Vec<&store::Stored>| -> Vec<Ipv4Addr> {
-            jobs.into_iter()
-                .filter_map(|stored| stored.status.address)
-                .collect()
-        };
-        let (in_use, lately) = (addresses(running), addresses(ended));
-        if let Err(error) = self.network.configure(&config, &in_use, &lately).await {
+        let in_use = running
+            .into_iter()
+            .filter_map(|stored| Some((stored.status.address?, self.known_attached(&stored.job))))
+            .collect();
+        let lately: Vec<Ipv4Addr> = ended
+            .into_iter()
+            .filter_map(|stored| stored.status.address)
+            .collect();
+        if let Err(error) = self.bring_up(&config, in_use, &lately).await {
             tracing::error!(%error, "the network is not up");
             self.notice(format!("the network is not up: {error}"));
         }
+    }
+
+    /// Brings the network up, with all that the cluster is known to have agreed on. Whether it was down before.
+    async fn bring_up(
+        &self,
+        config: &NetworkConfig,
+        in_use: BTreeMap<Ipv4Addr, network::Attached>,
+        lately: &[Ipv4Addr],
+    ) -> Result<bool> {
+        let address = self.config().address;
+        let changed = self.network.configure(config, address, in_use, lately).await?;
+        if changed && self.has_other_hosts() {
+            tracing::warn!("{}", crate::notices::PLAIN);
+        }
+        if changed
+            && let Some(up) = self.network.peek()
+            && let Err(error) = self.apply_documents(&up).await
+        {
+            // The loop that follows the documents tries on.
+            tracing::error!(%error, "the data plane does not take what the cluster says");
+        }
+        Ok(changed)
     }
 
     fn notice(&self, notice: String) {
@@ -172,13 +199,12 @@ impl Daemon {
 
     /// Brings the network up, remembers it, and tells those who wait for it.
     async fn configure_network(&self, wanted: NetworkConfig) -> Result<()> {
-        let in_use: Vec<Ipv4Addr> = self
-            .table
-            .addresses()
-            .into_iter()
-            .map(|(address, _)| address)
-            .collect();
-        if self.network.configure(&wanted, &in_use, &[]).await? {
+        let attachment = |(address, id): (Ipv4Addr, String)| {
+            let entry = self.table.get(&id)?;
+            Some((address, self.known_attached(&entry.job)))
+        };
+        let in_use = self.table.addresses().into_iter().filter_map(attachment);
+        if self.bring_up(&wanted, in_use.collect(), &[]).await? {
             let saved = {
                 let mut config = self.config.lock().unwrap_or_else(PoisonError::into_inner);
                 config.network = Some(wanted);
@@ -192,6 +218,19 @@ impl Daemon {
             self.announce_gateway().await;
         }
         Ok(())
+    }
+
+    fn notices(&self) -> Vec<String> {
+        let mut notices = self
+            .notices
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone();
+        notices.extend(self.lost_lease());
+        if self.network.peek().is_some() && self.has_other_hosts() {
+            notices.push(crate::notices::PLAIN.into());
+        }
+        notices
     }
 
     fn status(&self) -> Result<HostStatus> {
@@ -211,19 +250,10 @@ impl Daemon {
             cpu,
             memory,
             disk_free,
-            notices: self
-                .notices
-                .lock()
-                .unwrap_or_else(PoisonError::into_inner)
-                .clone(),
+            notices: self.notices(),
             features: self.features.clone(),
             boot_id: boot_id(),
         })
-    }
-
-    fn network_status(&self) -> Result<flynn_api::host::NetworkStatus> {
-        let jobs: BTreeMap<Ipv4Addr, String> = self.table.addresses().into_iter().collect();
-        self.network.status(&jobs)
     }
 
     fn volumes(&self) -> Result<Vec<flynn_api::host::Volume>> {

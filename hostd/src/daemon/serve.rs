@@ -13,6 +13,7 @@ use flynn_api::server::{CancellationToken, Listener, serve, shutdown};
 use flynn_api::tls::{ClientAuth, Identity};
 use tokio::time::sleep;
 
+use super::network::follow;
 use super::{Daemon, api};
 use crate::identities;
 
@@ -30,8 +31,10 @@ pub(super) async fn run(daemon: Arc<Daemon>) -> anyhow::Result<()> {
     let tls = tokio::spawn(listen_tls(Arc::clone(&daemon), stop.clone()));
     let registration = tokio::spawn(register(Arc::clone(&daemon), stop.clone()));
     let network = tokio::spawn(keep_network(Arc::clone(&daemon)));
+    let documents = tokio::spawn(follow::run(Arc::clone(&daemon)));
     serve(socket, api::router(daemon), stop.cancelled()).await?;
     network.abort();
+    documents.abort();
     let _ = tokio::join!(tls, registration);
     let _ = std::fs::remove_file(host::SOCKET);
     tracing::info!("stopped; jobs go on");
@@ -170,9 +173,14 @@ async fn beat(daemon: &Daemon, client: &DiscoveryClient) -> flynn_api::Result<()
 
 impl Daemon {
     /// The discoverd of this host, over mutual TLS; none before the host has a certificate.
-    fn discovery(&self) -> Option<DiscoveryClient> {
+    pub(crate) fn discovery(&self) -> Option<DiscoveryClient> {
+        self.discovery_at(self.config().address)
+    }
+
+    /// The discoverd of the host at this address.
+    pub(crate) fn discovery_at(&self, address: std::net::Ipv4Addr) -> Option<DiscoveryClient> {
         let identity = self.identity()?;
-        let http = Http::new(&format!("https://{}:{}", self.config().address, discovery::PORT)).ok()?;
+        let http = Http::new(&format!("https://{address}:{}", discovery::PORT)).ok()?;
         let http = http.identity(&identity).ok()?.timeout(Duration::from_secs(2));
         Some(DiscoveryClient::new(http))
     }

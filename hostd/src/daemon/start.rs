@@ -145,7 +145,7 @@ impl Daemon {
         let network = if job.config.host_network {
             None
         } else {
-            Some(self.network.get()?)
+            Some(self.network_for_jobs()?)
         };
         let manifests = self.images(job).await?;
         let layers = prepare::layers(&manifests)?;
@@ -166,7 +166,7 @@ impl Daemon {
         tokio::spawn(async move { child.wait().await });
         let mut connection = connected?;
         let address = match &network {
-            Some(network) => Some(self.attach(network, pid).await?),
+            Some(network) => Some(self.attach(network, job, pid).await?),
             None => None,
         };
         let place = Place {
@@ -179,7 +179,7 @@ impl Daemon {
         if let Err(error) = result {
             let _ = call(&mut connection, &Request::Stop).await;
             if let (Some(network), Some(address)) = (&network, address) {
-                network.detach(address).await;
+                self.network.detach(network, address).await;
             }
             return Err(error);
         }
@@ -259,15 +259,17 @@ impl Daemon {
         })
     }
 
-    pub(super) async fn attach(&self, network: &super::network::Up, pid: i32) -> Result<Ipv4Addr> {
-        let address = network.allocate()?;
-        match network.attach(pid, address).await {
-            Ok(()) => Ok(address),
-            Err(error) => {
-                network.detach(address).await;
-                Err(error)
-            }
+    /// The network, for a job that needs it.
+    pub(super) fn network_for_jobs(&self) -> Result<Arc<super::network::Up>> {
+        match self.lost_lease() {
+            None => self.network.get(),
+            Some(why) => Err(Error::conflict(why)),
         }
+    }
+
+    pub(super) async fn attach(&self, network: &super::network::Up, job: &Job, pid: i32) -> Result<Ipv4Addr> {
+        let attached = self.attached(job).await?;
+        self.network.attach(network, pid, attached).await
     }
 }
 

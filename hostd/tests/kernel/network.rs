@@ -17,6 +17,7 @@ fn config() -> NetworkConfig {
     NetworkConfig {
         network: "100.100.0.0/16".into(),
         subnet: "100.100.7.0/24".into(),
+        network6: flynn_api::discovery::NetworkLeases::default_network6(),
     }
 }
 

@@ -10,6 +10,12 @@ use libtest_mimic::Failed;
 /// The app that the tests deploy.
 pub(crate) const APP: &str = "example";
 
+/// The hosts of the cluster once all have joined.
+pub(crate) const MEMBERS: [u8; 3] = [1, 2, 3];
+
+/// A host of the lab that never joins.
+pub(crate) const STRANGER: u8 = 4;
+
 /// The cluster, as far as it is there.
 pub(crate) struct Cluster {
     artifacts: Option<Artifacts>,
@@ -17,6 +23,8 @@ pub(crate) struct Cluster {
     /// What bootstrap took.
     pub(crate) took: Duration,
     app: bool,
+    other: bool,
+    joined: bool,
     /// Why it could not be made: said once more to each test that wants it, and not tried again.
     broken: Option<String>,
 }
@@ -29,6 +37,8 @@ pub(crate) fn shared(artifacts: Option<Artifacts>) -> Shared {
         platform: None,
         took: Duration::ZERO,
         app: false,
+        other: false,
+        joined: false,
         broken: None,
     }))
 }
@@ -65,7 +75,7 @@ impl Cluster {
     fn make(&mut self) -> Result<()> {
         let artifacts = self.artifacts()?;
         let name = format!("test-{}", std::process::id());
-        let platform = self.platform.insert(Platform::boot(&name, artifacts, 2)?);
+        let platform = self.platform.insert(Platform::boot(&name, artifacts, STRANGER)?);
         let made = platform.bootstrap().and_then(|took| {
             self.took = took;
             platform.cluster_add()
@@ -80,6 +90,30 @@ impl Cluster {
         if !self.app {
             platform.push_example(APP)?;
             self.app = true;
+        }
+        Ok(platform)
+    }
+
+    /// A second app of the example.
+    pub(crate) fn other(&mut self, name: &str) -> Result<&Platform> {
+        self.platform()?;
+        let platform = self.platform.as_ref().ok_or_else(|| anyhow!("no cluster"))?;
+        if !self.other {
+            platform.push_example(name)?;
+            self.other = true;
+        }
+        Ok(platform)
+    }
+
+    /// A cluster of all hosts.
+    pub(crate) fn members(&mut self) -> Result<&Platform> {
+        self.platform()?;
+        let platform = self.platform.as_ref().ok_or_else(|| anyhow!("no cluster"))?;
+        if !self.joined {
+            for host in &MEMBERS[1..] {
+                crate::join::join(platform, *host)?;
+            }
+            self.joined = true;
         }
         Ok(platform)
     }

@@ -7,24 +7,35 @@ use flynn_api::discovery::{Instance, Peer};
 use flynn_cluster_tests::{FLYNN_HOST, IMAGES, Platform, until};
 use serde::de::DeserializeOwned;
 
-use crate::fixture::Cluster;
+use crate::fixture::{Cluster, MEMBERS};
 
 const LIMIT: Duration = Duration::from_mins(2);
 
-pub(crate) fn joins(cluster: &mut Cluster) -> Result<()> {
-    let platform = cluster.platform()?;
+/// Has a host join, as `flynn-host token` says.
+pub(crate) fn join(platform: &Platform, host: u8) -> Result<()> {
+    let (address, token) = token(platform)?;
+    flynn_host(platform, host, &["join", &address, &token, "--images", IMAGES]).map(drop)
+}
+
+fn token(platform: &Platform) -> Result<(String, String)> {
     let token = flynn_host(platform, 1, &["token"])?;
     let words: Vec<&str> = token.split_whitespace().collect();
     let [_, "join", address, token] = words[..] else {
         anyhow::bail!("`token` says {token:?}")
     };
+    Ok((address.to_owned(), token.to_owned()))
+}
+
+pub(crate) fn joins(cluster: &mut Cluster) -> Result<()> {
+    let platform = cluster.platform()?;
+    let (address, token) = token(platform)?;
 
     // A token of another cluster, and no token at all, get nowhere.
     let (secret, fingerprint) = token.split_once('.').context("a token has two halves")?;
     let foreign = format!("{secret}.{}", flynn_api::Digest::of(fingerprint.as_bytes()));
     let wrong = format!("{}.{fingerprint}", "0".repeat(secret.len()));
     for bad in [foreign.as_str(), wrong.as_str(), "nonsense"] {
-        let said = flynn_host(platform, 2, &["join", address, bad])
+        let said = flynn_host(platform, 2, &["join", &address, bad])
             .err()
             .context("it was let in")?;
         eprintln!("      refused: {said:#}");
@@ -35,7 +46,7 @@ pub(crate) fn joins(cluster: &mut Cluster) -> Result<()> {
     let nft = second.run("sh", ["-c", "command -v nft"])?;
     let (nft, away) = (nft.trim().to_owned(), format!("{}.away", nft.trim()));
     second.run("mv", [&nft, &away])?;
-    let said = flynn_host(platform, 2, &["join", address, token])
+    let said = flynn_host(platform, 2, &["join", &address, &token])
         .err()
         .context("it joined without nft")?;
     second.run("mv", [&away, &nft])?;
@@ -48,11 +59,11 @@ pub(crate) fn joins(cluster: &mut Cluster) -> Result<()> {
         "the missing tool is not named: {said}"
     );
 
-    flynn_host(platform, 2, &["join", address, token, "--images", IMAGES])?;
-    until(LIMIT, "both hosts are known on the second host's gateway", || {
+    let platform = cluster.members()?;
+    until(LIMIT, "all hosts are known on the second host's gateway", || {
         let hosts: Vec<Instance> = discoverd(platform, 2, "/services/flynn-host/instances")?;
         let peers: Vec<Peer> = discoverd(platform, 2, "/raft/peers")?;
-        Ok((hosts.len() == 2 && peers.len() == 2).then_some(()))
+        Ok((hosts.len() == MEMBERS.len() && peers.len() == MEMBERS.len()).then_some(()))
     })?;
     until(LIMIT, "the second host runs what every host runs", || {
         let jobs = flynn_host(platform, 2, &["ps"])?;
@@ -64,7 +75,7 @@ pub(crate) fn joins(cluster: &mut Cluster) -> Result<()> {
 }
 
 /// Runs `flynn-host` on a host.
-fn flynn_host(platform: &Platform, host: u8, args: &[&str]) -> Result<String> {
+pub(crate) fn flynn_host(platform: &Platform, host: u8, args: &[&str]) -> Result<String> {
     let output = platform.lab().host(host).exec(FLYNN_HOST, args.iter().copied())?;
     let said = String::from_utf8_lossy(&output.stderr);
     ensure!(output.status.success(), "flynn-host {}: {}", args[0], said.trim());

@@ -8,11 +8,12 @@ mod fixture;
 mod input;
 mod join;
 mod life;
+mod network;
 mod traces;
 mod up;
 
 use fixture::Cluster;
-use flynn_cluster_tests::{Artifacts, Engine};
+use flynn_cluster_tests::{Artifacts, Engine, traffic};
 use libtest_mimic::{Arguments, Trial};
 
 type Test = fn(&mut Cluster) -> anyhow::Result<()>;
@@ -47,13 +48,28 @@ const TESTS: &[(&str, Test)] = &[
     ("killed_daemons_cost_no_request", faults::killed_daemons),
     ("a_full_disk_is_said_and_passes", faults::full_disk),
     ("the_app_answers_again_after_a_power_cut", faults::power_cut),
-    ("a_second_host_joins_with_a_token", join::joins),
+    ("hosts_join_with_tokens", join::joins),
+    ("every_pair_of_containers_reaches_each_other", network::reaches),
+    ("forged_packets_are_dropped_and_counted", network::forged),
+    ("isolation_holds_across_hosts", network::isolated),
+    ("killed_daemons_cost_no_packet", network::killed),
+    ("an_upgrade_costs_no_packet", network::upgraded),
+    ("a_lost_host_comes_back_into_the_network", network::lost_and_found),
+    ("a_removed_host_loses_its_subnet", network::removed),
     ("nothing_is_left_after_down", faults::down),
     ("an_up_that_was_killed_leaves_nothing_after_down", up::killed),
 ];
 
 fn main() {
     flynn_lab::reexec();
+    let args: Vec<String> = std::env::args().skip(1).collect();
+    if let Some((traffic::COMMAND, rest)) = args.split_first().map(|(first, rest)| (first.as_str(), rest)) {
+        if let Err(error) = traffic::run(rest) {
+            eprintln!("{error:#}");
+            std::process::abort();
+        }
+        return;
+    }
     let mut arguments = Arguments::from_args();
     // There is one cluster.
     arguments.test_threads = Some(1);

@@ -119,6 +119,15 @@ impl ControllerClient {
         self.http.post(&path(&app.id, ""), app).await
     }
 
+    /// Replaces all labels of an app by those of `labels`, of which nothing else counts.
+    pub async fn relabel_app(&self, app: &str, labels: &App) -> Result<App> {
+        let only = App {
+            meta: labels.meta.clone(),
+            ..App::default()
+        };
+        self.http.post(&path(app, "/meta"), &only).await
+    }
+
     /// Deletes an app with all that belongs to it.
     pub async fn delete_app(&self, app: &str) -> Result<()> {
         self.http.delete(&path(app, "")).await

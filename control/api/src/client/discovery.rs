@@ -1,11 +1,17 @@
 //! Client of discoverd ([`crate::discovery`]).
 
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+
 use super::{EventStream, Http, encode};
 use crate::discovery::{
     Event, Instance, JoinRequest, JoinToken, Peer, RenewRequest, ServiceConfig, ServiceInfo, ServiceMeta,
     SignedIdentity, VirtualNetworks,
 };
 use crate::{Error, ErrorCode, Result};
+
+/// How often a change is begun anew because somebody else was faster.
+const ATTEMPTS: u32 = 500;
 
 /// Talks to discoverd.
 #[derive(Clone, Debug)]
@@ -90,6 +96,61 @@ impl DiscoveryClient {
         self.http.put(&path(service, "/meta"), meta).await
     }
 
+    /// Changes the document that is a service's metadata by compare-and-swap: `change` is done to what is there (or to
+    /// the default), anew whenever somebody else was faster, and nothing is written when it changes nothing. Gives what
+    /// `change` gave, and the metadata as they are now.
+    pub async fn change_meta<D, T>(
+        &self,
+        service: &str,
+        mut change: impl FnMut(&mut D) -> Result<T>,
+    ) -> Result<(T, ServiceMeta)>
+    where
+        D: Clone + Default + PartialEq + Serialize + DeserializeOwned,
+    {
+        for _ in 0..ATTEMPTS {
+            let before = self.find_meta(service).await?;
+            let index = before.as_ref().map_or(0, |meta| meta.index);
+            let old = before
+                .as_ref()
+                .map_or_else(|| Ok(D::default()), |meta| D::deserialize(&meta.data))
+                .map_err(|why| {
+                    Error::internal(format!(
+                        "the metadata of {service} in discoverd cannot be read: {why}"
+                    ))
+                })?;
+            let mut new = old.clone();
+            let value = change(&mut new)?;
+            if let Some(meta) = before
+                && old == new
+            {
+                return Ok((value, meta));
+            }
+            if index == 0 {
+                self.ensure_service(service, &ServiceConfig::default()).await?;
+            }
+            let data = serde_json::to_value(&new).map_err(|why| Error::internal(why.to_string()))?;
+            let meta = ServiceMeta {
+                data,
+                index,
+                leader_id: None,
+            };
+            match self.set_meta(service, &meta).await {
+                Err(error)
+                    if matches!(
+                        error.code,
+                        ErrorCode::PreconditionFailed | ErrorCode::ObjectExists
+                    ) =>
+                {
+                    // Somebody else has come further: there is no need to wait.
+                }
+                result => return result.map(|meta| (value, meta)),
+            }
+        }
+        Err(Error::unavailable(format!(
+            "the metadata of {service} changes all the time; try again"
+        )))
+    }
+
     /// Registers an instance, or renews it (heartbeat).
     pub async fn register(&self, service: &str, instance: &Instance) -> Result<()> {
         self.http
@@ -131,6 +192,11 @@ impl DiscoveryClient {
     /// Raft members.
     pub async fn peers(&self) -> Result<Vec<Peer>> {
         self.http.get("/raft/peers").await
+    }
+
+    /// Takes a member (`address:1111`) out.
+    pub async fn remove_peer(&self, addr: &str) -> Result<()> {
+        self.http.delete(&format!("/raft/peers/{}", encode(addr))).await
     }
 
     /// A token that lets one host join.

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use super::{EventStream, Http, Upgraded, encode};
 use crate::Result;
 use crate::host::{
-    ActiveJob, AttachRequest, HostStatus, Job, JobEvent, LogLine, NetworkConfig, NetworkStatus, Volume,
+    ActiveJob, AttachRequest, Flow, HostStatus, Job, JobEvent, LogLine, NetworkConfig, NetworkStatus, Volume,
 };
 
 /// Talks to one host.
@@ -82,6 +82,11 @@ impl HostClient {
     /// The host's network.
     pub async fn network(&self) -> Result<NetworkStatus> {
         self.http.get("/host/network").await
+    }
+
+    /// The TCP connections of its containers.
+    pub async fn flows(&self) -> Result<Vec<Flow>> {
+        self.http.get("/host/network/flows").await
     }
 
     /// Brings the host's network up.

@@ -18,7 +18,8 @@ pub(super) struct Limit {
 enum Command {
     /// List the limits of all process types
     List,
-    /// Set limits of a process type: memory=512MB cpu=1000 temp_disk=1GB max_fd=10000 max_pids=4096
+    /// Set limits of a process type: memory=512MB cpu=1000 temp_disk=1GB max_fd=10000 max_pids=4096, and in bytes a
+    /// second network_out=10MB network_in=10MB (0 for no limit)
     Set {
         /// The process type
         process_type: String,
@@ -94,6 +95,9 @@ pub(super) fn parse<'a>(limits: impl Iterator<Item = &'a str>) -> Result<Resourc
 
 /// A number with an optional unit; units are binary, as Flynn has them.
 fn amount(text: &str) -> Option<u64> {
+    if text == "unlimited" {
+        return Some(0);
+    }
     let digits = text.trim_end_matches(|letter: char| letter.is_ascii_alphabetic());
     let shift = match text[digits.len()..].to_ascii_uppercase().as_str() {
         "" | "B" => 0,
@@ -108,7 +112,8 @@ fn amount(text: &str) -> Option<u64> {
 
 fn show(name: &str, value: u64) -> String {
     match value {
-        _ if name != "memory" && name != "temp_disk" => value.to_string(),
+        0 if name.starts_with("network_") => "unlimited".into(),
+        _ if ["cpu", "max_pids", "max_fd"].contains(&name) => value.to_string(),
         value if value > 0 && value % (1 << 30) == 0 => format!("{}GB", value >> 30),
         value if value > 0 && value % (1 << 20) == 0 => format!("{}MB", value >> 20),
         value => value.to_string(),

@@ -55,7 +55,7 @@ impl Meta {
                 }
             }
         }
-        target.controller.update_app(&target.app).await?;
+        target.controller.relabel_app(&target.app.id, &target.app).await?;
         note("Labels are changed.");
         Ok(())
     }

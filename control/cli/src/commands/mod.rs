@@ -9,6 +9,7 @@ mod limit;
 mod log;
 mod meta;
 mod names;
+mod network;
 mod ps;
 mod release;
 mod remote;
@@ -80,6 +81,8 @@ enum Command {
     Limit(limit::Limit),
     /// Show or change an app's labels
     Meta(meta::Meta),
+    /// Show or change whom an app's jobs speak to
+    Network(network::Network),
     /// Show or change routes
     Route(route::Route),
     /// Show, make, delete and roll back releases
@@ -128,6 +131,7 @@ pub(crate) async fn run(cli: Cli) -> Result<ExitCode> {
         Command::Env(command) => command.run(&context).await?,
         Command::Limit(command) => command.run(&context).await?,
         Command::Meta(command) => command.run(&context).await?,
+        Command::Network(command) => command.run(&context).await?,
         Command::Route(command) => command.run(&context).await?,
         Command::Release(command) => command.run(&context).await?,
         Command::Deployment(command) => command.run(&context).await?,

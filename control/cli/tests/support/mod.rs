@@ -206,6 +206,7 @@ fn router(held: Arc<Mutex<Held>>) -> Router {
         .route("/apps/{app}/release", get(current))
         .route("/apps/{app}/releases", get(releases))
         .route("/apps/{app}/releases/{id}", delete(delete_release))
+        .route("/apps/{app}/meta", post(relabel_app))
         .route("/releases", post(create_release))
         .route("/releases/{id}", get(release))
         .route("/apps/{app}/formations", get(formations))
@@ -261,6 +262,14 @@ async fn app(held: Shared, Path(name): Path<String>) -> Result<Json<App>> {
 async fn update_app(held: Shared, Json(app): Json<App>) -> Json<App> {
     held.lock().unwrap().apps.insert(app.id.clone(), app.clone());
     Json(app)
+}
+
+async fn relabel_app(held: Shared, Path(id): Path<String>, Json(labels): Json<App>) -> Result<Json<App>> {
+    let mut held = held.lock().unwrap();
+    held.app(&id)?;
+    let app = held.apps.get_mut(&id).unwrap();
+    app.meta = labels.meta;
+    Ok(Json(app.clone()))
 }
 
 async fn delete_app(held: Shared, Path(id): Path<String>) -> StatusCode {

@@ -6,6 +6,7 @@
 use std::net::{IpAddr, Ipv4Addr};
 
 use flynn_api::discovery::{CA_SERVICE, HOST_SERVICE};
+use flynn_api::network::{ENDPOINTS_PREFIX, IDENTITIES_SERVICE, POLICY_SERVICE};
 use flynn_api::server::Peer;
 use flynn_api::tls::PeerIdentity;
 use flynn_api::{Error, ErrorCode};
@@ -77,9 +78,12 @@ fn at_cluster(identity: Option<&PeerIdentity>, action: &Action<'_>) -> Result<()
         return Err(Error::new(ErrorCode::Unauthorized, message));
     };
     let of_cluster = identity.is_host() || identity.is_job("discoverd");
+    // Who may speak to whom follows from the apps' labels, which the scheduler reads.
+    let decides = |service: &str| service == POLICY_SERVICE && identity.is_job("scheduler");
     let allowed = match action {
         Action::MakeToken => identity.is_host(),
         Action::Raft | Action::ChangeMembers | Action::Read(CA_SERVICE) => of_cluster,
+        Action::CreateService(service) | Action::Govern(service) if decides(service) => true,
         Action::CreateService(service)
         | Action::DeleteService(service)
         | Action::Govern(service)
@@ -123,7 +127,8 @@ fn at_gateway(
 
 /// Services that hold the platform together: nobody but hosts and discoverd changes them.
 fn is_of_platform(service: &str) -> bool {
-    service == CA_SERVICE || service == HOST_SERVICE
+    [CA_SERVICE, HOST_SERVICE, IDENTITIES_SERVICE, POLICY_SERVICE].contains(&service)
+        || service.starts_with(ENDPOINTS_PREFIX)
 }
 
 fn forbidden(why: &str) -> Result<(), Error> {

@@ -187,13 +187,13 @@ fn check_host_id(id: &str) -> Result<(), Error> {
     let fits = (1..=63).contains(&id.len())
         && id
             .bytes()
-            .all(|byte| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'-');
+            .all(|byte| byte.is_ascii_alphanumeric() || byte == b'_');
     if fits {
         Ok(())
     } else {
         Err(Error::invalid_field(
             "host_id",
-            "an id has 1 to 63 of a-z, 0-9 and -",
+            "an id has 1 to 63 letters, digits and underscores",
         ))
     }
 }

@@ -140,6 +140,7 @@ impl Cluster {
             address: OWN.into(),
             listen: loopback(),
             discoverd: format!("http://{discovery}"),
+            cluster: format!("https://{discovery}"),
             controller_key: "key".into(),
             tls_dir: cluster.dir.path().to_owned(),
         };

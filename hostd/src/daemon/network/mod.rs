@@ -1,4 +1,17 @@
 //! The host's part of the cluster's network, once there is one.
+//!
+//! [`documents`] is what the cluster agreed on, as this host saw it last; [`wanted`] what follows from it for the data
+//! plane; [`follow`] keeps both up to date and tells the cluster of this host's containers; [`attachment`] is what a
+//! job is allowed; [`status`] shows it all, [`flows`] what goes on now.
+
+mod attachment;
+pub(super) mod documents;
+mod flows;
+pub(super) mod follow;
+pub(super) mod metrics;
+mod sockets;
+mod status;
+mod wanted;
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -7,10 +20,11 @@ use std::os::fd::AsFd;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use flynn_api::host::{EndpointStatus, NetworkConfig, NetworkStatus};
+use flynn_api::host::NetworkConfig;
 use flynn_api::{Error, Result};
-use flynn_overlay::{Allocator, Attachment};
+use flynn_overlay::{Allocator, Attachment, Traffic};
 use rustix::mount::MountFlags;
+use tokio::sync::Notify;
 
 /// The file system of pinned programs.
 const BPF: &str = "/sys/fs/bpf";
@@ -27,6 +41,8 @@ pub(super) struct Networking {
     up: Mutex<Option<Arc<Up>>>,
     /// One change at a time.
     changing: tokio::sync::Mutex<()>,
+    /// A container has come or gone: the cluster must be told.
+    endpoints_changed: Notify,
 }
 
 /// A network that is up.
@@ -34,6 +50,16 @@ pub(super) struct Up {
     config: NetworkConfig,
     network: flynn_overlay::Network,
     addresses: Mutex<Allocator>,
+    attached: Mutex<BTreeMap<Ipv4Addr, Attached>>,
+    /// What containers sent and received that are gone.
+    gone: Mutex<BTreeMap<metrics::Owner, Traffic>>,
+}
+
+/// A container that is attached.
+#[derive(Clone, Debug)]
+pub(super) struct Attached {
+    attachment: Attachment,
+    owner: metrics::Owner,
 }
 
 impl Networking {
@@ -62,7 +88,8 @@ impl Networking {
     pub(super) async fn configure(
         &self,
         config: &NetworkConfig,
-        in_use: &[Ipv4Addr],
+        address: Ipv4Addr,
+        in_use: BTreeMap<Ipv4Addr, Attached>,
         lately: &[Ipv4Addr],
     ) -> Result<bool> {
         let _changing = self.changing.lock().await;
@@ -82,11 +109,13 @@ impl Networking {
         };
         let wanted = flynn_overlay::NetworkConfig {
             cluster: parse("network", &config.network)?,
-            cluster6: Some(flynn_overlay::NetworkConfig::DEFAULT_CLUSTER6),
+            cluster6: Some(config.network6.parse().map_err(|error| {
+                Error::invalid_field("network6", format!("{:?}: {error}", config.network6))
+            })?),
             subnet: parse("subnet", &config.subnet)?,
             pins: PathBuf::from(PINS),
             uplink: None,
-            address: None,
+            address: Some(address),
         };
         let subnet = wanted.subnet;
         mount_bpf().map_err(|error| Error::internal(format!("cannot mount {BPF}: {error}")))?;
@@ -95,51 +124,22 @@ impl Networking {
             .map_err(failed("bring the cluster network up"))?;
         // What the kernel still has of jobs that are gone goes; what jobs miss is put back.
         network
-            .reconcile(
-                &in_use
-                    .iter()
-                    .map(|&address| (address, Attachment::default()))
-                    .collect(),
-            )
+            .reconcile(&attachments(&in_use))
             .await
             .map_err(failed("compare the network with the jobs"))?;
-        let mut addresses = Allocator::new(subnet, in_use.iter().copied());
+        let mut addresses = Allocator::new(subnet, in_use.keys().copied());
         addresses.rest(lately.iter().copied());
         let addresses = Mutex::new(addresses);
         let up = Arc::new(Up {
             config: config.clone(),
             network,
             addresses,
+            attached: Mutex::new(in_use),
+            gone: Mutex::default(),
         });
         *self.up.lock().unwrap_or_else(PoisonError::into_inner) = Some(up);
+        self.endpoints_changed.notify_one();
         Ok(true)
-    }
-
-    /// What `GET /host/network` shows.
-    pub(super) fn status(&self, jobs: &BTreeMap<Ipv4Addr, String>) -> Result<NetworkStatus> {
-        let Some(up) = self.peek() else {
-            return Ok(NetworkStatus::default());
-        };
-        let endpoints = up.network.endpoints().map_err(failed("read the counters"))?;
-        let drops = up.network.drops().map_err(failed("read the counters"))?;
-        let status =
-            |(container, traffic): &(flynn_overlay::Container, flynn_overlay::Traffic)| EndpointStatus {
-                address: container.ipv4,
-                job_id: jobs.get(&container.ipv4).cloned().unwrap_or_default(),
-                tx_packets: traffic.sent_packets,
-                tx_bytes: traffic.sent_bytes,
-                rx_packets: traffic.received_packets,
-                rx_bytes: traffic.received_bytes,
-            };
-        Ok(NetworkStatus {
-            subnet: up.config.subnet.clone(),
-            gateway: Some(up.network.gateway()),
-            endpoints: endpoints.iter().map(status).collect(),
-            drops: drops
-                .into_iter()
-                .map(|(reason, count)| (reason.name().to_owned(), count))
-                .collect(),
-        })
     }
 }
 
@@ -170,26 +170,73 @@ impl Up {
         })
     }
 
-    /// Plumbs the network namespace of a process.
-    pub(super) async fn attach(&self, pid: i32, address: Ipv4Addr) -> Result<()> {
-        let namespace = File::open(format!("/proc/{pid}/ns/net"))
-            .map_err(|error| Error::internal(format!("cannot open the job's network namespace: {error}")))?;
-        self.network
-            .attach(namespace.as_fd(), address, &Attachment::default())
-            .await
-            .map_err(failed("attach the job to the network"))?;
-        Ok(())
+    /// What each container is allowed that is attached.
+    fn attachments(&self) -> BTreeMap<Ipv4Addr, Attachment> {
+        attachments(&self.attached.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// What containers sent and received that are gone, by app and process type.
+    pub(super) fn gone(&self) -> BTreeMap<metrics::Owner, Traffic> {
+        self.gone.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Forgets a container whose interface is still there, but not what it sent and received.
+    fn forget(&self, address: Ipv4Addr) {
+        let attached = self
+            .attached
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .remove(&address);
+        let (Some(attached), Ok(endpoints)) = (attached, self.network.endpoints()) else {
+            return;
+        };
+        if let Some((_, traffic)) = endpoints.iter().find(|(container, _)| container.ipv4 == address) {
+            let mut gone = self.gone.lock().unwrap_or_else(PoisonError::into_inner);
+            metrics::add(gone.entry(attached.owner).or_default(), traffic);
+        }
+    }
+}
+
+impl Networking {
+    /// Gives the network namespace of a process an address.
+    pub(super) async fn attach(&self, up: &Up, pid: i32, attached: Attached) -> Result<Ipv4Addr> {
+        let address = up.allocate()?;
+        let plumbed = async {
+            let namespace = File::open(format!("/proc/{pid}/ns/net")).map_err(|error| {
+                Error::internal(format!("cannot open the job's network namespace: {error}"))
+            })?;
+            up.network
+                .attach(namespace.as_fd(), address, &attached.attachment)
+                .await
+                .map_err(failed("attach the job to the network"))
+        };
+        match plumbed.await {
+            Ok(_) => {
+                up.attached
+                    .lock()
+                    .unwrap_or_else(PoisonError::into_inner)
+                    .insert(address, attached);
+                self.endpoints_changed.notify_one();
+                Ok(address)
+            }
+            Err(error) => {
+                self.detach(up, address).await;
+                Err(error)
+            }
+        }
     }
 
     /// Takes an address back.
-    pub(super) async fn detach(&self, address: Ipv4Addr) {
-        if let Err(error) = self.network.detach(address).await {
+    pub(super) async fn detach(&self, up: &Up, address: Ipv4Addr) {
+        up.forget(address);
+        if let Err(error) = up.network.detach(address).await {
             tracing::warn!(%address, %error, "cannot detach");
         }
-        self.addresses
+        up.addresses
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
             .release(address);
+        self.endpoints_changed.notify_one();
     }
 }
 
@@ -197,6 +244,13 @@ impl Up {
 pub(super) fn make_pins() -> std::io::Result<()> {
     mount_bpf()?;
     std::fs::create_dir_all(PINS)
+}
+
+fn attachments(attached: &BTreeMap<Ipv4Addr, Attached>) -> BTreeMap<Ipv4Addr, Attachment> {
+    attached
+        .iter()
+        .map(|(address, attached)| (*address, attached.attachment.clone()))
+        .collect()
 }
 
 /// Most init systems have mounted it; a machine without one gets it here.

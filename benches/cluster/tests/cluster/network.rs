@@ -1,0 +1,515 @@
+//! The cluster's network across hosts: everybody reaches everybody, nobody in another's name, whatever is killed.
+
+use std::io::{BufRead as _, BufReader};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::process::{Child, Command, Stdio};
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail, ensure};
+use flynn_api::host::{ActiveJob, HostStatus, NetworkStatus, label};
+use flynn_cluster_tests::traffic::{self, Streamed};
+use flynn_cluster_tests::{DOMAIN, FLYNN_HOST, PROGRAM, Platform, until};
+use serde::de::DeserializeOwned;
+
+use crate::fixture::{APP, Cluster, MEMBERS, STRANGER};
+use crate::join::flynn_host;
+
+const LIMIT: Duration = Duration::from_mins(2);
+
+/// How long what breaks is broken.
+const WHILE: Duration = Duration::from_secs(3);
+
+/// A container as the test sees it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Container {
+    host: u8,
+    job: String,
+    pid: u32,
+    address: Ipv4Addr,
+}
+
+impl Container {
+    fn address6(&self) -> Ipv6Addr {
+        const CLUSTER: Ipv6Addr = Ipv6Addr::new(0xfd66, 0x6c79, 0x6e6e, 0, 0, 0, 0, 0);
+        Ipv6Addr::from_bits(CLUSTER.to_bits() | u128::from(self.address.to_bits()))
+    }
+
+    /// One end of some traffic, in its network.
+    fn traffic(&self, platform: &Platform, args: &[&str]) -> Result<Command> {
+        let mut command = platform.lab().host(self.host).command("nsenter")?;
+        command
+            .arg(format!("--net=/proc/{}/ns/net", self.pid))
+            .args([PROGRAM, traffic::COMMAND])
+            .args(args)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped());
+        Ok(command)
+    }
+
+    fn says<T: DeserializeOwned>(&self, platform: &Platform, args: &[&str]) -> Result<T> {
+        let output = self.traffic(platform, args)?.output()?;
+        ensure!(output.status.success(), "{args:?} in {self:?}: {}", output.status);
+        Ok(serde_json::from_slice(&output.stdout)?)
+    }
+
+    fn connects(&self, platform: &Platform, to: SocketAddr) -> Result<bool> {
+        self.says(platform, &["connects", &to.to_string()])
+    }
+}
+
+/// A program that ends with its value.
+struct Running(Child);
+
+impl Running {
+    fn start(mut command: Command) -> Result<(Self, BufReader<std::process::ChildStdout>)> {
+        let mut child = command.spawn()?;
+        let mut stdout = BufReader::new(child.stdout.take().context("no stdout")?);
+        let running = Self(child);
+        let mut line = String::new();
+        stdout.read_line(&mut line)?;
+        ensure!(line.trim() == "ready", "it says {line:?}");
+        Ok((running, stdout))
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// What a host's daemon says.
+fn ask<T: DeserializeOwned>(platform: &Platform, host: u8, path: &str) -> Result<T> {
+    let url = format!("http://localhost{path}");
+    let curl = [
+        "-sSf",
+        "--max-time",
+        "5",
+        "--unix-socket",
+        flynn_api::host::SOCKET,
+        &url,
+    ];
+    let output = platform.lab().host(host).exec("curl", curl)?;
+    ensure!(
+        output.status.success(),
+        "{}",
+        String::from_utf8_lossy(&output.stderr).trim()
+    );
+    Ok(serde_json::from_slice(&output.stdout)?)
+}
+
+fn jobs(platform: &Platform, host: u8) -> Result<Vec<ActiveJob>> {
+    let jobs: std::collections::BTreeMap<String, ActiveJob> = ask(platform, host, "/host/jobs")?;
+    Ok(jobs
+        .into_values()
+        .filter(|job| !job.status.is_terminal())
+        .collect())
+}
+
+fn app_of(job: &ActiveJob) -> &str {
+    job.job.metadata.get(label::APP_NAME).map_or("", String::as_str)
+}
+
+/// The containers of an app on some hosts.
+fn containers_on(platform: &Platform, app: &str, hosts: &[u8]) -> Result<Vec<Container>> {
+    let mut found = Vec::new();
+    for &host in hosts {
+        for job in jobs(platform, host)?
+            .iter()
+            .filter(|job| app_of(job) == app && job.healthy)
+        {
+            if let (Some(pid), Some(address)) = (job.pid, job.internal_ip) {
+                let job = job.job.id.clone();
+                found.push(Container {
+                    host,
+                    job,
+                    pid,
+                    address,
+                });
+            }
+        }
+    }
+    Ok(found)
+}
+
+/// So many containers of an app, on every one of the hosts.
+fn spread(platform: &Platform, app: &str, count: usize, hosts: &[u8]) -> Result<Vec<Container>> {
+    until(
+        LIMIT,
+        &format!("{count} jobs of {app} run on hosts {hosts:?}"),
+        || {
+            let found = containers_on(platform, app, hosts)?;
+            let everywhere = hosts
+                .iter()
+                .all(|host| found.iter().any(|container| container.host == *host));
+            ensure!(found.len() == count && everywhere, "there are {found:?}");
+            Ok(Some(found))
+        },
+    )
+}
+
+fn answering(platform: &Platform, containers: &[Container]) -> Result<Vec<Running>> {
+    containers
+        .iter()
+        .map(|container| Ok(Running::start(container.traffic(platform, &["answer"])?)?.0))
+        .collect()
+}
+
+/// Everybody to everybody, over TCP and UDP, IPv4 and IPv6.
+fn all_exchange(platform: &Platform, containers: &[Container]) -> Result<()> {
+    let mut asking = Vec::new();
+    for from in containers {
+        let others = containers.iter().filter(|other| *other != from);
+        let to: Vec<String> = others
+            .flat_map(|other| [IpAddr::from(other.address), other.address6().into()])
+            .map(|address| address.to_string())
+            .collect();
+        let mut args = vec!["exchange"];
+        args.extend(to.iter().map(String::as_str));
+        let failures: std::collections::BTreeMap<String, String> = from.says(platform, &args)?;
+        if !failures.is_empty() {
+            asking.push(format!(
+                "from {} on host {}: {failures:?}",
+                from.address, from.host
+            ));
+        }
+    }
+    ensure!(asking.is_empty(), "{}", asking.join("\n"));
+    Ok(())
+}
+
+/// Packets that some hosts have dropped for a reason.
+fn dropped(platform: &Platform, hosts: &[u8], reason: &str) -> Result<u64> {
+    let mut sum = 0;
+    for &host in hosts {
+        let network: NetworkStatus = ask(platform, host, "/host/network")?;
+        let count = network.drops.get(reason);
+        sum += count.with_context(|| format!("no drops are counted for {reason}: {:?}", network.drops))?;
+    }
+    Ok(sum)
+}
+
+fn rises(platform: &Platform, hosts: &[u8], reason: &str, before: u64) -> Result<()> {
+    until(LIMIT, &format!("drops for {reason} are counted"), || {
+        Ok((dropped(platform, hosts, reason)? > before).then_some(()))
+    })
+}
+
+/// The example on all hosts of the cluster, two jobs on each if the scheduler places them evenly.
+fn example(cluster: &mut Cluster) -> Result<(&Platform, Vec<Container>)> {
+    cluster.app()?;
+    let platform = cluster.members()?;
+    let count = 2 * MEMBERS.len();
+    platform.run(["-a", APP, "scale", &format!("web={count}")])?;
+    let containers = spread(platform, APP, count, &MEMBERS)?;
+    Ok((platform, containers))
+}
+
+pub(crate) fn reaches(cluster: &mut Cluster) -> Result<()> {
+    let (platform, containers) = example(cluster)?;
+    let _answering = answering(platform, &containers)?;
+    all_exchange(platform, &containers)
+}
+
+pub(crate) fn forged(cluster: &mut Cluster) -> Result<()> {
+    let (platform, containers) = example(cluster)?;
+    let near = &containers[0];
+    let far = containers
+        .iter()
+        .find(|other| other.host != near.host)
+        .context("all are on one host")?;
+    let _answering = answering(platform, std::slice::from_ref(far))?;
+
+    // In another container's name, and in that of a container which is not there.
+    for from in [far.address, Ipv4Addr::new(100, 100, near.host, 250)] {
+        let before = dropped(platform, &[near.host], "spoofed_address")?;
+        let args = ["forge", &from.to_string(), &far.address.to_string()];
+        ensure!(
+            near.traffic(platform, &args)?.status()?.success(),
+            "nothing was forged"
+        );
+        rises(platform, &[near.host], "spoofed_address", before)?;
+    }
+
+    // From a machine that is no host of the cluster: through a tunnel, and without.
+    let before = dropped(platform, &[far.host], "unknown_host")?;
+    let host = platform.lab().host(far.host).address().to_string();
+    let stranger = platform.lab().host(STRANGER);
+    let (from, to) = (near.address.to_string(), far.address.to_string());
+    stranger.run(PROGRAM, [traffic::COMMAND, "vxlan", &host, &from, &to])?;
+    rises(platform, &[far.host], "unknown_host", before)?;
+    stranger.run("ip", ["route", "replace", "100.100.0.0/16", "via", &host])?;
+    let to = SocketAddr::from((far.address, traffic::PORT)).to_string();
+    let reached = stranger.run(PROGRAM, [traffic::COMMAND, "connects", &to])?;
+    ensure!(reached.trim() == "false", "a stranger reaches a container");
+    ensure!(
+        near.connects(platform, to.parse()?)?,
+        "a container does not reach one of its own app"
+    );
+    Ok(())
+}
+
+/// Streams between containers of different hosts.
+struct Streams(Vec<(String, Running, BufReader<std::process::ChildStdout>)>);
+
+impl Streams {
+    /// TCP and UDP between the first containers of each two hosts, over IPv4 and IPv6.
+    fn start(platform: &Platform, containers: &[Container]) -> Result<Self> {
+        let first = |host: u8| {
+            let found = containers.iter().find(|container| container.host == host);
+            found.with_context(|| format!("none on host {host}"))
+        };
+        let mut streams = Vec::new();
+        let hosts = MEMBERS.iter().zip(MEMBERS.iter().cycle().skip(1));
+        for (number, (from, to)) in hosts.enumerate() {
+            let (from, to) = (first(*from)?, first(*to)?);
+            let address = match number % 2 {
+                0 => SocketAddr::from((to.address, traffic::PORT)),
+                _ => SocketAddr::from((to.address6(), traffic::PORT)),
+            };
+            // One stream of a thousand a second; more of them would only keep the machine busy.
+            let udp = if number < 2 { "1000" } else { "100" };
+            for (kind, rate) in [("tcp", "50"), ("udp", udp)] {
+                let command = from.traffic(platform, &["stream", kind, &address.to_string(), rate])?;
+                let (running, stdout) = Running::start(command)?;
+                streams.push((
+                    format!("{kind} from host {} to {address}", from.host),
+                    running,
+                    stdout,
+                ));
+            }
+        }
+        Ok(Self(streams))
+    }
+
+    /// Ends them: each must have got everything back.
+    fn stop(self) -> Result<()> {
+        for (name, mut running, mut stdout) in self.0 {
+            drop(running.0.stdin.take());
+            let mut line = String::new();
+            stdout.read_line(&mut line)?;
+            let streamed: Streamed =
+                serde_json::from_str(&line).with_context(|| format!("{name}: {line:?}"))?;
+            eprintln!(
+                "    {name}: {} of {} came back, longest pause {} ms",
+                streamed.echoed, streamed.sent, streamed.longest_gap_ms
+            );
+            ensure!(
+                streamed.broken.is_none() && streamed.echoed == streamed.sent,
+                "{name}: {streamed:?}"
+            );
+        }
+        Ok(())
+    }
+}
+
+/// Kills the daemon and every process of the platform that each host has for itself.
+fn kill_daemons(platform: &Platform) -> Result<()> {
+    for host in MEMBERS {
+        let processes: Vec<(String, u32)> = jobs(platform, host)?
+            .iter()
+            .filter(|job| ["discoverd", "router", "scheduler"].contains(&app_of(job)))
+            .filter_map(|job| Some((app_of(job).to_owned(), job.pid?)))
+            .collect();
+        ensure!(processes.len() >= 3, "host {host} has only {processes:?}");
+        let host = platform.lab().host(host);
+        host.kill(platform.daemon())?;
+        for (_, pid) in processes {
+            host.signal_process(pid, 9)?;
+        }
+    }
+    Ok(())
+}
+
+fn start_daemons(platform: &Platform) -> Result<()> {
+    for host in MEMBERS {
+        platform.lab().host(host).start(platform.daemon())?;
+    }
+    for host in MEMBERS {
+        until(
+            LIMIT,
+            &format!("the daemon of host {host} has its network"),
+            || {
+                let status: HostStatus = ask(platform, host, "/host/status")?;
+                Ok(status.subnet.is_some().then_some(()))
+            },
+        )?;
+    }
+    Ok(())
+}
+
+pub(crate) fn killed(cluster: &mut Cluster) -> Result<()> {
+    let (platform, containers) = example(cluster)?;
+    let _answering = answering(platform, &containers)?;
+    let streams = Streams::start(platform, &containers)?;
+    kill_daemons(platform)?;
+    std::thread::sleep(WHILE);
+    start_daemons(platform)?;
+    std::thread::sleep(WHILE);
+    streams.stop()?;
+    ensure!(
+        spread(platform, APP, containers.len(), &MEMBERS)? == containers,
+        "containers were replaced"
+    );
+    all_exchange(platform, &containers)
+}
+
+/// The daemons are replaced by another build, one host after the other.
+pub(crate) fn upgraded(cluster: &mut Cluster) -> Result<()> {
+    let (platform, containers) = example(cluster)?;
+    let _answering = answering(platform, &containers)?;
+    let streams = Streams::start(platform, &containers)?;
+    for number in MEMBERS {
+        let host = platform.lab().host(number);
+        let size = || -> Result<u64> {
+            let status: HostStatus = ask(platform, number, "/host/status")?;
+            ensure!(status.subnet.is_some(), "it has no network");
+            let exe = format!("/proc/{}/exe", status.pid);
+            Ok(host.run("stat", ["-Lc", "%s", &exe])?.trim().parse()?)
+        };
+        let before = size()?;
+        // Another file with other bytes, though it does the same.
+        let replace = format!(
+            "cp {FLYNN_HOST} /run/flynn-host.new && printf upgraded >>/run/flynn-host.new && \
+             mount --bind /run/flynn-host.new {FLYNN_HOST}"
+        );
+        host.run("sh", ["-c", &replace])?;
+        host.kill(platform.daemon())?;
+        host.start(platform.daemon())?;
+        until(LIMIT, &format!("host {number} runs the new daemon"), || {
+            Ok((size()? != before).then_some(()))
+        })?;
+    }
+    std::thread::sleep(WHILE);
+    streams.stop()?;
+    ensure!(
+        spread(platform, APP, containers.len(), &MEMBERS)? == containers,
+        "containers were replaced"
+    );
+    Ok(())
+}
+
+pub(crate) fn isolated(cluster: &mut Cluster) -> Result<()> {
+    const OTHER: &str = "other";
+    cluster.other(OTHER)?;
+    let (platform, containers) = example(cluster)?;
+    platform.run(["-a", OTHER, "scale", &format!("web={}", MEMBERS.len())])?;
+    let others = spread(platform, OTHER, MEMBERS.len(), &MEMBERS)?;
+    let _answering = answering(platform, &[&containers[..], &others[..]].concat())?;
+    let target = &containers[0];
+    let reach = |from: &Container, to: &Container| {
+        from.connects(platform, SocketAddr::from((to.address, traffic::PORT)))
+    };
+    let all = |wanted: bool| {
+        until(LIMIT, &format!("others reach the app: {wanted}"), || {
+            for other in &others {
+                let (there, back) = (reach(other, target)?, reach(target, other)?);
+                ensure!(
+                    (there, back) == (wanted, wanted),
+                    "from host {} {there}, to it {back}",
+                    other.host
+                );
+            }
+            Ok(Some(()))
+        })
+    };
+    all(true)?;
+    let before = dropped(platform, &MEMBERS, "isolated")?;
+    platform.run(["-a", APP, "network", "isolate"])?;
+    all(false)?;
+    rises(platform, &MEMBERS, "isolated", before)?;
+    for own in &containers[1..] {
+        ensure!(reach(own, target)?, "{own:?} does not reach its own app");
+    }
+    ensure!(
+        platform.get(&format!("{APP}.{DOMAIN}"), "/")?.status.is_success(),
+        "the router does not reach an isolated app"
+    );
+    platform.run(["-a", APP, "network", "allow", OTHER])?;
+    all(true)?;
+    platform.run(["-a", APP, "network", "deny", OTHER])?;
+    all(false)?;
+    platform.run(["-a", APP, "network", "open"])?;
+    all(true)?;
+
+    // What the platform's apps do not offer as a service is closed to the others.
+    let postgres = containers_on(platform, "postgres", &MEMBERS)?;
+    let postgres = postgres.first().context("there is no postgres")?;
+    for other in &others {
+        ensure!(
+            other.connects(platform, SocketAddr::from((postgres.address, 5432)))?,
+            "postgres cannot be reached from host {}",
+            other.host
+        );
+        let before = dropped(platform, &MEMBERS, "port_closed")?;
+        ensure!(
+            !other.connects(platform, SocketAddr::from((postgres.address, 7)))?,
+            "a port that is not offered answers"
+        );
+        rises(platform, &MEMBERS, "port_closed", before)?;
+    }
+    Ok(())
+}
+
+pub(crate) fn lost_and_found(cluster: &mut Cluster) -> Result<()> {
+    let (platform, containers) = example(cluster)?;
+    let [.., lost] = MEMBERS;
+    let subnet = |host: u8| -> Result<Option<String>> {
+        Ok(ask::<HostStatus>(platform, host, "/host/status")?.subnet)
+    };
+    let before = subnet(lost)?;
+    platform.lab().host(lost).power_cut()?;
+    let rest: Vec<u8> = MEMBERS.into_iter().filter(|host| *host != lost).collect();
+    let left = spread(platform, APP, containers.len(), &rest)?;
+    {
+        let _answering = answering(platform, &left)?;
+        all_exchange(platform, &left)?;
+    }
+    platform.lab().host(lost).boot()?;
+    until(LIMIT, "the host is back with its subnet", || {
+        Ok((subnet(lost)? == before).then_some(()))
+    })?;
+    until(LIMIT, "the host takes jobs again", || {
+        platform.run(["-a", APP, "scale", "web=1"])?;
+        until(LIMIT, "one job is left", || {
+            Ok((containers_on(platform, APP, &MEMBERS)?.len() == 1).then_some(()))
+        })?;
+        // The scheduler places by the hosts that it follows by now.
+        platform.run(["-a", APP, "scale", &format!("web={}", containers.len())])?;
+        let all = until(LIMIT, "all jobs are back", || {
+            let all = containers_on(platform, APP, &MEMBERS)?;
+            Ok((all.len() == containers.len()).then_some(all))
+        })?;
+        Ok(all.iter().any(|container| container.host == lost).then_some(()))
+    })?;
+    let containers = containers_on(platform, APP, &MEMBERS)?;
+    let _answering = answering(platform, &containers)?;
+    all_exchange(platform, &containers)
+}
+
+pub(crate) fn removed(cluster: &mut Cluster) -> Result<()> {
+    let platform = cluster.members()?;
+    let [first, .., gone] = MEMBERS;
+    let id = ask::<HostStatus>(platform, gone, "/host/status")?.id;
+    let refused = |args: &[&str], words: &str| -> Result<()> {
+        let Err(error) = flynn_host(platform, first, args) else {
+            bail!("{args:?} was not refused")
+        };
+        let said = format!("{error:#}");
+        eprintln!("      refused: {said}");
+        ensure!(said.contains(words), "{said}");
+        Ok(())
+    };
+    refused(&["remove", "nobody"], "there are:")?;
+    refused(&["remove", &id], "--force")?;
+    let own = ask::<HostStatus>(platform, first, "/host/status")?.id;
+    refused(&["remove", &own], "another host")?;
+    flynn_host(platform, first, &["remove", &id, "--force"])?;
+    until(LIMIT, "the removed host says so", || {
+        let status: HostStatus = ask(platform, gone, "/host/status")?;
+        let says = |notice: &String| notice.contains("lease") && notice.contains("flynn-host join");
+        ensure!(status.notices.iter().any(says), "{:?}", status.notices);
+        Ok(Some(()))
+    })
+}

@@ -1,0 +1,319 @@
+//! `flynn-host network`: the host's part of the cluster's network.
+
+use std::collections::BTreeMap;
+
+use flynn_api::client::host::HostClient;
+use flynn_api::host::{EndpointStatus, Flow, NetworkStatus};
+
+use super::show::{age, table};
+use super::{print_json, reach};
+
+/// `flynn-host network`
+#[derive(clap::Args, Debug)]
+pub struct Args {
+    /// What to look at; an overview unless given
+    #[command(subcommand)]
+    view: Option<View>,
+    /// As JSON
+    #[arg(long, global = true)]
+    json: bool,
+}
+
+#[derive(clap::Subcommand, Debug)]
+enum View {
+    /// Containers of this host: whose they are, what they are allowed, what they sent and received
+    Endpoints {
+        /// Only those of this app
+        #[arg(long)]
+        app: Option<String>,
+        /// Also those of other hosts, by address and identity
+        #[arg(short, long)]
+        all: bool,
+    },
+    /// The hosts of the cluster and their subnets
+    Hosts,
+    /// How packets get to the other hosts
+    Routes,
+    /// Packets that were dropped, by reason
+    Drops {
+        /// Also reasons for which none was
+        #[arg(short, long)]
+        all: bool,
+    },
+    /// How full the data plane's maps are
+    Maps,
+    /// TCP connections of this host's containers: round-trip times, segments sent again
+    Flows {
+        /// Only those of this app
+        #[arg(long)]
+        app: Option<String>,
+        /// Only those that came to this service
+        #[arg(long)]
+        service: Option<String>,
+        /// Only those with this address at either end
+        #[arg(long)]
+        address: Option<std::net::IpAddr>,
+    },
+}
+
+/// Shows it.
+pub(super) async fn run(host: &HostClient, args: &Args) -> anyhow::Result<()> {
+    if let Some(View::Flows {
+        app,
+        service,
+        address,
+    }) = &args.view
+    {
+        let mut flows = reach(host.flows().await)?;
+        flows.retain(|flow| {
+            app.as_ref().is_none_or(|app| flow.app == *app)
+                && service
+                    .as_ref()
+                    .is_none_or(|service| flow.service.as_ref() == Some(service))
+                && address.is_none_or(|address| [flow.local.ip(), flow.remote.ip()].contains(&address))
+        });
+        if args.json {
+            return print_json(&flows);
+        }
+        println!("{}", flows_table(&flows));
+        return Ok(());
+    }
+    let mut network = reach(host.network().await)?;
+    if network.gateway.is_none() && !args.json {
+        println!("this host has no cluster network yet: run flynn-host bootstrap or flynn-host join");
+        return Ok(());
+    }
+    if let Some(View::Endpoints { app: Some(app), .. }) = &args.view {
+        network.endpoints.retain(|endpoint| endpoint.app == *app);
+    }
+    if args.json {
+        return match &args.view {
+            None | Some(View::Flows { .. }) => print_json(&network),
+            Some(View::Endpoints { all: true, .. }) => {
+                print_json(&serde_json::json!({"endpoints": network.endpoints, "remote": network.remote}))
+            }
+            Some(View::Endpoints { .. }) => print_json(&network.endpoints),
+            Some(View::Hosts | View::Routes) => print_json(&network.hosts),
+            Some(View::Drops { .. }) => print_json(&network.drops),
+            Some(View::Maps) => print_json(&network.maps),
+        };
+    }
+    println!("{}", shown(&network, args.view.as_ref()));
+    Ok(())
+}
+
+fn shown(network: &NetworkStatus, view: Option<&View>) -> String {
+    match view {
+        None | Some(View::Flows { .. }) => overview(network),
+        Some(View::Endpoints { all, .. }) => endpoints(network, *all),
+        Some(View::Hosts) => hosts(network),
+        Some(View::Routes) => routes(network),
+        Some(View::Drops { all }) => drops(network, *all),
+        Some(View::Maps) => maps(network),
+    }
+}
+
+fn overview(network: &NetworkStatus) -> String {
+    let gateway = network
+        .gateway
+        .map_or_else(String::new, |gateway| gateway.to_string());
+    let dropped: u64 = network.drops.values().sum();
+    let others = network.hosts.iter().filter(|host| !host.own).count();
+    let fullest = network
+        .maps
+        .iter()
+        .max_by_key(|map| map.entries * 1000 / map.room.max(1));
+    let mut lines = vec![
+        format!("network    {}, {}", network.network, network.network6),
+        format!("subnet     {}, gateway {gateway}", network.subnet),
+        format!(
+            "endpoints  {} here, {} on {others} other hosts",
+            network.endpoints.len(),
+            network.remote.len()
+        ),
+        format!("dropped    {dropped} packets (flynn-host network drops)"),
+    ];
+    if let Some(map) = fullest {
+        lines.push(format!(
+            "maps       the fullest is {} with {} of {}",
+            map.name, map.entries, map.room
+        ));
+    }
+    lines.join("\n")
+}
+
+fn endpoints(network: &NetworkStatus, all: bool) -> String {
+    let mut local = table(&[
+        "ADDRESS", "APP", "TYPE", "IDENTITY", "POLICY", "SENT", "RECEIVED", "JOB",
+    ]);
+    for endpoint in &network.endpoints {
+        local.add_row([
+            endpoint.address.to_string(),
+            endpoint.app.clone(),
+            endpoint.process_type.clone(),
+            endpoint.identity.to_string(),
+            policy(endpoint),
+            amount(endpoint.tx_bytes),
+            amount(endpoint.rx_bytes),
+            endpoint.job_id.clone(),
+        ]);
+    }
+    if !all {
+        return local.trim_fmt();
+    }
+    let mut remote = table(&["ADDRESS", "HOST", "IDENTITY"]);
+    for endpoint in &network.remote {
+        remote.add_row([
+            endpoint.address.to_string(),
+            endpoint.host_id.clone(),
+            endpoint.identity.to_string(),
+        ]);
+    }
+    format!("{}\n\n{}", local.trim_fmt(), remote.trim_fmt())
+}
+
+/// What an endpoint is allowed, in a few words.
+fn policy(endpoint: &EndpointStatus) -> String {
+    let mut words = Vec::new();
+    if endpoint.isolated {
+        words.push("isolated".to_owned());
+    }
+    if endpoint.system {
+        words.push(format!("system: {}", endpoint.open_ports.join(" ")));
+    }
+    let limit = |what: &str, limit: Option<u64>| Some(format!("{what} {}/s", amount(limit?)));
+    words.extend(limit("out", endpoint.tx_limit));
+    words.extend(limit("in", endpoint.rx_limit));
+    if words.is_empty() {
+        "open".into()
+    } else {
+        words.join(", ")
+    }
+}
+
+fn hosts(network: &NetworkStatus) -> String {
+    let now = jiff::Timestamp::now();
+    let mut hosts = table(&["HOST", "ADDRESS", "SUBNET", "ENDPOINTS", "LEASE RENEWED"]);
+    for host in &network.hosts {
+        let renewed = host
+            .renewed_at
+            .map_or_else(|| "-".to_owned(), |then| format!("{} ago", age(then, now)));
+        hosts.add_row([
+            format!("{}{}", host.id, if host.own { " (this)" } else { "" }),
+            host.address.to_string(),
+            host.subnet.clone(),
+            host.endpoints.to_string(),
+            renewed,
+        ]);
+    }
+    hosts.trim_fmt()
+}
+
+fn routes(network: &NetworkStatus) -> String {
+    let mut routes = table(&["SUBNET", "HOST", "WAY", "NEXT HOP", "INTERFACE"]);
+    for host in &network.hosts {
+        let next_hop = host
+            .next_hop
+            .map_or_else(|| "-".to_owned(), |next_hop| next_hop.to_string());
+        routes.add_row([
+            host.subnet.clone(),
+            host.id.clone(),
+            host.way.clone(),
+            next_hop,
+            host.interface.clone().unwrap_or_else(|| "-".into()),
+        ]);
+    }
+    routes.trim_fmt()
+}
+
+fn drops(network: &NetworkStatus, all: bool) -> String {
+    let counted: BTreeMap<&String, &u64> = network
+        .drops
+        .iter()
+        .filter(|(_, count)| all || **count > 0)
+        .collect();
+    if counted.is_empty() {
+        return "no packet was dropped".into();
+    }
+    let mut drops = table(&["REASON", "PACKETS"]);
+    for (reason, count) in counted {
+        drops.add_row([reason.clone(), count.to_string()]);
+    }
+    drops.trim_fmt()
+}
+
+fn maps(network: &NetworkStatus) -> String {
+    let mut maps = table(&["MAP", "ENTRIES", "ROOM FOR"]);
+    for map in &network.maps {
+        maps.add_row([map.name.clone(), map.entries.to_string(), map.room.to_string()]);
+    }
+    maps.trim_fmt()
+}
+
+fn flows_table(flows: &[Flow]) -> String {
+    let mut table = table(&[
+        "LOCAL",
+        "REMOTE",
+        "APP",
+        "TYPE",
+        "SERVICE",
+        "RTT",
+        "SENT AGAIN",
+        "SENT",
+        "RECEIVED",
+    ]);
+    for flow in flows {
+        table.add_row([
+            flow.local.to_string(),
+            flow.remote.to_string(),
+            flow.app.clone(),
+            flow.process_type.clone(),
+            flow.service.clone().unwrap_or_default(),
+            format!("{}.{:03} ms", flow.rtt_us / 1000, flow.rtt_us % 1000),
+            flow.retransmits.to_string(),
+            amount(flow.tx_bytes),
+            amount(flow.rx_bytes),
+        ]);
+    }
+    table.trim_fmt()
+}
+
+/// Bytes in the largest unit that leaves a number before the point.
+fn amount(bytes: u64) -> String {
+    const UNITS: [&str; 5] = ["B", "KiB", "MiB", "GiB", "TiB"];
+    let unit = (0..UNITS.len())
+        .rev()
+        .find(|unit| bytes >> (10 * unit) > 0)
+        .unwrap_or(0);
+    if unit == 0 {
+        return format!("{bytes} B");
+    }
+    let tenths = (u128::from(bytes) * 10) >> (10 * unit);
+    format!("{}.{} {}", tenths / 10, tenths % 10, UNITS[unit])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn amounts_are_short() {
+        let shown = [0, 1023, 1536, 5 << 20, u64::MAX].map(amount);
+        assert_eq!(shown, ["0 B", "1023 B", "1.5 KiB", "5.0 MiB", "16777215.9 TiB"]);
+    }
+
+    #[test]
+    fn every_view_of_an_empty_network_says_something() {
+        let network = NetworkStatus::default();
+        for view in [
+            None,
+            Some(View::Endpoints { app: None, all: true }),
+            Some(View::Hosts),
+            Some(View::Routes),
+            Some(View::Drops { all: false }),
+            Some(View::Maps),
+        ] {
+            assert!(!shown(&network, view.as_ref()).is_empty(), "{view:?}");
+        }
+    }
+}

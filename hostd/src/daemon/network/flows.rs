@@ -1,0 +1,122 @@
+//! Live TCP connections of this host's containers, and what they add up to for each service.
+
+use std::collections::BTreeMap;
+
+use flynn_api::Result;
+use flynn_api::host::{Flow, Job, label};
+
+use super::sockets::{self, Connection};
+use crate::daemon::Daemon;
+use crate::prepare;
+
+/// A service's connections now.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub(super) struct Service {
+    /// How many there are.
+    pub(super) connections: u64,
+    /// Their round-trip times together, in microseconds.
+    pub(super) rtt_us: u64,
+    /// Segments that were sent again over them.
+    pub(super) retransmits: u64,
+}
+
+/// By name.
+pub(super) fn services(flows: &[Flow]) -> BTreeMap<&str, Service> {
+    let mut services: BTreeMap<&str, Service> = BTreeMap::new();
+    for flow in flows {
+        let Some(name) = &flow.service else { continue };
+        let service = services.entry(name).or_default();
+        service.connections += 1;
+        service.rtt_us += u64::from(flow.rtt_us);
+        service.retransmits += u64::from(flow.retransmits);
+    }
+    services
+}
+
+fn flow(job: &Job, ports: &[u16], connection: &Connection) -> Flow {
+    let label = |name| job.metadata.get(name).cloned().unwrap_or_default();
+    let mut services = job.config.ports.iter().zip(ports);
+    let service = services.find_map(|(port, number)| {
+        let fits = *number == connection.local.port() && port.proto == "tcp";
+        port.service.as_ref().filter(|_| fits)
+    });
+    Flow {
+        job_id: job.id.clone(),
+        app: label(label::APP_NAME),
+        process_type: label(label::PROCESS_TYPE),
+        service: service.map(|service| service.name.clone()),
+        local: connection.local,
+        remote: connection.remote,
+        rtt_us: connection.rtt_us,
+        retransmits: connection.retransmits,
+        tx_bytes: connection.sent_bytes,
+        rx_bytes: connection.received_bytes,
+    }
+}
+
+impl Daemon {
+    /// What `GET /host/network/flows` shows. A container that ends meanwhile has none.
+    pub(crate) async fn flows(&self) -> Result<Vec<Flow>> {
+        let mut flows = Vec::new();
+        for (_, id) in self.table.addresses() {
+            let Some(entry) = self.table.get(&id) else {
+                continue;
+            };
+            let Some(supervisor) = entry.status.supervisor else {
+                continue;
+            };
+            let connections = match sockets::of_process(supervisor.pid).await {
+                Ok(connections) => connections,
+                Err(error) => {
+                    tracing::debug!(job = id, %error, "its connections cannot be looked at");
+                    continue;
+                }
+            };
+            let ports = prepare::ports(&entry.job.config, || Ok(0)).unwrap_or_default();
+            flows.extend(
+                connections
+                    .iter()
+                    .filter(|connection| !connection.local.ip().is_loopback())
+                    .map(|connection| flow(&entry.job, &ports, connection)),
+            );
+        }
+        Ok(flows)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use flynn_api::host::{Port, Service as PortService};
+
+    use super::*;
+
+    #[test]
+    fn connections_are_counted_for_the_service_that_they_came_to() {
+        let mut job = Job::default();
+        job.config.ports = vec![Port {
+            port: 80,
+            proto: "tcp".into(),
+            service: Some(PortService {
+                name: "web".into(),
+                ..PortService::default()
+            }),
+        }];
+        let connection = |port: u16| Connection {
+            local: ([100, 100, 1, 2], port).into(),
+            remote: ([100, 100, 1, 3], 4000).into(),
+            rtt_us: 50,
+            retransmits: 2,
+            sent_bytes: 0,
+            received_bytes: 0,
+        };
+        let flows: Vec<_> = [80, 80, 5000]
+            .map(|port| flow(&job, &[80], &connection(port)))
+            .into();
+        let web = Service {
+            connections: 2,
+            rtt_us: 100,
+            retransmits: 4,
+        };
+        assert_eq!(services(&flows), [("web", web)].into());
+    }
+}
