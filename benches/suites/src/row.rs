@@ -12,6 +12,8 @@ pub(crate) enum Goal {
     RatioAtMost(f64),
     /// Ours is at least the peer's times this.
     RatioAtLeast(f64),
+    /// Ours is the peer's, give or take this share of it.
+    RatioWithin(f64),
 }
 
 impl Goal {
@@ -20,6 +22,7 @@ impl Goal {
             Self::AtMost(most) => format!("ours <= {most}"),
             Self::RatioAtMost(most) => format!("ratio <= {most}"),
             Self::RatioAtLeast(least) => format!("ratio >= {least}"),
+            Self::RatioWithin(share) => format!("ratio within {share} of 1"),
         }
     }
 
@@ -28,6 +31,7 @@ impl Goal {
             Self::AtMost(most) => Some(ours <= most),
             Self::RatioAtMost(most) => Some(ratio? <= most),
             Self::RatioAtLeast(least) => Some(ratio? >= least),
+            Self::RatioWithin(share) => Some((ratio? - 1.0).abs() <= share),
         }
     }
 }
@@ -190,6 +194,17 @@ mod tests {
         keys.sort_unstable();
         let expected = "goal met name ours peer peer_name ratio samples suite unit";
         assert_eq!(keys.join(" "), expected);
+    }
+
+    #[test]
+    fn a_ratio_may_have_to_be_close_to_one() {
+        let within = Subject {
+            goal: Goal::RatioWithin(0.1),
+            ..SUBJECT
+        };
+        for (ours, met) in [(8.9, false), (9.1, true), (10.9, true), (11.1, false)] {
+            assert_eq!(within.row(&[ours], &[10.0]).met, Some(met), "{ours}");
+        }
     }
 
     #[test]

@@ -7,13 +7,16 @@ mod load;
 mod ours;
 mod peers;
 
+use std::num::NonZeroU64;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
+use flynn_overlay::Limits;
 use rustix::mount::{MountPropagationFlags, mount_change};
 use rustix::thread::UnshareFlags;
 
 use self::load::{Measure, Pair, Sample};
+use self::ours::Particulars;
 use crate::inside::traffic::Pattern;
 use crate::row::{Goal, Row, Subject, median};
 use crate::samples::in_turns;
@@ -29,6 +32,7 @@ struct Plan {
     scale: f64,
     on_one_host: &'static str,
     across_hosts: &'static str,
+    with_route: &'static str,
 }
 
 /// One CPU for both ends, or one each.
@@ -40,7 +44,7 @@ const fn plan(
     (client_cpu, server_cpu): (usize, usize),
     unit: &'static str,
     scale: f64,
-    [on_one_host, across_hosts]: [&'static str; 2],
+    [on_one_host, across_hosts, with_route]: [&'static str; 3],
 ) -> Plan {
     let measure = Measure {
         pattern,
@@ -53,13 +57,18 @@ const fn plan(
         scale,
         on_one_host,
         across_hosts,
+        with_route,
     }
 }
 
-/// A measure's names: on one host, and across two.
+/// A measure's names: on one host, across two, and with a route attached.
 macro_rules! names {
     ($what:literal) => {
-        [concat!("one host: ", $what), concat!("two hosts: ", $what)]
+        [
+            concat!("one host: ", $what),
+            concat!("two hosts: ", $what),
+            concat!("two hosts, an L4 route in tc: ", $what),
+        ]
     };
 }
 
@@ -81,6 +90,7 @@ pub(crate) fn run(thoroughness: Thoroughness) -> Result<Vec<Row>> {
     flynn_lab::unshare(UnshareFlags::NEWNS).context("cannot make a mount namespace; this needs root")?;
     mount_change("/", MountPropagationFlags::PRIVATE | MountPropagationFlags::REC)?;
     let mut rows = across_hosts(thoroughness);
+    rows.extend(limited(thoroughness));
     rows.extend(on_one_host(thoroughness));
     Ok(rows)
 }
@@ -88,9 +98,9 @@ pub(crate) fn run(thoroughness: Thoroughness) -> Result<Vec<Row>> {
 /// Containers of two hosts, beside the kernel's VXLAN and the hosts themselves.
 fn across_hosts(thoroughness: Thoroughness) -> Vec<Row> {
     let subjects = |plan: &Plan| {
-        let subject = |peer, goal| Subject {
+        let subject = |name, peer, goal| Subject {
             suite: SUITE,
-            name: plan.across_hosts,
+            name,
             unit: plan.unit,
             peer: Some(peer),
             goal: Goal::RatioAtLeast(goal),
@@ -99,26 +109,83 @@ fn across_hosts(thoroughness: Thoroughness) -> Vec<Row> {
             Pattern::Stream => 1.15,
             Pattern::Requests | Pattern::Connections => 1.35,
         };
-        [subject("kernel VXLAN", least), subject("host to host", 0.9)]
+        [
+            subject(plan.across_hosts, "kernel VXLAN", least),
+            subject(plan.across_hosts, "host to host", 0.9),
+            subject(plan.with_route, "ours without one", 0.9),
+        ]
     };
-    let places = || -> Result<_> { Ok((ours::two_hosts()?, peers::vxlan()?)) };
-    let ((ours, _hosts), [vxlan, hosts]) = match places() {
+    let routed = Particulars {
+        routed: true,
+        ..Particulars::default()
+    };
+    let places = || -> Result<_> {
+        let ours = ours::two_hosts("ours", Particulars::default())?;
+        Ok((
+            ours,
+            ours::two_hosts("ours with an L4 route", routed)?,
+            peers::vxlan()?,
+        ))
+    };
+    let ((ours, _hosts), (routed, _routed_hosts), [vxlan, hosts]) = match places() {
         Ok(places) => places,
         Err(error) => return missing(PLANS.iter().flat_map(subjects), &error),
     };
-    let mut pairs = [ours, vxlan, hosts];
+    let mut pairs = [ours, routed, vxlan, hosts];
     let mut rows = Vec::new();
     for plan in &PLANS {
-        let [to_vxlan, to_hosts] = subjects(plan);
+        let [to_vxlan, to_hosts, with_route] = subjects(plan);
         match measured(&mut pairs, plan, plan.across_hosts, thoroughness) {
-            Ok([ours, vxlan, hosts]) => {
+            Ok([ours, routed, vxlan, hosts]) => {
                 rows.push(to_vxlan.row(&ours, &vxlan));
                 rows.push(to_hosts.row(&ours, &hosts));
+                rows.push(with_route.row(&routed, &ours));
             }
-            Err(error) => rows.extend(missing([to_vxlan, to_hosts], &error)),
+            Err(error) => rows.extend(missing([to_vxlan, to_hosts, with_route], &error)),
         }
     }
     rows
+}
+
+/// A stream that is slowed down, where it is sent and where it is received, beside the limit itself.
+fn limited(thoroughness: Thoroughness) -> Vec<Row> {
+    const BITS: f64 = 1e9;
+    let bytes = NonZeroU64::new(125_000_000);
+    let sent = Particulars {
+        client: Limits {
+            sent: bytes,
+            received: None,
+        },
+        ..Particulars::default()
+    };
+    let received = Particulars {
+        server: Limits {
+            sent: None,
+            received: bytes,
+        },
+        ..Particulars::default()
+    };
+    let (rounds, millis) = thoroughness.pick((3, 1000), (5, 3000));
+    let measure = PLANS[2].measure;
+    let samples = |particulars| -> Result<_> {
+        let (pair, _hosts) = ours::two_hosts("limited", particulars)?;
+        let samples = in_turns(&mut [pair], rounds, |pair| {
+            let sample = pair.sample(measure, Duration::from_millis(millis))?;
+            Ok(sample.rate / BITS)
+        })?;
+        Ok((samples.concat(), vec![1.0]))
+    };
+    let subject = |name| Subject {
+        suite: SUITE,
+        name,
+        unit: "Gbit/s",
+        peer: Some("its limit"),
+        goal: Goal::RatioWithin(0.1),
+    };
+    vec![
+        subject("two hosts: stream, sender limited").taken(samples(sent)),
+        subject("two hosts: stream, receiver limited").taken(samples(received)),
+    ]
 }
 
 /// Containers of one host, beside a veth pair and a bridge.
