@@ -7,6 +7,8 @@
 //! volumes, an address. One **supervisor** per job ([`supervisor`]), this same binary executed anew, makes the
 //! [`container`], holds its pipes, registers its services and notes its end.
 //!
+//! [`floating`] keeps addresses at a host that is well.
+//!
 //! Invariants:
 //! - The daemon can be killed at any moment: no container notices, no log line and no exit status is lost. A daemon
 //!   that starts finds the supervisors by their sockets.
@@ -24,6 +26,7 @@ pub mod container;
 pub mod control;
 pub mod daemon;
 pub mod files;
+pub mod floating;
 pub mod identities;
 pub mod launch;
 pub mod layers;

@@ -10,7 +10,7 @@ use flynn_api::Meta;
 use flynn_hostd::bootstrap::{self, join, remove};
 use flynn_hostd::commands::{self, Operator};
 use flynn_hostd::config::{HostConfig, Overrides};
-use flynn_hostd::{daemon, supervisor};
+use flynn_hostd::{daemon, floating, supervisor};
 
 #[derive(Parser)]
 #[command(
@@ -45,6 +45,8 @@ enum Command {
     Remove(remove::Args),
     /// Bring images into this host's store
     Download(bootstrap::DownloadArgs),
+    /// Keep addresses at a host that is well: add, remove, list
+    Floating(floating::command::Args),
     /// Show the version
     Version,
     #[command(flatten)]
@@ -123,6 +125,7 @@ fn run(command: Command) -> anyhow::Result<ExitCode> {
         Command::Token(args) => runtime(join::token(&args))?,
         Command::Remove(args) => runtime(remove::run(&args))?,
         Command::Download(args) => runtime(bootstrap::download(&args))?,
+        Command::Floating(args) => runtime(floating::command::run(&args))?,
         Command::Version => println!("{}", env!("CARGO_PKG_VERSION")),
         Command::Operator(command) => return runtime(commands::operate(command)),
     }

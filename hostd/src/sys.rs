@@ -312,3 +312,31 @@ pub(crate) fn polled(fd: OwnedFd) -> io::Result<Polled> {
     // SAFETY: the descriptor is owned by what is registered, stays the same and stays open for as long.
     Ok(unsafe { AsyncFd::register(Arc::new(fd)) }?)
 }
+
+/// Sends a frame as it is from the interface with this index.
+pub(crate) fn send_frame(index: u32, frame: &[u8]) -> io::Result<()> {
+    let family = libc::AF_PACKET;
+    // Nothing is received: for that it would have to have a protocol.
+    // SAFETY: a plain system call.
+    let socket = check(unsafe { libc::socket(family, libc::SOCK_RAW | libc::SOCK_CLOEXEC, 0) }.into())?;
+    let socket = i32::try_from(socket).map_err(io::Error::other)?;
+    // SAFETY: just opened, and nobody else's.
+    let socket = unsafe { OwnedFd::from_raw_fd(socket) };
+    // SAFETY: integers, for which zeros are values.
+    let mut to: libc::sockaddr_ll = unsafe { std::mem::zeroed() };
+    to.sll_family = u16::try_from(family).map_err(io::Error::other)?;
+    to.sll_ifindex = i32::try_from(index).map_err(io::Error::other)?;
+    let length = libc::socklen_t::try_from(size_of_val(&to)).map_err(io::Error::other)?;
+    // SAFETY: pointers to a frame and an address that outlive the call, with their lengths.
+    let sent = unsafe {
+        libc::sendto(
+            socket.as_raw_fd(),
+            frame.as_ptr().cast(),
+            frame.len(),
+            0,
+            (&raw const to).cast(),
+            length,
+        )
+    };
+    check(i64::try_from(sent).map_err(io::Error::other)?).map(drop)
+}

@@ -267,6 +267,28 @@ impl std::fmt::Debug for ClusterCa {
     }
 }
 
+/// The service whose metadata holds the cluster's [`FloatingAddresses`].
+pub const FLOATING_SERVICE: &str = "flynn-floating";
+
+/// Metadata of [`FLOATING_SERVICE`]. Only `host:` certificates and discoverd itself may read it.
+#[derive(Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FloatingAddresses {
+    /// `192.0.2.10/24`: held by one host at a time.
+    #[serde(default)]
+    pub addresses: std::collections::BTreeSet<String>,
+    /// What hosts authenticate their heartbeats with: 32 bytes, in base64.
+    #[serde(default)]
+    pub key: String,
+}
+
+impl std::fmt::Debug for FloatingAddresses {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("FloatingAddresses")
+            .field("addresses", &self.addresses)
+            .finish_non_exhaustive()
+    }
+}
+
 /// Asks for a token that lets one host join (`POST /cluster/tokens`, `host:` certificates only).
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct JoinToken {

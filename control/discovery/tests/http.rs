@@ -10,8 +10,8 @@ use common::{Cluster, block_on, instance};
 use flynn_api::client::Http;
 use flynn_api::client::discovery::DiscoveryClient;
 use flynn_api::discovery::{
-    CA_SERVICE, ClusterCa, EventKind, HOST_SERVICE, JoinRequest, LeaderType, RenewRequest, ServiceConfig,
-    ServiceMeta, Status,
+    CA_SERVICE, ClusterCa, EventKind, FLOATING_SERVICE, HOST_SERVICE, JoinRequest, LeaderType, RenewRequest,
+    ServiceConfig, ServiceMeta, Status,
 };
 use flynn_api::network::{IDENTITIES_SERVICE, POLICY_SERVICE, endpoints_service};
 use flynn_api::server::Peer;
@@ -99,6 +99,7 @@ fn authorisation() {
         (Action::Read(WEB), "01111111"),
         (Action::Read(HOST_SERVICE), "01111111"),
         (Action::Read(CA_SERVICE), "01100000"),
+        (Action::Read(FLOATING_SERVICE), "01100000"),
         (Action::CreateService(WEB), "01111111"),
         (Action::CreateService(CA_SERVICE), "01100000"),
         (Action::DeleteService(WEB), "01110000"),
@@ -106,6 +107,7 @@ fn authorisation() {
         (Action::Govern(WEB), "01110000"),
         (Action::Govern(HOST_SERVICE), "01100000"),
         (Action::Govern(CA_SERVICE), "01100000"),
+        (Action::Govern(FLOATING_SERVICE), "01100000"),
         (Action::Register(WEB, &own), "01111011"),
         (Action::Register(WEB, &taken), "01110011"),
         (Action::Register(WEB, &of_host), "01110011"),

@@ -64,6 +64,8 @@ struct Daemon {
     notices: Mutex<Vec<String>>,
     /// What the kernel has of what the network makes use of.
     features: Vec<flynn_api::host::KernelFeature>,
+    /// The floating addresses that are here.
+    floating: crate::floating::Held,
 }
 
 /// Runs the daemon until it is told to stop. Jobs go on.
@@ -107,6 +109,7 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
         starts: Semaphore::new(STARTS),
         notices: Mutex::new(notices),
         features,
+        floating: crate::floating::Held::default(),
         paths,
     });
     daemon.restore_network(&stored).await;

@@ -15,7 +15,7 @@ use tokio::time::sleep;
 
 use super::network::follow;
 use super::{Daemon, api};
-use crate::identities;
+use crate::{floating, identities};
 
 /// Between looks at the certificate.
 const CERTIFICATE_CHECK: Duration = Duration::from_secs(1);
@@ -32,9 +32,11 @@ pub(super) async fn run(daemon: Arc<Daemon>) -> anyhow::Result<()> {
     let registration = tokio::spawn(register(Arc::clone(&daemon), stop.clone()));
     let network = tokio::spawn(keep_network(Arc::clone(&daemon)));
     let documents = tokio::spawn(follow::run(Arc::clone(&daemon)));
+    let floating = tokio::spawn(keep_floating(Arc::clone(&daemon)));
     serve(socket, api::router(daemon), stop.cancelled()).await?;
     network.abort();
     documents.abort();
+    floating.abort();
     let _ = tokio::join!(tls, registration);
     let _ = std::fs::remove_file(host::SOCKET);
     tracing::info!("stopped; jobs go on");
@@ -52,6 +54,22 @@ async fn keep_network(daemon: Arc<Daemon>) {
             tracing::error!(%error, "the network is not up; trying on");
         }
     }
+}
+
+/// Holds this host's share of the floating addresses. The thread ends when this does, and what it held goes to others.
+async fn keep_floating(daemon: Arc<Daemon>) {
+    let (settings, receiver) = tokio::sync::watch::channel(None);
+    let (id, address, held) = (
+        daemon.host_id.clone(),
+        daemon.config().address,
+        daemon.floating.clone(),
+    );
+    std::thread::spawn(move || {
+        if let Err(error) = floating::run(&id, address, receiver, &held) {
+            tracing::error!(%error, "floating addresses are left to other hosts");
+        }
+    });
+    floating::follow(daemon.paths.state(), || daemon.discovery(), settings).await;
 }
 
 /// Serves on the host's address once it has a certificate, and anew when that has been renewed.
@@ -159,6 +177,10 @@ async fn beat(daemon: &Daemon, client: &DiscoveryClient) -> flynn_api::Result<()
     let config = daemon.config();
     let mut meta = config.tags;
     meta.insert("id".into(), config.id);
+    let held: Vec<String> = daemon.floating.get().iter().map(ToString::to_string).collect();
+    if !held.is_empty() {
+        meta.insert(floating::command::META.into(), held.join(","));
+    }
     let instance = Instance::new("https", format!("{}:{}", config.address, host::PORT), meta);
     match client.register(HOST_SERVICE, &instance).await {
         Err(error) if error.code == flynn_api::ErrorCode::NotFound => {

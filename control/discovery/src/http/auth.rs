@@ -5,7 +5,7 @@
 
 use std::net::{IpAddr, Ipv4Addr};
 
-use flynn_api::discovery::{CA_SERVICE, HOST_SERVICE};
+use flynn_api::discovery::{CA_SERVICE, FLOATING_SERVICE, HOST_SERVICE};
 use flynn_api::network::{ENDPOINTS_PREFIX, IDENTITIES_SERVICE, POLICY_SERVICE};
 use flynn_api::server::Peer;
 use flynn_api::tls::PeerIdentity;
@@ -82,7 +82,8 @@ fn at_cluster(identity: Option<&PeerIdentity>, action: &Action<'_>) -> Result<()
     let decides = |service: &str| service == POLICY_SERVICE && identity.is_job("scheduler");
     let allowed = match action {
         Action::MakeToken => identity.is_host(),
-        Action::Raft | Action::ChangeMembers | Action::Read(CA_SERVICE) => of_cluster,
+        Action::Raft | Action::ChangeMembers => of_cluster,
+        Action::Read(service) if is_secret(service) => of_cluster,
         Action::CreateService(service) | Action::Govern(service) if decides(service) => true,
         Action::CreateService(service)
         | Action::DeleteService(service)
@@ -105,7 +106,7 @@ fn at_gateway(
 ) -> Result<(), Error> {
     match action {
         Action::Status | Action::ReadMembers => Ok(()),
-        Action::Read(service) if *service != CA_SERVICE => Ok(()),
+        Action::Read(service) if !is_secret(service) => Ok(()),
         Action::CreateService(service) if !is_of_platform(service) => Ok(()),
         Action::Register(service, addrs) if !is_of_platform(service) => {
             let from_host = caller == Some(IpAddr::V4(host)) || caller == Some(IpAddr::V4(subnet.gateway()));
@@ -127,8 +128,14 @@ fn at_gateway(
 
 /// Services that hold the platform together: nobody but hosts and discoverd changes them.
 fn is_of_platform(service: &str) -> bool {
-    [CA_SERVICE, HOST_SERVICE, IDENTITIES_SERVICE, POLICY_SERVICE].contains(&service)
+    is_secret(service)
+        || [HOST_SERVICE, IDENTITIES_SERVICE, POLICY_SERVICE].contains(&service)
         || service.starts_with(ENDPOINTS_PREFIX)
+}
+
+/// Services whose metadata holds keys: nobody but hosts and discoverd reads them.
+fn is_secret(service: &str) -> bool {
+    service == CA_SERVICE || service == FLOATING_SERVICE
 }
 
 fn forbidden(why: &str) -> Result<(), Error> {
