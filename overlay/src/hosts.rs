@@ -73,14 +73,15 @@ impl Network {
     pub async fn set_hosts(&self, hosts: &[Host]) -> Result<()> {
         let hosts = self.check_hosts(hosts)?;
         let mut known = self.hosts.lock().await;
-        *known = hosts;
-        self.find_ways(&known).await
+        self.find_ways(known.insert(hosts)).await
     }
 
-    /// Finds the ways to other hosts anew, and the addresses of this one.
+    /// Finds the ways to other hosts anew, and the addresses of this one, once hosts have been given.
     pub async fn refresh(&self) -> Result<()> {
-        let known = self.hosts.lock().await;
-        self.find_ways(&known).await
+        match self.hosts.lock().await.as_deref() {
+            Some(known) => self.find_ways(known).await,
+            None => Ok(()),
+        }
     }
 
     /// Finds them anew whenever interfaces, addresses or routes change. Ends only when the kernel does not tell of

@@ -61,8 +61,8 @@ pub struct Network {
     pub(crate) netlink: Netlink,
     /// The interface to the outside.
     pub(crate) uplink: Option<u32>,
-    /// The other hosts, as they were last given.
-    pub(crate) hosts: tokio::sync::Mutex<Vec<Host>>,
+    /// The other hosts, as they were last given. Until then, the maps have what an earlier process was given.
+    pub(crate) hosts: tokio::sync::Mutex<Option<Vec<Host>>>,
     dataplane: Mutex<Dataplane>,
 }
 

@@ -139,6 +139,11 @@ pub(crate) fn direct_hosts() {
         for (from, to) in a.addresses().into_iter().zip(c.addresses()) {
             assert_eq!(tcp_echo(&a.namespace, &c.namespace, to, 1 << 20), from);
         }
+        // However strict the host is about the way on which packets come.
+        for key in ["all", "uplink"] {
+            let path = format!("/proc/sys/net/ipv4/conf/{key}/rp_filter");
+            one.namespace.run(move || std::fs::write(path, "1").unwrap());
+        }
         tcp_echo(
             &c.namespace,
             &one.namespace,

@@ -147,6 +147,8 @@ pub(crate) fn streams_outlive_daemons() {
         for _ in 0..5 {
             for node in &mut cluster.nodes {
                 node.restart();
+                // Before anybody says which hosts there are, those which there were stay.
+                node.run(async |network| network.refresh().await.unwrap());
                 let own = [a.ipv4, b.ipv4]
                     .into_iter()
                     .filter(|address| node.config.subnet.contains(address));

@@ -120,11 +120,17 @@ fn receive<H: Header>(ctx: &TcContext, peer: &Peer, sender: Sender, config: &Con
     if receiver.ifindex == 0 || !take_out::<H>(ctx, congested)? {
         return Ok(TC_ACT_UNSPEC);
     }
+    to_device::<H>(ctx, receiver, config)
+}
+
+/// Gives a packet for this host to the overlay's device, as if that had taken it out of the tunnel: it is where the
+/// host's stack expects packets of the cluster.
+#[inline(always)]
+fn to_device<H: Header>(ctx: &TcContext, gateway: &Endpoint, config: &Config) -> Decision {
     packet::set_ethernet(ctx, &Ethernet::new(config.gateway, config.gateway, H::ETHERTYPE))?;
     ctx.set_mark(tunnel::TAKEN_OUT);
-    // As if the device had taken it out: that is where the host's stack expects packets of the cluster.
     // SAFETY: a helper that only notes where the packet goes.
-    Ok(unsafe { bpf_redirect(receiver.ifindex, u64::from(BPF_F_INGRESS)) } as i32)
+    Ok(unsafe { bpf_redirect(gateway.ifindex, u64::from(BPF_F_INGRESS)) } as i32)
 }
 
 /// Takes a packet out of the tunnel; or leaves it to the device, where the kernel does not know how a program can.
@@ -171,7 +177,10 @@ fn from_direct(ctx: &TcContext, ip: &Ipv4Header, config: &Config) -> Decision {
         }
         Some(receiver) if receiver.flags & Endpoint::GATEWAY != 0 => {
             packet.to_host(sender, config)?;
-            Ok(TC_ACT_UNSPEC)
+            if receiver.ifindex == 0 {
+                return Ok(TC_ACT_UNSPEC);
+            }
+            to_device::<Ipv4Header>(ctx, receiver, config)
         }
         _ => Err(DropReason::NoEndpoint),
     }
