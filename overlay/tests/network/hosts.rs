@@ -157,6 +157,7 @@ pub(crate) fn streams_outlive_daemons() {
             }
             cluster.introduce(|_, _| false);
         }
+        assert_eq!(cluster.drops(), []);
         there.arrive();
         back.arrive();
         assert_eq!(cluster.drops(), []);
