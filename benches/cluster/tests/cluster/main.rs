@@ -52,6 +52,7 @@ const TESTS: &[(&str, Test)] = &[
     ("every_pair_of_containers_reaches_each_other", network::reaches),
     ("forged_packets_are_dropped_and_counted", network::forged),
     ("isolation_holds_across_hosts", network::isolated),
+    ("what_the_network_does_is_seen", network::seen),
     ("killed_daemons_cost_no_packet", network::killed),
     ("an_upgrade_costs_no_packet", network::upgraded),
     ("a_lost_host_comes_back_into_the_network", network::lost_and_found),

@@ -6,7 +6,7 @@ use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
-use flynn_api::host::{ActiveJob, HostStatus, NetworkStatus, label};
+use flynn_api::host::{ActiveJob, Flow, HostStatus, NetworkHost, NetworkStatus, label};
 use flynn_cluster_tests::traffic::{self, Streamed};
 use flynn_cluster_tests::{DOMAIN, FLYNN_HOST, PROGRAM, Platform, until};
 use serde::de::DeserializeOwned;
@@ -450,6 +450,73 @@ pub(crate) fn isolated(cluster: &mut Cluster) -> Result<()> {
         rises(platform, &MEMBERS, "port_closed", before)?;
     }
     Ok(())
+}
+
+/// What goes on is shown, on the command line and to Prometheus; limits are the data plane's.
+pub(crate) fn seen(cluster: &mut Cluster) -> Result<()> {
+    let (platform, containers) = example(cluster)?;
+    let _answering = answering(platform, &containers)?;
+    let streams = Streams::start(platform, &containers)?;
+    let first = &containers[0];
+    let network = |args: &[&str]| -> Result<serde_json::Value> {
+        let args = [&["network"], args, &["--json"]].concat();
+        Ok(serde_json::from_str(&flynn_host(platform, first.host, &args)?)?)
+    };
+    let to = |other: &Container| SocketAddr::from((other.address, traffic::PORT));
+    until(LIMIT, "the connection is shown", || {
+        let flows: Vec<Flow> = serde_json::from_value(network(&["flows", "--app", APP])?)?;
+        let own = |flow: &&Flow| flow.local.ip() == IpAddr::from(first.address);
+        let found = flows
+            .iter()
+            .filter(own)
+            .find(|flow| containers.iter().any(|other| to(other) == flow.remote));
+        let found = found.with_context(|| format!("there are {flows:?}"))?;
+        Ok((found.tx_bytes > 0 && found.rtt_us > 0).then_some(()))
+    })?;
+    let hosts: Vec<NetworkHost> = serde_json::from_value(network(&["hosts"])?)?;
+    let ways: Vec<&str> = hosts.iter().map(|host| host.way.as_str()).collect();
+    ensure!(
+        hosts.len() == MEMBERS.len()
+            && ways.iter().filter(|way| **way == "tunnel").count() == MEMBERS.len() - 1,
+        "the hosts are {hosts:?}"
+    );
+    let shown: NetworkStatus = ask(platform, first.host, "/host/network")?;
+    let elsewhere = containers.iter().filter(|other| other.host != first.host);
+    for other in elsewhere {
+        let known = shown.remote.iter().any(|remote| remote.address == other.address);
+        ensure!(known, "{other:?} is not among {:?}", shown.remote);
+    }
+    let metrics = platform.lab().host(first.host).run(
+        "curl",
+        [
+            "-sSf",
+            "--unix-socket",
+            flynn_api::host::SOCKET,
+            "http://localhost/metrics",
+        ],
+    )?;
+    for wanted in [
+        format!("flynn_network_sent_bytes_total{{app=\"{APP}\",process_type=\"web\"}} "),
+        "flynn_network_dropped_packets_total{reason=\"spoofed_address\"} ".into(),
+        "flynn_network_map_entries{map=\"hosts4\"} 2".into(),
+    ] {
+        ensure!(metrics.contains(&wanted), "no {wanted} in\n{metrics}");
+    }
+    streams.stop()?;
+
+    platform.run(["-a", APP, "limit", "set", "web", "network_out=10MB"])?;
+    until(LIMIT, "the limit is the data plane's", || {
+        let shown: NetworkStatus = ask(platform, first.host, "/host/network")?;
+        let mut own = shown
+            .endpoints
+            .iter()
+            .filter(|endpoint| endpoint.app == APP)
+            .peekable();
+        Ok((own.peek().is_some() && own.all(|endpoint| endpoint.tx_limit == Some(10 << 20))).then_some(()))
+    })?;
+    platform
+        .run(["-a", APP, "limit", "set", "web", "network_out=unlimited"])
+        .map(drop)
 }
 
 pub(crate) fn lost_and_found(cluster: &mut Cluster) -> Result<()> {
