@@ -130,7 +130,8 @@ pub(crate) fn resources(field: &str, resources: &Resources) -> Result<()> {
                 format!("is not a resource; there are {known}"),
             ));
         }
-        if resource.limit == Some(0) {
+        // Of what goes over the network, 0 means that there is no limit.
+        if resource.limit == Some(0) && !name.starts_with("network_") {
             return Err(Error::invalid_field(&field, "a limit of 0 lets nothing run"));
         }
         if let (Some(request), Some(limit)) = (resource.request, resource.limit)
@@ -289,5 +290,16 @@ mod tests {
             "processes.web.resources.memory"
         );
         assert_eq!(refused(&limited("gpu", 2), false), "processes.web.resources.gpu");
+        let zero = |name: &str| {
+            let mut process = limited(name, 0);
+            process
+                .resources
+                .0
+                .values_mut()
+                .for_each(|resource| resource.request = None);
+            process
+        };
+        assert_eq!(refused(&zero("cpu"), false), "processes.web.resources.cpu");
+        assert!(check("web", &zero("network_out"), false).is_ok(), "no limit");
     }
 }
