@@ -14,6 +14,8 @@
 //!   an interface has none. Where an older build has pinned maps of another layout, what they hold is carried over before.
 //! - Nothing here knows about network namespaces: interfaces are those of the calling thread's.
 
+#[cfg(feature = "bench")]
+pub mod bench;
 mod container;
 mod error;
 pub mod features;

@@ -153,7 +153,7 @@ impl Bench {
     }
 
     fn set(&mut self, service: Service) {
-        self.balancer.set(&[service], |_| None).unwrap();
+        self.balancer.set(&[service]).unwrap();
     }
 
     fn uplink(&self, frame: &[u8]) -> Outcome {
@@ -424,7 +424,7 @@ fn what_is_not_for_a_vip_goes_on() {
         );
         bench.set(service(&[]));
         bench.drops(DropReason::NoBackend, &question4(Kind::Syn, 1));
-        bench.balancer.set(&[], |_| None).unwrap();
+        bench.balancer.set(&[]).unwrap();
         assert_eq!(bench.uplink(&question4(Kind::Syn, 1)).action, Outcome::NEXT);
     });
 }
@@ -846,7 +846,7 @@ fn xdp_sends_to_other_hosts() {
             assert_eq!(outcome.action, 2);
         }
         // Nothing to balance, nothing attached.
-        bench.balancer.set(&[], |_| None).unwrap();
+        bench.balancer.set(&[]).unwrap();
         assert!(!ip(&["link", "show", "dev", "up0"]).contains("xdp"));
     });
 }

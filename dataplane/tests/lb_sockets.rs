@@ -152,11 +152,8 @@ impl World {
     }
 
     fn set(&mut self, service: &Service) {
-        for (number, node) in (1..).zip(&mut self.hosts) {
-            let balancer = &mut node.balancer;
-            let set = |address| (address == container(number)).then(|| "c0".to_owned());
-            node.place
-                .run(move || balancer.set(&[service.clone()], set).unwrap());
+        for Node { place, balancer, .. } in &mut self.hosts {
+            place.run(move || balancer.set(&[service.clone()]).unwrap());
         }
     }
 
@@ -457,9 +454,9 @@ fn foreign_programs_stay() {
         };
         let mode = place.run(move || {
             let mut second = Balancer::open(&pins, uplink, Mode::Generic, &limits).unwrap();
-            second.set(&[service(&[2])], |_| None).unwrap();
+            second.set(&[service(&[2])]).unwrap();
             let mode = second.mode();
-            second.set(&[], |_| None).unwrap();
+            second.set(&[]).unwrap();
             mode
         });
         assert_eq!(mode, Mode::Tc, "beside it, not in its place");

@@ -20,6 +20,7 @@ pub mod backend;
 pub mod balance;
 mod files;
 pub mod headers;
+pub mod l4;
 pub mod listen;
 pub mod metrics;
 pub mod ports;

@@ -15,6 +15,7 @@ use tokio::net::TcpListener;
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 
+use crate::l4::{self, L4};
 use crate::listen;
 use crate::router::Router;
 use crate::serve::{self, Door};
@@ -45,6 +46,8 @@ pub struct Options {
     pub pins: Option<PathBuf>,
     /// The domain of routes that name none of their own: what our own certificate is for.
     pub domain: Option<String>,
+    /// Routes by port in the kernel.
+    pub l4: l4::Options,
     /// The certificate of names that have none.
     pub certificate: Option<Certificate>,
 }
@@ -80,6 +83,7 @@ impl Options {
             data: get("ROUTER_DATA").unwrap_or_else(|| "/data".into()).into(),
             pins: get("BPF_PINS").map(PathBuf::from),
             domain: get("DEFAULT_ROUTE_DOMAIN"),
+            l4: l4::Options::from_env()?,
             certificate: certificate.map(|(cert, key)| Certificate {
                 id: String::new(),
                 cert,
@@ -136,17 +140,20 @@ pub async fn serve(
         controller_key: options.controller_key,
         routes_changed: Notify::new(),
     });
+    let l4 = Arc::new(L4::default());
+    let l4_metrics = Arc::clone(&l4);
     let tasks = async {
         tokio::join!(
             Arc::clone(&sync).follow_routes(),
             sync.follow_services(),
             store.keep(Arc::clone(&router)),
             tcp::follow(Arc::clone(&router), doors, stop.clone()),
+            Arc::clone(&l4).follow(Arc::clone(&router), options.pins, options.l4, stop.clone()),
         )
     };
     let api = flynn_api::server::serve(
         Listener::from_tcp(sockets.api),
-        api(Arc::clone(&router)),
+        api(Arc::clone(&router), l4_metrics),
         stop.clone().cancelled_owned(),
     );
     let doors = vec![
@@ -191,7 +198,7 @@ fn certificates(options: &Options) -> anyhow::Result<Certificates> {
 }
 
 /// `GET /.well-known/status` and `GET /metrics`.
-fn api(router: Arc<Router>) -> axum::Router {
+fn api(router: Arc<Router>, l4: Arc<L4>) -> axum::Router {
     let counted = Arc::clone(&router);
     let status = async move || {
         let services = router.services();
@@ -214,7 +221,7 @@ fn api(router: Arc<Router>) -> axum::Router {
         counted.metrics.bad_certificates(counted.certificates.bad().len());
         (
             [("content-type", "text/plain; version=0.0.4")],
-            counted.metrics.text(),
+            counted.metrics.text() + &l4.text(),
         )
     };
     axum::Router::new()

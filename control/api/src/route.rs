@@ -14,6 +14,19 @@ pub enum RouteKind {
     Http,
     /// By port.
     Tcp,
+    /// By port, for datagrams.
+    Udp,
+}
+
+impl RouteKind {
+    /// Its word in ids and paths.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Http => "http",
+            Self::Tcp => "tcp",
+            Self::Udp => "udp",
+        }
+    }
 }
 
 /// Ports of hosts that no TCP route may have, with who has them: a route would take what comes there from them.
@@ -39,7 +52,7 @@ pub struct Route {
     /// The kind.
     #[serde(rename = "type", default)]
     pub kind: RouteKind,
-    /// `http/<uuid>` or `tcp/<uuid>`, given by the controller.
+    /// `http/<uuid>`, `tcp/<uuid>` or `udp/<uuid>`, given by the controller.
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub id: String,
     /// What it belongs to: `controller/apps/<app id>`.
@@ -47,7 +60,7 @@ pub struct Route {
     pub parent_ref: String,
     /// The service in discoverd.
     pub service: String,
-    /// The port that it listens on; 0 = the default (HTTP), or one that the controller chooses (TCP).
+    /// The port that it listens on; 0 = the default (HTTP), or one that the controller chooses (TCP, UDP).
     #[serde(default)]
     pub port: u16,
     /// Only to the service's leader.
@@ -62,7 +75,7 @@ pub struct Route {
     /// HTTP: its certificate.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub certificate: Option<Certificate>,
-    /// HTTP: keep a client on its backend by a cookie.
+    /// Keep a client on its backend: by a cookie (HTTP), by its address (TCP, UDP).
     #[serde(default)]
     pub sticky: bool,
     /// Let requests under way finish when a backend goes.

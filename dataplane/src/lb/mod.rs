@@ -162,11 +162,12 @@ impl Balancer {
         Ok(balancer)
     }
 
-    /// Has exactly these services balanced. `local` says of a container's address by which interface of this host it is
-    /// reached, if it is one of this host's.
-    pub fn set(&mut self, services: &[Service], local: impl Fn(Ipv4Addr) -> Option<String>) -> Result<()> {
-        let backends = services.iter().flat_map(|service| &service.backends);
-        let mut interfaces: Vec<String> = backends.filter_map(|backend| local(backend.address)).collect();
+    /// Has exactly these services balanced.
+    pub fn set(&mut self, services: &[Service]) -> Result<()> {
+        let mut interfaces = Vec::new();
+        for backend in services.iter().flat_map(|service| &service.backends) {
+            interfaces.extend(self.tables.interface_of(backend.address)?);
+        }
         interfaces.sort();
         interfaces.dedup();
         let attached = self.links.list()?;
@@ -190,6 +191,19 @@ impl Balancer {
         Ok(())
     }
 
+    /// Whether some backend's answers come by an interface that they are not looked for at yet.
+    pub fn needs_interfaces(&self) -> Result<bool> {
+        let attached = self.links.list()?;
+        for address in self.tables.backends() {
+            if let Some(interface) = self.tables.interface_of(address)?
+                && !attached.contains(&(Program::LbAnswer, interface))
+            {
+                return Ok(true);
+            }
+        }
+        Ok(false)
+    }
+
     /// How the programs run: `Auto` while there is nothing to balance.
     pub fn mode(&self) -> Mode {
         if self.tables.is_empty() {
@@ -202,6 +216,16 @@ impl Balancer {
     /// Where clients' packets come by.
     pub fn uplink(&self) -> &Uplink {
         &self.uplink
+    }
+
+    /// Whether an address is one that a container has or may have.
+    pub fn is_container(&self, address: Ipv4Addr) -> Result<bool> {
+        self.tables.is_container(address)
+    }
+
+    /// The hosts on the same link that packets go to as they are: what clients send to them is for us to understand.
+    pub fn direct_hosts(&self) -> Result<Vec<Ipv4Addr>> {
+        self.tables.direct_hosts()
     }
 
     /// The VIPs that there are.

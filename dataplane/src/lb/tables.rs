@@ -2,21 +2,23 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
-    net::IpAddr,
+    net::{IpAddr, Ipv4Addr},
 };
 
 use aya::{
     Ebpf,
-    maps::{Array, HashMap as KernelMap, MapData, PerCpuArray, PerCpuValues},
+    maps::{Array, HashMap as KernelMap, MapData, MapError, PerCpuArray, PerCpuValues},
     util::nr_cpus,
 };
 use flynn_abi::{
-    Ipv4, Ipv6, Mac,
+    Endpoint, Ipv4, Ipv6, Mac,
     lb::{
         self, CHUNK_SLOTS, Chunk, Config, Cpu, Event, MAX_BACKENDS, MAX_SERVICES, MAX_VIPS, Port,
         RING_CHUNKS, Translation, TranslationKey, VipKey4, VipKey6, VipTraffic,
     },
 };
+
+use rustix::net::{AddressFamily, SocketType, netdevice::index_to_name, socket};
 
 use super::{Backend, Flow, Service, Traffic, Uplink, Vip, maglev};
 use crate::{
@@ -44,6 +46,9 @@ pub(super) struct Tables {
     traffic: PerCpuArray<MapData, VipTraffic>,
     cpu: PerCpuArray<MapData, Cpu>,
     established: KernelMap<MapData, TranslationKey, Translation>,
+    network: Array<MapData, flynn_abi::Config>,
+    endpoints: KernelMap<MapData, Ipv4, Endpoint>,
+    hosts: KernelMap<MapData, Ipv4, flynn_abi::Host>,
     /// What the backends' numbers mean.
     known: BTreeMap<u16, lb::Backend>,
     /// The rings as they were written; those of another process are not known.
@@ -63,6 +68,9 @@ impl Tables {
             traffic: take(object, "lb_traffic")?,
             cpu: take(object, "lb_cpu")?,
             established: take(object, "lb_established")?,
+            network: take(object, "config")?,
+            endpoints: take(object, "endpoints4")?,
+            hosts: take(object, "hosts4")?,
             known: BTreeMap::new(),
             written: HashMap::new(),
             next: 1,
@@ -332,6 +340,50 @@ impl Tables {
             .map_err(|error| Error::kernel("writing a backend of the load balancer")(error.into()))
     }
 
+    /// By which interface of this host the container with this address is reached, if it is one of this host's.
+    pub(super) fn interface_of(&self, address: Ipv4Addr) -> Result<Option<String>> {
+        let read = || -> Result<_, Refusal> {
+            let endpoint = match self.endpoints.get(&Ipv4::from(address), 0) {
+                Ok(endpoint) if endpoint.flags & Endpoint::CONTAINER != 0 => endpoint,
+                Ok(_) | Err(MapError::KeyNotFound) => return Ok(None),
+                Err(error) => return Err(error.into()),
+            };
+            let socket = socket(AddressFamily::UNIX, SocketType::DGRAM, None)?;
+            // One that is gone by now is nobody's.
+            Ok(index_to_name(socket, endpoint.ifindex).ok())
+        };
+        read().map_err(Error::kernel(format!("looking for the interface of {address}")))
+    }
+
+    /// Whether an address is of the cluster's network and no host's own.
+    pub(super) fn is_container(&self, address: Ipv4Addr) -> Result<bool> {
+        let config = self.network.get(&0, 0);
+        let config =
+            config.map_err(|error| Error::kernel("reading the cluster network's addresses")(error.into()))?;
+        let bits = |address: Ipv4| Ipv4Addr::from(address).to_bits();
+        let of_network = address.to_bits() & bits(config.mask4) == bits(config.network4);
+        let of_host = address.to_bits() & !bits(config.subnet_mask4);
+        Ok(bits(config.mask4) != 0 && of_network && of_host > 1)
+    }
+
+    pub(super) fn direct_hosts(&self) -> Result<Vec<Ipv4Addr>> {
+        let read = || -> Result<_, Refusal> {
+            let mut direct = Vec::new();
+            for entry in &self.hosts {
+                let (_, host) = entry?;
+                if host.flags & flynn_abi::Host::DIRECT != 0 {
+                    direct.push(host.address.into());
+                }
+            }
+            Ok(direct)
+        };
+        read().map_err(Error::kernel("reading the cluster's hosts"))
+    }
+
+    pub(super) fn backends(&self) -> impl Iterator<Item = Ipv4Addr> {
+        self.known.values().map(|backend| backend.address.into())
+    }
+
     pub(super) fn is_empty(&self) -> bool {
         self.vips4.iter().next().is_none() && self.vips6.iter().next().is_none()
     }
@@ -443,7 +495,7 @@ fn protocol(number: u8) -> Protocol {
 
 impl Backend {
     /// One that is not draining, of weight 1.
-    pub fn new(address: std::net::Ipv4Addr, port: u16) -> Self {
+    pub fn new(address: Ipv4Addr, port: u16) -> Self {
         Self {
             address,
             port,

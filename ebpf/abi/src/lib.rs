@@ -7,6 +7,7 @@
 #![no_std]
 
 mod address;
+pub mod bench;
 mod config;
 mod counters;
 mod drop_reason;

@@ -38,6 +38,11 @@ unsafe impl aya::Pod for DatagramFlow {}
 // SAFETY: as above.
 unsafe impl aya::Pod for crate::v1::Config {}
 
+// SAFETY: as above.
+unsafe impl aya::Pod for crate::bench::Plan {}
+// SAFETY: as above.
+unsafe impl aya::Pod for crate::bench::Seen {}
+
 macro_rules! lb {
     ($($name:ident),*) => {
         $(

@@ -203,6 +203,11 @@ impl Running {
             pins: pins.map(std::path::Path::to_owned),
             domain: Some("flynn.test".into()),
             certificate: None,
+            l4: flynn_lb::l4::Options {
+                host: std::net::Ipv4Addr::LOCALHOST,
+                mode: flynn_dataplane::lb::Mode::Auto,
+                first_host: false,
+            },
         };
         let stop = CancellationToken::new();
         let task = tokio::spawn(flynn_lb::serve_on(

@@ -320,11 +320,10 @@ impl ControllerClient {
 
     /// Deletes a route by its id, `<type>/<uuid>`.
     pub async fn delete_route(&self, app: &str, id: &str) -> Result<()> {
-        let kind = if id.starts_with("tcp/") {
-            RouteKind::Tcp
-        } else {
-            RouteKind::Http
-        };
+        let kind = [RouteKind::Tcp, RouteKind::Udp]
+            .into_iter()
+            .find(|kind| id.split('/').next() == Some(kind.name()))
+            .unwrap_or_default();
         self.http
             .delete(&path(app, &format!("/routes/{}", route_path(kind, id))))
             .await
@@ -373,6 +372,5 @@ fn path(app: &str, rest: &str) -> String {
 }
 
 fn route_path(kind: RouteKind, id: &str) -> String {
-    let kind = if kind == RouteKind::Tcp { "tcp" } else { "http" };
-    format!("{kind}/{}", encode(id.rsplit('/').next().unwrap_or(id)))
+    format!("{}/{}", kind.name(), encode(id.rsplit('/').next().unwrap_or(id)))
 }

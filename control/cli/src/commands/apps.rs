@@ -122,7 +122,7 @@ pub(super) async fn info(context: &Context) -> Result<()> {
 /// Where a route is reached.
 pub(super) fn url(route: &Route) -> String {
     match route.kind {
-        RouteKind::Tcp => format!("tcp://:{}", route.port),
+        RouteKind::Tcp | RouteKind::Udp => format!("{}://:{}", route.kind.name(), route.port),
         RouteKind::Http => {
             let scheme = if route.certificate.is_some() {
                 "https"

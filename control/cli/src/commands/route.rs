@@ -40,7 +40,9 @@ enum Add {
     /// By host name and path
     Http(Http),
     /// By port
-    Tcp(Tcp),
+    Tcp(Port),
+    /// By port, for datagrams
+    Udp(Port),
 }
 
 #[derive(Args)]
@@ -48,7 +50,7 @@ struct Common {
     /// The service; <app>-web when not given
     #[arg(short, long)]
     service: Option<String>,
-    /// The port; chosen for TCP, the default one for HTTP when not given
+    /// The port; chosen for TCP and UDP, the default one for HTTP when not given
     #[arg(short, long)]
     port: Option<u16>,
     /// Only to the service's leader
@@ -76,9 +78,12 @@ struct Http {
 }
 
 #[derive(Args)]
-struct Tcp {
+struct Port {
     #[command(flatten)]
     common: Common,
+    /// Keep a client on its backend by its address
+    #[arg(long)]
+    sticky: bool,
 }
 
 #[derive(Args)]
@@ -100,7 +105,7 @@ struct Update {
     service: Option<String>,
     #[command(flatten)]
     tls: Tls,
-    /// Keep a client on its backend by a cookie
+    /// Keep a client on its backend: by a cookie, or by its address for TCP and UDP
     #[arg(long, conflicts_with = "no_sticky")]
     sticky: bool,
     /// Balance each request
@@ -128,16 +133,14 @@ impl Route {
             Command::Add { kind } => {
                 let route = match kind {
                     Add::Http(http) => http.route(&target.app.name)?,
-                    Add::Tcp(tcp) => Known {
-                        kind: RouteKind::Tcp,
-                        ..tcp.common.route(&target.app.name)
-                    },
+                    Add::Tcp(port) => port.route(RouteKind::Tcp, &target.app.name),
+                    Add::Udp(port) => port.route(RouteKind::Udp, &target.app.name),
                 };
                 let route = target.controller.create_route(&target.app.id, &route).await?;
                 if context.globals.json {
                     return output::json(&route);
                 }
-                if route.kind == RouteKind::Tcp {
+                if route.kind != RouteKind::Http {
                     note(format!("It listens on port {}.", route.port));
                 }
                 output::line(&route.id)
@@ -188,6 +191,16 @@ impl Common {
             leader: self.leader,
             drain_backends: !self.no_drain_backends,
             ..Known::default()
+        }
+    }
+}
+
+impl Port {
+    fn route(self, kind: RouteKind, app: &str) -> Known {
+        Known {
+            kind,
+            sticky: self.sticky,
+            ..self.common.route(app)
         }
     }
 }

@@ -21,7 +21,7 @@ use flynn_api::controller::{App, Deployment, Formation, Job, JobState, NewJob, R
 use flynn_api::host::{LogLine, LogStream, TtySize, attach};
 use flynn_api::image::{Artifact, ImageManifest, Layer};
 use flynn_api::receive::NewImage;
-use flynn_api::route::{Route, RouteKind};
+use flynn_api::route::Route;
 use flynn_api::server::{Json, Keys, Listener, events, serve, wants_events};
 use flynn_api::tls::{Ca, ClientAuth, PeerIdentity};
 use flynn_api::{Digest, Error, ErrorCode, Result};
@@ -431,12 +431,7 @@ async fn routes(held: Shared) -> Json<Vec<Route>> {
 
 async fn create_route(held: Shared, Json(mut route): Json<Route>) -> Json<Route> {
     let mut held = held.lock().unwrap();
-    let kind = if route.kind == RouteKind::Tcp {
-        "tcp"
-    } else {
-        "http"
-    };
-    route.id = format!("{kind}/{}", held.id());
+    route.id = format!("{}/{}", route.kind.name(), held.id());
     held.routes.push(route.clone());
     Json(route)
 }

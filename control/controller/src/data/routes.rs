@@ -117,10 +117,10 @@ pub(crate) async fn on_domain(c: &impl GenericClient, domain: &str) -> Result<Ve
     rows(c, sql, &[&domain]).await?.iter().map(read).collect()
 }
 
-/// TCP ports in use, with the app and the route that use each.
-pub(crate) async fn tcp_ports(c: &impl GenericClient) -> Result<Vec<(u16, String, Uuid)>> {
+/// Ports in use by routes of a kind, with the app and the route that use each.
+pub(crate) async fn ports(c: &impl GenericClient, kind: RouteKind) -> Result<Vec<(u16, String, Uuid)>> {
     let sql = "SELECT r.port, a.name, r.id FROM routes r JOIN apps a ON a.id = r.app_id
-               WHERE r.kind = 'tcp' AND r.deleted_at IS NULL ORDER BY r.port";
+               WHERE r.kind = $1 AND r.deleted_at IS NULL ORDER BY r.port";
     let read = |row: &Row| {
         let port: i32 = get(row, "port")?;
         Ok((
@@ -129,7 +129,7 @@ pub(crate) async fn tcp_ports(c: &impl GenericClient) -> Result<Vec<(u16, String
             get(row, "id")?,
         ))
     };
-    rows(c, sql, &[]).await?.iter().map(read).collect()
+    rows(c, sql, &[&word(&kind)?]).await?.iter().map(read).collect()
 }
 
 /// Adds a route whose rules have been checked under [`super::Lock::Routes`].

@@ -28,7 +28,8 @@ pub(crate) async fn of_app(state: State, Path(app): Path<String>) -> Result<Json
 }
 
 fn key(kind: &str, id: &str) -> Result<(RouteKind, Uuid)> {
-    let unknown = |_| flynn_api::Error::not_found("route type", format!("{kind:?}: there are http and tcp"));
+    let unknown =
+        |_| flynn_api::Error::not_found("route type", format!("{kind:?}: there are http, tcp and udp"));
     Ok((of_word(kind).map_err(unknown)?, id_of("route", id)?))
 }
 
@@ -64,8 +65,8 @@ pub(crate) async fn create(
             let others = routes::on_domain(change.tx(), &route.domain).await?;
             rules::route::fits_domain(&route, &app.app.name, &others)?;
         }
-        RouteKind::Tcp => {
-            let taken = routes::tcp_ports(change.tx()).await?;
+        RouteKind::Tcp | RouteKind::Udp => {
+            let taken = routes::ports(change.tx(), route.kind).await?;
             route.port = rules::route::choose_port(route.port, &taken)?;
         }
     }

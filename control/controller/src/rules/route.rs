@@ -38,13 +38,12 @@ pub(crate) fn prepare(mut route: Route) -> Result<Route> {
                 return Err(Error::invalid_field("certificate", rule));
             }
         }
-        RouteKind::Tcp => {
+        RouteKind::Tcp | RouteKind::Udp => {
             let rule = "is for http routes alone";
             let http_only = [
                 ("domain", !route.domain.is_empty()),
                 ("path", !route.path.is_empty()),
                 ("certificate", route.certificate.is_some()),
-                ("sticky", route.sticky),
                 ("disable_keep_alives", route.disable_keep_alives),
             ];
             if let Some((field, _)) = http_only.iter().find(|(_, used)| *used) {
@@ -74,7 +73,7 @@ pub(crate) fn change(there: &Route, wanted: Route) -> Result<Route> {
     differs("path", !wanted.path.is_empty() && wanted.path != there.path)?;
     differs(
         "port",
-        wanted.port != 0 && wanted.port != there.port && there.kind == RouteKind::Tcp,
+        wanted.port != 0 && wanted.port != there.port && there.kind != RouteKind::Http,
     )?;
     let merged = Route {
         id: String::new(),
@@ -183,7 +182,7 @@ pub(crate) fn deletable(route: &Route, others: &[OnDomain]) -> Result<()> {
     Ok(())
 }
 
-/// The port of a new TCP route: the one it asks for, or the first that is free.
+/// The port of a new TCP or UDP route, among those of its kind: the one it asks for, or the first that is free.
 pub(crate) fn choose_port(wanted: u16, taken: &[(u16, String, Uuid)]) -> Result<u16> {
     let user = |port: u16| {
         taken

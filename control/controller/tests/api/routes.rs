@@ -133,6 +133,17 @@ async fn ports() {
         client.create_route("shop", &tcp(22)).await.unwrap_err().code,
         ErrorCode::Validation
     );
+    // Datagrams have ports of their own.
+    let udp = Route {
+        kind: RouteKind::Udp,
+        sticky: true,
+        ..tcp(3001)
+    };
+    let datagrams = client.create_route("shop", &udp).await.unwrap();
+    assert!(datagrams.id.starts_with("udp/") && datagrams.sticky && datagrams.port == 3001);
+    let used = client.create_route("shop", &udp).await.unwrap_err();
+    assert_eq!(used.code, ErrorCode::ObjectExists);
+    client.delete_route("shop", &datagrams.id).await.unwrap();
     client.delete_route("shop", &first.id).await.unwrap();
     assert_eq!(
         client.create_route("shop", &tcp(0)).await.unwrap().port,
