@@ -13,6 +13,8 @@ use std::{
 };
 
 const TARGET: &str = "bpfel-unknown-none";
+/// What makes packets for benchmarks, beside those.
+const BENCH: &str = "bench";
 /// The objects, one for each part of the data plane.
 const OBJECTS: [&str; 4] = ["lb", "overlay", "service", "steer"];
 
@@ -68,6 +70,7 @@ fn build() -> Result<(), String> {
             Ok(built) => {
                 OBJECTS
                     .into_iter()
+                    .chain([BENCH])
                     .try_for_each(|name| put(&built.join(name), &out_dir.join(name)))?;
                 return list(&out_dir);
             }

@@ -9,7 +9,10 @@ use aya::{
     programs::{Xdp, XdpMode, xdp::XdpLinkId},
 };
 use flynn_abi::bench::FRAME;
-pub use flynn_abi::bench::{Plan, Seen};
+pub use flynn_abi::{
+    Mac,
+    bench::{Plan, Seen},
+};
 
 use crate::error::{Error, Refusal, Result};
 
@@ -64,7 +67,8 @@ impl Generator {
     /// Sends so many packets as fast as the calling thread's CPU can, and waits until none comes back any more.
     pub fn run(&mut self, plan: Plan, packets: u32) -> Result<Run> {
         let mut run = || -> Result<Run, Refusal> {
-            let mut plans: Array<_, Plan> = Array::try_from(self.object.map_mut("bench_plan").ok_or(Missing)?)?;
+            let mut plans: Array<_, Plan> =
+                Array::try_from(self.object.map_mut("bench_plan").ok_or(Missing)?)?;
             plans.set(0, plan, 0)?;
             let before = self.seen()?;
             let mut context = [0; 24];
@@ -93,7 +97,8 @@ impl Generator {
     }
 
     fn seen(&self) -> Result<Seen, Refusal> {
-        let counts: PerCpuArray<_, Seen> = PerCpuArray::try_from(self.object.map("bench_seen").ok_or(Missing)?)?;
+        let counts: PerCpuArray<_, Seen> =
+            PerCpuArray::try_from(self.object.map("bench_seen").ok_or(Missing)?)?;
         let cpus: PerCpuValues<Seen> = counts.get(&0, 0)?;
         Ok(cpus.iter().fold(Seen::default(), |all, cpu| Seen {
             made: all.made + cpu.made,

@@ -36,6 +36,21 @@ pub fn ip(lines: &str) -> Result<()> {
     feed(Command::new("ip").args(["-batch", "-"]), lines)
 }
 
+/// What `ip` says.
+pub fn output(arguments: &[&str]) -> Result<String> {
+    let output = Command::new("ip")
+        .args(arguments)
+        .output()
+        .context("cannot start ip; `cargo xtask setup` installs it")?;
+    if !output.status.success() {
+        bail!(
+            "ip {arguments:?}: {}",
+            String::from_utf8_lossy(&output.stderr).trim()
+        );
+    }
+    Ok(String::from_utf8(output.stdout)?)
+}
+
 /// Runs an nftables script, all of it or nothing.
 pub fn nft(script: &str) -> Result<()> {
     feed(Command::new("nft").args(["-f", "-"]), script)

@@ -21,6 +21,8 @@ pub(crate) enum Inside {
     Answer(traffic::Answer),
     /// The other end: asks
     Ask(traffic::Ask),
+    /// Another program in the same conditions
+    Settled(traffic::Settled),
 }
 
 /// Measures.
@@ -31,6 +33,7 @@ pub(crate) fn run(inside: &Inside) -> anyhow::Result<()> {
         Inside::Router(args) => serde_json::to_string(&router::measure(args)?)?,
         Inside::Answer(args) => serde_json::to_string(&traffic::answer(args)?)?,
         Inside::Ask(args) => serde_json::to_string(&traffic::ask(args)?)?,
+        Inside::Settled(args) => return traffic::settled(args),
     };
     println!("{json}");
     Ok(())

@@ -42,6 +42,32 @@ pub(crate) struct Answer {
     pattern: Pattern,
     #[arg(long)]
     cpu: usize,
+    /// Any when 0
+    #[arg(long, default_value_t = 0)]
+    port: u16,
+    /// Series of connections follow one another
+    #[arg(long)]
+    stay: bool,
+}
+
+/// How to run a peer.
+#[derive(clap::Args)]
+pub(crate) struct Settled {
+    #[arg(long)]
+    cpu: usize,
+    #[arg(last = true, required = true)]
+    command: Vec<String>,
+}
+
+/// Becomes another program, on one CPU and before all others.
+pub(crate) fn settled(args: &Settled) -> Result<()> {
+    use std::os::unix::process::CommandExt as _;
+    settle(args.cpu)?;
+    let [program, arguments @ ..] = args.command.as_slice() else {
+        bail!("no command");
+    };
+    let error = std::process::Command::new(program).args(arguments).exec();
+    Err(error).with_context(|| format!("cannot start {program}"))
 }
 
 /// How to ask.
@@ -79,11 +105,11 @@ const PERIOD: usize = 65_521;
 /// Takes what comes and answers it.
 pub(crate) fn answer(args: &Answer) -> Result<Seen> {
     settle(args.cpu)?;
-    let listener = TcpListener::bind((Ipv4Addr::UNSPECIFIED, 0)).context("cannot listen")?;
+    let listener = TcpListener::bind((Ipv4Addr::UNSPECIFIED, args.port)).context("cannot listen")?;
     println!("{}", listener.local_addr()?.port());
     match args.pattern {
         Pattern::Requests => answer_requests(accept(&listener)?),
-        Pattern::Connections => answer_connections(&listener),
+        Pattern::Connections => answer_connections(&listener, args.stay),
         Pattern::Stream => answer_stream(accept(&listener)?),
     }
 }
@@ -120,16 +146,20 @@ fn ask_requests(to: SocketAddr, time: Duration) -> Result<Seen> {
     clock.stop(count)
 }
 
-fn answer_connections(listener: &TcpListener) -> Result<Seen> {
+fn answer_connections(listener: &TcpListener, stay: bool) -> Result<Seen> {
     let clock = Clock::start()?;
     let mut count = 0;
     loop {
         let mut stream = accept(listener)?;
         let mut byte = [0];
-        stream.read_exact(&mut byte)?;
+        if let Err(error) = stream.read_exact(&mut byte) {
+            // Somebody who only looks whether anybody is there.
+            ensure!(stay, "a connection ended without a byte: {error}");
+            continue;
+        }
         // This end closes first, so that it is this end's address on which the kernel waits: the other's ports are free.
         stream.write_all(&[!byte[0]])?;
-        if byte[0] == LAST {
+        if byte[0] == LAST && !stay {
             return clock.stop(count);
         }
         count += 1;
@@ -320,7 +350,7 @@ mod tests {
             let to = listener.local_addr().unwrap();
             let answer = std::thread::spawn(move || match pattern {
                 Pattern::Requests => answer_requests(accept(&listener).unwrap()),
-                Pattern::Connections => answer_connections(&listener),
+                Pattern::Connections => answer_connections(&listener, false),
                 Pattern::Stream => answer_stream(accept(&listener).unwrap()),
             });
             let time = Duration::from_millis(5);
