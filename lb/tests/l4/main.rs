@@ -111,6 +111,7 @@ route add default via 100.100.1.1 dev eth0 onlink"
             subnet_length: 24,
             address: Some(HOST),
             tunnel_mtu: 1450,
+            device: None,
             gateway_mac: GATEWAY_MAC,
         })
         .unwrap();

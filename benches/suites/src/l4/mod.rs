@@ -104,6 +104,7 @@ impl Node {
             subnet_length: 24,
             address: Some(address(number)),
             tunnel_mtu: 1450,
+            device: None,
             gateway_mac: GATEWAY,
         })?;
         dataplane.set_hosts(&[Host {
