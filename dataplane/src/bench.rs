@@ -39,7 +39,7 @@ pub struct Run {
 impl Generator {
     /// Takes the interface with this name and index.
     pub fn open(interface: &str, ifindex: u32) -> Result<Self> {
-        let mut open = || -> Result<Self, Refusal> {
+        let open = || -> Result<Self, Refusal> {
             let mut object = EbpfLoader::new().load(OBJECT)?;
             for name in ["generate", "bounce", "sink"] {
                 program(&mut object, name)?.load()?;
@@ -60,7 +60,7 @@ impl Generator {
 
     /// Ends that.
     pub fn unbounce(&mut self, link: XdpLinkId) -> Result<()> {
-        let mut detach = || -> Result<_, Refusal> { Ok(program(&mut self.object, "bounce")?.detach(link)?) };
+        let detach = || -> Result<_, Refusal> { Ok(program(&mut self.object, "bounce")?.detach(link)?) };
         detach().map_err(Error::kernel("detaching the program that bounces"))
     }
 

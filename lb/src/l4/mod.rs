@@ -26,9 +26,9 @@ use crate::router::Router;
 use plan::{Instances, Wanted};
 use uplink::Found;
 
-/// Between looks at routes and instances.
+/// Between looks at routes, instances and the host's own addresses.
 const LOOK: Duration = Duration::from_millis(500);
-/// Between looks at the host's own addresses, and rounds of probes.
+/// Between rounds of probes.
 const PROBE: Duration = Duration::from_secs(2);
 const PROBE_TIMEOUT: Duration = Duration::from_secs(1);
 /// Probes at a time.
@@ -155,14 +155,14 @@ impl L4 {
                 for (address, well) in probe(instances.probed()).await {
                     instances.answered(address, well);
                 }
-                let now = uplink::find(options.host).await?;
-                if now.uplink != found.uplink {
-                    balancer = Balancer::open(&pins, now.uplink.clone(), options.mode, &limits)?;
-                    told = None;
-                }
-                found = now;
                 probed = Instant::now();
             }
+            let now = uplink::find(options.host).await?;
+            if now.uplink != found.uplink {
+                balancer = Balancer::open(&pins, now.uplink.clone(), options.mode, &limits)?;
+                told = None;
+            }
+            found = now;
         }
     }
 }

@@ -78,7 +78,7 @@ fn measure(pins: &Path, thoroughness: Thoroughness) -> Result<(Vec<f64>, [Vec<f6
         address(1),
         address(2)
     ))?;
-    let mut node = Node::up(pins, 1, 2, "uplink", false)?;
+    let node = Node::up(pins, 1, 2, "uplink", false)?;
     let index = |name: &str| -> Result<u32> {
         let line = netns::output(&["-o", "link", "show", "dev", name])?;
         line.split(':')

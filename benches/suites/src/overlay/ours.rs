@@ -13,7 +13,6 @@ use flynn_dataplane::lb;
 use flynn_lab::netns;
 use flynn_overlay::{
     AppPolicy, Attachment, Host, Limits, Network, NetworkConfig, Policy, Protocol, RemoteEndpoint,
-    host_interface,
 };
 use ipnet::Ipv4Net;
 use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
@@ -129,11 +128,7 @@ fn balance(host: &OwnedFd, pins: &Pins, backend: Ipv4Addr) -> Result<()> {
     };
     netns::inside(host.as_fd(), || {
         let mut balancer = lb::Balancer::open(&pins.directory(), uplink()?, lb::Mode::Tc, &limits)?;
-        let interface = host_interface(backend);
-        // Where the container is not, there is no such interface.
-        let is_here = interface_json(&interface).is_ok();
-        balancer.set(&[service], |_| is_here.then(|| interface.clone()))?;
-        Ok(())
+        Ok(balancer.set(&[service])?)
     })
 }
 
