@@ -3,6 +3,7 @@
 //! The tests share one lab, in this order; each makes what it needs of what is not there yet, so that one alone runs
 //! as well: `cargo test -p flynn-cluster-tests -- shell`.
 
+mod containers;
 mod faults;
 mod fixture;
 mod input;
