@@ -60,7 +60,7 @@ impl Host {
     pub(crate) fn peer(&self) -> flynn_abi::Peer {
         flynn_abi::Peer {
             subnet: self.subnet.into(),
-            flags: 0,
+            reserved: 0,
         }
     }
 }

@@ -52,8 +52,6 @@ drop_reasons! {
     ForeignSubnet => "foreign_subnet",
     /// A packet from an address of the cluster came without a tunnel, and not from a host that does so.
     NotTunnelled => "not_tunnelled",
-    /// A host that encrypts what it sends seemed to send a plain packet.
-    NotEncrypted => "not_encrypted",
     /// Sender or receiver is isolated and the two are not linked.
     Isolated => "isolated",
     /// Sender or receiver is isolated, and the sender may only answer the receiver.

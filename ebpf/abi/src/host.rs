@@ -31,13 +31,8 @@ impl Host {
 pub struct Peer {
     /// The subnet that its packets come from.
     pub subnet: Ipv4,
-    /// Bits of this type's constants.
-    pub flags: u32,
-}
-
-impl Peer {
-    /// It encrypts what it sends, and plain packets in its name are forged.
-    pub const ENCRYPTED: u32 = 1;
+    /// Zeros.
+    pub reserved: u32,
 }
 
 const _: () = assert!(size_of::<Host>() == 24);

@@ -68,9 +68,6 @@ fn from_host(ctx: &TcContext, config: &Config) -> Decision {
         return Ok(TC_ACT_UNSPEC);
     }
     let peer = maps::peer(tunnelled.outer.source()).ok_or(DropReason::UnknownHost)?;
-    if peer.flags & Peer::ENCRYPTED != 0 {
-        return Err(DropReason::NotEncrypted);
-    }
     let sender = Sender::remote(tunnelled.vxlan.identity()?);
     if tunnelled.udp.checksum != [0; 2] {
         // Not of our making, but right if the stack finds it so.
