@@ -195,6 +195,34 @@ pub(crate) async fn mounts_volumes() {
     assert!(gone.is_some());
 }
 
+/// What the router's job has of the host, by the manifest that clusters begin with.
+pub(crate) async fn gives_the_router_its_pins() {
+    let manifest: serde_json::Value =
+        serde_json::from_str(include_str!("../../src/bootstrap/manifest.json")).unwrap();
+    let apps = manifest["apps"].as_array().unwrap();
+    let router = apps.iter().find(|app| app["name"] == "router").unwrap();
+    let process = &router["processes"]["app"];
+    let host = Host::boot().await;
+    let mut job = host.job(
+        "cd $BPF_PINS && mkdir probe && rmdir probe && stat -f -c %t . && grep CapEff /proc/self/status",
+    );
+    let pins = router["env"]["BPF_PINS"].as_str().unwrap();
+    job.config.env.insert("BPF_PINS".into(), pins.into());
+    job.config.mounts = serde_json::from_value(process["mounts"].clone()).unwrap();
+    job.config.linux_capabilities = serde_json::from_value(process["linux_capabilities"].clone()).unwrap();
+    job.config.host_network = true;
+    job.metadata
+        .insert(flynn_api::host::label::SYSTEM_APP.into(), "true".into());
+    let (ended, lines) = host.finish(&job).await;
+    // A BPF file system; NET_BIND_SERVICE, NET_ADMIN, PERFMON and BPF.
+    assert_eq!(
+        lines,
+        ["cafe4a11", "CapEff:\t000000c000001400"],
+        "{:?}",
+        ended.error
+    );
+}
+
 pub(crate) async fn names_what_cannot_be_started() {
     let host = Host::boot().await;
     for (program, wanted) in [

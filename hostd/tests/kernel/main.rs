@@ -42,7 +42,7 @@ fn main() -> ExitCode {
     let tests: Tests = tests![
         container: runs_a_program_in_its_own_world keeps_layers_and_runs_apart limits_memory limits_processes
             drops_capabilities_and_filters_calls runs_as_another_user masks_and_hides mounts_volumes
-            names_what_cannot_be_started;
+            gives_the_router_its_pins names_what_cannot_be_started;
         life: signals_and_stops kills_who_does_not_stop restarts_what_is_to_be_kept rotates_logs follows_logs
             refuses_bad_jobs reports_events checks_ports;
         attached: pipes_lose_nothing terminals_have_sizes_and_signals attaches_before_and_after;
