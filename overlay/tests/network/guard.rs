@@ -343,7 +343,5 @@ pub(crate) fn limits_between_hosts() {
                 start.elapsed()
             );
         }
-        let of = |node: &Node, reason| drops(&node.network, reason);
-        assert!(of(one, DropReason::SentTooFast) > 0 && of(two, DropReason::ReceivedTooFast) > 0);
     });
 }
