@@ -18,7 +18,7 @@ use std::time::{Duration, Instant};
 use anyhow::Context as _;
 use flynn_api::client::discovery::DiscoveryClient;
 use flynn_api::client::{Http, host::HostClient};
-use flynn_api::discovery::NetworkLeases;
+use flynn_api::discovery::{NetworkLeases, VirtualNetworks};
 use ipnet::{Ipv4Net, Ipv6Net};
 
 use manifest::{Manifest, Start};
@@ -52,6 +52,12 @@ pub struct Args {
     /// from and to the cluster's network
     #[arg(long)]
     direct: bool,
+    /// The network that services' virtual addresses are from, two for each service
+    #[arg(long, default_value = "100.101.0.0/16")]
+    services_network: Ipv4Net,
+    /// The same for IPv6, 64 bits
+    #[arg(long, default_value = "fd66:6c79:6e73::/64")]
+    services_network6: Ipv6Net,
     /// The host's state directory
     #[arg(long, default_value = "/var/lib/flynn")]
     state: PathBuf,
@@ -81,6 +87,7 @@ struct Bootstrap {
     address: Ipv4Addr,
     dir: PathBuf,
     networks: Networks,
+    virtual_networks: VirtualNetworks,
     step_timeout: Duration,
     state: State,
     /// Discoverd as the host's containers see it, once the network is up.
@@ -92,6 +99,28 @@ fn local_host() -> anyhow::Result<HostClient> {
         "unix:{}",
         flynn_api::host::SOCKET
     ))?))
+}
+
+/// Sees that virtual addresses can be told from all others.
+fn virtual_networks(args: &Args) -> anyhow::Result<VirtualNetworks> {
+    let networks = VirtualNetworks {
+        ipv4: args.services_network,
+        ipv6: args.services_network6,
+    };
+    networks.check().map_err(anyhow::Error::msg)?;
+    anyhow::ensure!(
+        !networks.ipv4.contains(&args.network) && !args.network.contains(&networks.ipv4),
+        "--services-network {} and --network {} share addresses: choose two networks apart",
+        networks.ipv4,
+        args.network
+    );
+    anyhow::ensure!(
+        !networks.ipv6.contains(&args.network6) && !args.network6.contains(&networks.ipv6),
+        "--services-network6 {} and --network6 {} share addresses: choose two networks apart",
+        networks.ipv6,
+        args.network6
+    );
+    Ok(networks)
 }
 
 /// Sees that this host has what a cluster's host needs, before anything is begun.
@@ -129,6 +158,7 @@ pub async fn run(args: &Args) -> anyhow::Result<()> {
         direct: args.direct,
     };
     networks.check()?;
+    let virtual_networks = virtual_networks(args)?;
     let host = local_host()?;
     let (host_id, address) = own_address(&host).await?;
     let state = State::open(&args.state, args.domain.as_deref())?;
@@ -149,6 +179,7 @@ pub async fn run(args: &Args) -> anyhow::Result<()> {
         address,
         dir: args.state.clone(),
         networks,
+        virtual_networks,
         step_timeout: Duration::from_secs(args.step_timeout),
         state,
         gateway: None,
@@ -177,6 +208,7 @@ impl Bootstrap {
             self.start(app).await?;
             if app.name == "discoverd" {
                 self.hand_over_ca().await?;
+                self.set_virtual_networks().await?;
                 let gateway = self.network().await?;
                 say(&format!("the network is up, its gateway is {gateway}"));
             }

@@ -174,6 +174,18 @@ impl Bootstrap {
         Ok(())
     }
 
+    /// Says where services' virtual addresses are from.
+    pub(super) async fn set_virtual_networks(&self) -> anyhow::Result<()> {
+        let discoverd = self.discoverd()?;
+        self.wait("discoverd knows the services' network", async || {
+            discoverd
+                .set_virtual_networks(&self.virtual_networks)
+                .await
+                .map(Some)
+        })
+        .await
+    }
+
     /// Takes a subnet for this host and brings its network up.
     pub(super) async fn network(&mut self) -> anyhow::Result<Ipv4Addr> {
         let discoverd = self.discoverd()?;

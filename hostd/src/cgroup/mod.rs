@@ -183,6 +183,12 @@ impl Group {
     }
 }
 
+/// The v2 group that the groups of all jobs are in, to which programs for all of them are attached.
+pub fn jobs_v2(all: &Hierarchies) -> Option<PathBuf> {
+    let v2 = all.iter().find(|hierarchy| hierarchy.is_v2())?;
+    Some(v2.base.join("flynn"))
+}
+
 /// Makes the group that all others are in. Done by the daemon, before there are supervisors.
 pub fn prepare(all: &Hierarchies) -> io::Result<()> {
     all.iter()

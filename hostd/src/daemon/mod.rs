@@ -9,6 +9,7 @@ mod images;
 mod keep;
 mod network;
 mod serve;
+mod services;
 mod start;
 mod store;
 mod table;

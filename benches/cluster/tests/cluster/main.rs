@@ -10,6 +10,7 @@ mod input;
 mod join;
 mod life;
 mod network;
+mod services;
 mod traces;
 mod up;
 
@@ -37,6 +38,12 @@ const TESTS: &[(&str, Test)] = &[
     ),
     ("an_app_shows_its_lines", life::logs),
     ("a_command_runs_in_an_app_with_its_exit_code", life::shell),
+    ("services_are_reached_by_virtual_addresses", services::reached),
+    (
+        "a_deposed_leader_s_clients_are_told_at_once",
+        services::leader_changes,
+    ),
+    ("a_client_of_the_leader_goes_on_with_the_next", services::goes_on),
     ("the_platform_consists_of_apps", life::system_apps),
     ("bad_requests_are_refused_with_a_reason", input::requests),
     (

@@ -15,7 +15,7 @@ mod wanted;
 
 use std::collections::BTreeMap;
 use std::fs::File;
-use std::net::Ipv4Addr;
+use std::net::{Ipv4Addr, Ipv6Addr};
 use std::os::fd::AsFd;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -33,7 +33,7 @@ const BPF: &str = "/sys/fs/bpf";
 const BPF_MAGIC: i64 = 0xcafe_4a11;
 
 /// Where programs and maps are pinned.
-const PINS: &str = "/sys/fs/bpf/flynn";
+pub(super) const PINS: &str = "/sys/fs/bpf/flynn";
 
 /// The network when it is up, and nothing before.
 #[derive(Default)]
@@ -152,6 +152,12 @@ impl Up {
     /// The gateway address.
     pub(super) fn gateway(&self) -> Ipv4Addr {
         self.network.gateway()
+    }
+
+    /// The IPv6 address of the container that has this address, if it is one of the cluster's.
+    pub(super) fn ipv6_of(&self, address: Ipv4Addr) -> Option<Ipv6Addr> {
+        let config = self.network.config();
+        config.cluster.contains(&address).then(|| config.ipv6(address))?
     }
 
     /// An address that nobody has.
