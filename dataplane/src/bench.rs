@@ -1,7 +1,10 @@
 //! Packets for benchmarks: made by a program that the kernel runs over live frames, bounced by a program under test, and
 //! counted when they come back.
 
-use std::time::{Duration, Instant};
+use std::{
+    path::Path,
+    time::{Duration, Instant},
+};
 
 use aya::{
     Ebpf, EbpfLoader, TestRun, TestRunAttrs, TestRunOptions, include_bytes_aligned,
@@ -37,10 +40,11 @@ pub struct Run {
 }
 
 impl Generator {
-    /// Takes the interface with this name and index.
-    pub fn open(interface: &str, ifindex: u32) -> Result<Self> {
+    /// Takes the interface with this name and index. What the object has of the data plane's maps is pinned in a
+    /// directory that is there, out of everybody's way.
+    pub fn open(pins: &Path, interface: &str, ifindex: u32) -> Result<Self> {
         let open = || -> Result<Self, Refusal> {
-            let mut object = EbpfLoader::new().load(OBJECT)?;
+            let mut object = EbpfLoader::new().default_map_pin_directory(pins).load(OBJECT)?;
             for name in ["generate", "bounce", "sink"] {
                 program(&mut object, name)?.load()?;
             }
