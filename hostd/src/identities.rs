@@ -39,6 +39,73 @@ pub async fn ensure_app(state: &Path, app: &str, discoverd: &DiscoveryClient) ->
     Ok(dir)
 }
 
+/// Has those of this host renewed that `due` says: its own, and those of its system apps' jobs. Names what was renewed,
+/// and what failed with it; a failure of one is none of the others.
+///
+/// The key stays: the files are replaced one after the other, and whoever reads between finds a pair that fits.
+pub async fn renew(
+    state: &Path,
+    discoverd: &DiscoveryClient,
+    due: impl Fn(&Identity) -> bool,
+) -> (Vec<String>, Vec<Error>) {
+    let mut kept = vec![None];
+    // There are none before the first system job.
+    for entry in std::fs::read_dir(host_dir(state).join("apps"))
+        .into_iter()
+        .flatten()
+    {
+        kept.extend(
+            entry
+                .ok()
+                .and_then(|entry| entry.file_name().into_string().ok())
+                .map(Some),
+        );
+    }
+    let (mut renewed, mut failed) = (Vec::new(), Vec::new());
+    for app in kept {
+        let (name, dir) = match &app {
+            None => ("this host".to_owned(), host_dir(state)),
+            Some(app) => (app.clone(), app_dir(state, app)),
+        };
+        let Ok(identity) = Identity::load(&dir) else {
+            continue;
+        };
+        if !due(&identity) {
+            continue;
+        }
+        match renew_one(&dir, &name, identity, app, discoverd).await {
+            Ok(()) => renewed.push(name),
+            Err(error) => failed.push(error),
+        }
+    }
+    (renewed, failed)
+}
+
+async fn renew_one(
+    dir: &Path,
+    name: &str,
+    identity: Identity,
+    job: Option<String>,
+    discoverd: &DiscoveryClient,
+) -> Result<()> {
+    let csr = KeyRequest::of(&identity.key_pem)
+        .map_err(|why| fault(name, &why))?
+        .csr_pem;
+    let signed = discoverd
+        .renew(&RenewRequest { csr, job })
+        .await
+        .map_err(|why| Error {
+            message: format!("the certificate of {name} is not renewed: {}", why.message),
+            ..why
+        })?;
+    let renewed = Identity {
+        ca_pem: signed.ca,
+        cert_pem: signed.cert,
+        ..identity
+    };
+    renewed.save(dir).map_err(|why| fault(name, &why))
+}
+
 fn fault(app: &str, why: &TlsError) -> Error {
     Error::internal(format!("cannot get a certificate for {app}: {why}"))
 }

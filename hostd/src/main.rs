@@ -43,6 +43,8 @@ enum Command {
     Token(join::TokenArgs),
     /// Take another host out of the cluster for good
     Remove(remove::Args),
+    /// Renew this host's certificates now, and not when they are due
+    Renew(join::TokenArgs),
     /// Bring images into this host's store
     Download(bootstrap::DownloadArgs),
     /// Keep addresses at a host that is well: add, remove, list
@@ -124,6 +126,7 @@ fn run(command: Command) -> anyhow::Result<ExitCode> {
         Command::Join(args) => runtime(join::run(&args))?,
         Command::Token(args) => runtime(join::token(&args))?,
         Command::Remove(args) => runtime(remove::run(&args))?,
+        Command::Renew(args) => runtime(join::renew(&args))?,
         Command::Download(args) => runtime(bootstrap::download(&args))?,
         Command::Floating(args) => runtime(floating::command::run(&args))?,
         Command::Version => println!("{}", env!("CARGO_PKG_VERSION")),

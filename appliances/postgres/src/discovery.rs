@@ -1,6 +1,7 @@
 //! The peer's dealings with discoverd: its registration, the watch on the service, the cluster's state.
 
 use std::collections::BTreeMap;
+use std::path::PathBuf;
 use std::time::Duration;
 
 use flynn_api::client::discovery::DiscoveryClient;
@@ -30,7 +31,9 @@ pub(crate) struct Discovery {
     /// For this host's containers: the registration.
     local: DiscoveryClient,
     /// The cluster port: the state.
-    cluster: DiscoveryClient,
+    cluster: Http,
+    /// The identity for it. It is read for each call, as it is renewed.
+    identity: Option<PathBuf>,
     me: Instance,
 }
 
@@ -38,15 +41,25 @@ impl Discovery {
     /// Connects to nothing yet.
     pub(crate) fn new(options: &Options, me: Instance) -> Result<Self, Error> {
         let local = Http::new(&options.discoverd)?.timeout(PATIENCE);
-        let mut cluster = Http::new(&options.cluster)?.timeout(PATIENCE);
-        if let Some(dir) = &options.identity {
-            cluster = cluster.identity(&Identity::load(dir)?)?;
-        }
-        Ok(Self {
+        let cluster = Http::new(&options.cluster)?.timeout(PATIENCE);
+        let discovery = Self {
             local: DiscoveryClient::new(local),
-            cluster: DiscoveryClient::new(cluster),
+            cluster,
+            identity: options.identity.clone(),
             me,
-        })
+        };
+        // One that cannot be read is no reason to wait.
+        discovery.cluster()?;
+        Ok(discovery)
+    }
+
+    fn cluster(&self) -> Result<DiscoveryClient, ApiError> {
+        let mut http = self.cluster.clone();
+        if let Some(dir) = &self.identity {
+            let identity = Identity::load(dir).and_then(|identity| http.clone().identity(&identity));
+            http = identity.map_err(|why| ApiError::internal(why.to_string()))?;
+        }
+        Ok(DiscoveryClient::new(http))
     }
 
     /// Registers and goes on saying so, for ever.
@@ -88,10 +101,11 @@ impl Discovery {
     }
 
     async fn watch_once(&self, events: &mpsc::Sender<Event>) -> Result<(), ApiError> {
-        let stream = match self.cluster.watch(SERVICE).await {
+        let cluster = self.cluster()?;
+        let stream = match cluster.watch(SERVICE).await {
             Err(error) if error.code == ErrorCode::NotFound => {
                 self.make_service().await?;
-                self.cluster.watch(SERVICE).await?
+                cluster.watch(SERVICE).await?
             }
             result => result?,
         };
@@ -104,7 +118,7 @@ impl Discovery {
     }
 
     async fn make_service(&self) -> Result<(), ApiError> {
-        self.cluster
+        self.cluster()?
             .ensure_service(
                 SERVICE,
                 &ServiceConfig {
@@ -128,7 +142,11 @@ impl Discovery {
             index: replaces,
             leader_id: Some(leader),
         };
-        match self.cluster.set_meta(SERVICE, &meta).await {
+        let written = match self.cluster() {
+            Ok(cluster) => cluster.set_meta(SERVICE, &meta).await,
+            Err(error) => Err(error),
+        };
+        match written {
             Ok(written) => WriteOutcome::Accepted(written.index),
             Err(error) => {
                 tracing::warn!(%error, "the cluster's state could not be written");

@@ -260,8 +260,16 @@ pub struct KeyRequest {
 impl KeyRequest {
     /// Makes a key and a request for it.
     pub fn generate() -> Result<Self, TlsError> {
-        let key = KeyPair::generate()?;
-        let csr = CertificateParams::default().serialize_request(&key)?;
+        Self::with(&KeyPair::generate()?)
+    }
+
+    /// A request for a key that is there.
+    pub fn of(key_pem: &str) -> Result<Self, TlsError> {
+        Self::with(&KeyPair::from_pem(key_pem)?)
+    }
+
+    fn with(key: &KeyPair) -> Result<Self, TlsError> {
+        let csr = CertificateParams::default().serialize_request(key)?;
         Ok(Self {
             key_pem: key.serialize_pem(),
             csr_pem: csr.pem()?,
@@ -328,6 +336,16 @@ impl Identity {
         write("ca.pem", &self.ca_pem, 0o644)?;
         write("key.pem", &self.key_pem, 0o600)?;
         write("cert.pem", &self.cert_pem, 0o644)
+    }
+
+    /// Whether it is time at `now` to have it renewed. One that cannot be read is due.
+    pub fn is_due(&self, now: jiff::Timestamp) -> bool {
+        let valid_from = || {
+            let certificate = CertificateDer::from_pem_slice(self.cert_pem.as_bytes()).ok()?;
+            let (_, parsed) = x509_parser::parse_x509_certificate(&certificate).ok()?;
+            Some(parsed.validity().not_before.timestamp())
+        };
+        valid_from().is_none_or(|from| now.as_second() - from >= RENEW_AFTER_DAYS * 86_400)
     }
 
     /// Who this is.
@@ -500,6 +518,31 @@ mod tests {
         assert_eq!(mode & 0o777, 0o600);
         identity.server_config(ClientAuth::Required).unwrap();
         identity.client_config().unwrap();
+    }
+
+    #[test]
+    fn an_identity_is_due_after_a_month_and_keeps_its_key() {
+        let ca = Ca::create("flynn cluster").unwrap();
+        let host = PeerIdentity::Host("h1".into());
+        let old = ca.issue(&host, &[]).unwrap();
+        let now = jiff::Timestamp::now();
+        let in_days = |days: i64| now + jiff::SignedDuration::from_hours(24 * days);
+        assert!(!old.is_due(now) && !old.is_due(in_days(RENEW_AFTER_DAYS - 2)));
+        assert!(old.is_due(in_days(RENEW_AFTER_DAYS + 1)));
+        let request = KeyRequest::of(&old.key_pem).unwrap();
+        let renewed = Identity {
+            cert_pem: ca.sign(&request.csr_pem, &host, &[]).unwrap(),
+            ..old.clone()
+        };
+        assert_ne!(renewed.cert_pem, old.cert_pem);
+        renewed.client_config().unwrap();
+        assert!(
+            Identity {
+                cert_pem: "cut off".into(),
+                ..old
+            }
+            .is_due(now)
+        );
     }
 
     #[test]

@@ -35,7 +35,7 @@ pub struct Args {
     state: PathBuf,
 }
 
-/// `flynn-host token`
+/// `flynn-host token`, `flynn-host renew`
 #[derive(clap::Args, Debug)]
 pub struct TokenArgs {
     /// The host's state directory
@@ -50,14 +50,31 @@ pub(super) fn discoverd_url(address: impl std::fmt::Display) -> String {
 /// Prints the command that brings one host in, within the hour.
 pub async fn token(args: &TokenArgs) -> anyhow::Result<()> {
     let address = own_address(&local_host()?).await?.1;
+    let token = own_discoverd(args).await?.join_token().await?.token;
+    println!("flynn-host join {address} {token}");
+    Ok(())
+}
+
+/// This host's own discoverd.
+async fn own_discoverd(args: &TokenArgs) -> anyhow::Result<DiscoveryClient> {
+    let address = own_address(&local_host()?).await?.1;
     let identity = Identity::load(&identities::host_dir(&args.state))
         .context("this host belongs to no cluster yet; run `flynn-host bootstrap` first")?;
-    let discoverd = DiscoveryClient::new(Http::new(&discoverd_url(address))?.identity(&identity)?);
-    println!(
-        "flynn-host join {address} {}",
-        discoverd.join_token().await?.token
-    );
-    Ok(())
+    Ok(DiscoveryClient::new(
+        Http::new(&discoverd_url(address))?.identity(&identity)?,
+    ))
+}
+
+/// Has all certificates of this host renewed now, and not when they are due.
+pub async fn renew(args: &TokenArgs) -> anyhow::Result<()> {
+    let (renewed, failed) = identities::renew(&args.state, &own_discoverd(args).await?, |_| true).await;
+    for name in renewed {
+        println!("{name}");
+    }
+    match failed.into_iter().next() {
+        Some(error) => Err(error).context("some certificates are as they were"),
+        None => Ok(()),
+    }
 }
 
 /// Brings this host into a cluster.

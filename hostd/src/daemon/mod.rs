@@ -8,6 +8,7 @@ mod exe;
 mod images;
 mod keep;
 mod network;
+mod renewal;
 mod serve;
 mod services;
 mod start;

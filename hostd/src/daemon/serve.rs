@@ -14,7 +14,7 @@ use flynn_api::tls::{ClientAuth, Identity};
 use tokio::time::sleep;
 
 use super::network::follow;
-use super::{Daemon, api, services};
+use super::{Daemon, api, renewal, services};
 use crate::{floating, identities};
 
 /// Between looks at the certificate.
@@ -34,11 +34,13 @@ pub(super) async fn run(daemon: Arc<Daemon>) -> anyhow::Result<()> {
     let documents = tokio::spawn(follow::run(Arc::clone(&daemon)));
     let floating = tokio::spawn(keep_floating(Arc::clone(&daemon)));
     let services = tokio::spawn(services::run(Arc::clone(&daemon)));
+    let renewal = tokio::spawn(renewal::keep(Arc::clone(&daemon)));
     serve(socket, api::router(daemon), stop.cancelled()).await?;
     network.abort();
     documents.abort();
     floating.abort();
     services.abort();
+    renewal.abort();
     let _ = tokio::join!(tls, registration);
     let _ = std::fs::remove_file(host::SOCKET);
     tracing::info!("stopped; jobs go on");

@@ -149,6 +149,44 @@ pub(crate) fn killed_daemons(cluster: &mut Cluster) -> Result<()> {
     })
 }
 
+pub(crate) fn renewal(cluster: &mut Cluster) -> Result<()> {
+    const CERTIFICATES: &str = "cd /var/lib/flynn/tls; cat cert.pem; cat apps/discoverd/cert.pem";
+    let platform = cluster.app()?;
+    let host = platform.host();
+    let before = (
+        host.run("sh", ["-ec", CERTIFICATES])?,
+        processes(platform, "discoverd")?,
+    );
+    let load = Load::start(platform.router(), &format!("{APP}.{DOMAIN}"), 50);
+    let renewed = host.run("flynn-host", ["renew"])?;
+    ensure!(
+        ["this host", "discoverd", "controller", "postgres"]
+            .iter()
+            .all(|name| renewed.contains(name)),
+        "only these were renewed: {renewed}"
+    );
+    ensure!(
+        host.run("sh", ["-ec", CERTIFICATES])? != before.0,
+        "they are the same"
+    );
+    until(LIMIT, "discoverd has begun anew with its own", || {
+        Ok((processes(platform, "discoverd")? != before.1).then_some(()))
+    })?;
+    until(LIMIT, "controller and host speak with theirs", || {
+        platform.run(["-a", APP, "run", "--", "true"]).map(Some)
+    })?;
+    until(LIMIT, "the host is registered with its own", || {
+        host.run("flynn-host", ["token"]).map(Some)
+    })?;
+    let report = load.stop()?;
+    ensure!(
+        report.failures.is_empty(),
+        "requests failed meanwhile: {:?}",
+        report.failures.first()
+    );
+    Ok(())
+}
+
 pub(crate) fn full_disk(cluster: &mut Cluster) -> Result<()> {
     let platform = cluster.app()?;
     let before = platform.run(["-a", APP, "release", "show"])?;

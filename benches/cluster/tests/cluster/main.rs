@@ -54,6 +54,7 @@ const TESTS: &[(&str, Test)] = &[
     ("hosts_say_what_they_lack", input::hosts),
     ("secrets_show_nowhere", input::secrets),
     ("killed_daemons_cost_no_request", faults::killed_daemons),
+    ("renewed_certificates_cost_no_request", faults::renewal),
     ("a_full_disk_is_said_and_passes", faults::full_disk),
     ("the_app_answers_again_after_a_power_cut", faults::power_cut),
     ("hosts_join_with_tokens", join::joins),
