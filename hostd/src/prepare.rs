@@ -189,8 +189,8 @@ fn check_ports(config: &ContainerConfig) -> Result<()> {
 
 fn check_health(check: Option<&HealthCheck>) -> Result<()> {
     let Some(check) = check else { return Ok(()) };
-    if !matches!(check.kind.as_str(), "tcp" | "http") {
-        let what = "this host checks tcp and http; for https use tcp";
+    if !matches!(check.kind.as_str(), "tcp" | "http" | "https") {
+        let what = "this host checks tcp, http and https";
         return Err(Error::invalid_field(
             "config.ports.service.check.type",
             format!("{:?}: {what}", check.kind),
@@ -503,7 +503,7 @@ mod tests {
             }),
             ("config.ports.service.check.type", |job| {
                 let check = HealthCheck {
-                    kind: "https".into(),
+                    kind: "ping".into(),
                     ..HealthCheck::default()
                 };
                 let service = PortService {

@@ -8,6 +8,7 @@ use flynn_api::client::Http;
 use flynn_api::client::discovery::DiscoveryClient;
 use flynn_api::discovery::{self, Instance, ServiceConfig};
 use flynn_api::host::HealthCheck;
+use flynn_api::tls::probing_client_config;
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, sleep, timeout};
@@ -259,7 +260,12 @@ impl Gate {
 async fn probe(check: &HealthCheck, address: SocketAddr) -> Result<(), String> {
     let attempt = async {
         match check.kind.as_str() {
-            "http" => probe_http(check, address).await,
+            "http" => probe_http(check, Http::new(&format!("http://{address}"))).await,
+            // A container's certificate is for the names of its users, and not for its address.
+            "https" => {
+                let client = Http::new(&format!("https://{address}"));
+                probe_http(check, client.map(|client| client.tls(probing_client_config()))).await
+            }
             _ => tokio::net::TcpStream::connect(address)
                 .await
                 .map(drop)
@@ -271,7 +277,7 @@ async fn probe(check: &HealthCheck, address: SocketAddr) -> Result<(), String> {
         .unwrap_or_else(|_| Err(format!("no answer within {} s", PATIENCE.as_secs())))
 }
 
-async fn probe_http(check: &HealthCheck, address: SocketAddr) -> Result<(), String> {
+async fn probe_http(check: &HealthCheck, client: flynn_api::Result<Http>) -> Result<(), String> {
     use http_body_util::{BodyExt, Limited};
     let text = |error: &dyn std::fmt::Display| error.to_string();
     let path = check.path.as_deref().unwrap_or("/");
@@ -282,7 +288,7 @@ async fn probe_http(check: &HealthCheck, address: SocketAddr) -> Result<(), Stri
     let request = request
         .body(flynn_api::client::full(""))
         .map_err(|error| text(&error))?;
-    let client = Http::new(&format!("http://{address}")).map_err(|error| text(&error))?;
+    let client = client.map_err(|error| text(&error))?;
     let response = client.send_raw(request).await.map_err(|error| text(&error))?;
     let wanted = check.status.unwrap_or(200);
     if response.status().as_u16() != wanted {
@@ -312,6 +318,40 @@ async fn probe_http(check: &HealthCheck, address: SocketAddr) -> Result<(), Stri
 #[cfg(test)]
 mod tests {
     use super::*;
+    use flynn_api::server::{CancellationToken, Listener, serve};
+    use flynn_api::tls::{Ca, ClientAuth, PeerIdentity};
+
+    #[tokio::test]
+    async fn https_is_checked_whatever_name_the_certificate_has() {
+        flynn_api::tls::install_provider();
+        let ca = Ca::create("somebody else's").unwrap();
+        let identity = ca.issue(&PeerIdentity::Job("shop".into()), &[]).unwrap();
+        let config = identity.server_config(ClientAuth::Optional).unwrap();
+        let listener = Listener::tls("127.0.0.1:0".parse().unwrap(), config)
+            .await
+            .unwrap();
+        let address = listener.local_addr().unwrap();
+        let stop = CancellationToken::new();
+        let app = axum::Router::new().route("/up", axum::routing::get(async || "all is well"));
+        let server = tokio::spawn(serve(listener, app, stop.clone().cancelled_owned()));
+        let check = |kind: &str, path: &str, contains: &str| HealthCheck {
+            kind: kind.into(),
+            path: Some(path.into()),
+            contains: Some(contains.into()),
+            ..HealthCheck::default()
+        };
+        probe(&check("https", "/up", "well"), address).await.unwrap();
+        for (bad, words) in [
+            (check("https", "/up", "ill"), "without"),
+            (check("https", "/down", ""), "404"),
+            (check("http", "/up", "well"), ""),
+        ] {
+            let why = probe(&bad, address).await.unwrap_err();
+            assert!(why.contains(words), "{why}");
+        }
+        stop.cancel();
+        server.await.unwrap().unwrap();
+    }
 
     #[test]
     fn up_at_once_and_changed_by_results_in_a_row() {
