@@ -153,7 +153,7 @@ impl World {
 
     fn set(&mut self, service: &Service) {
         for Node { place, balancer, .. } in &mut self.hosts {
-            place.run(move || balancer.set(&[service.clone()]).unwrap());
+            place.run(move || balancer.set(std::slice::from_ref(service)).unwrap());
         }
     }
 
@@ -174,7 +174,7 @@ impl World {
                 socket.set_read_timeout(Some(PATIENCE)).unwrap();
                 socket.connect((vip, PORT)).unwrap();
                 for size in [1_usize, 512, 1300] {
-                    let sent: Vec<u8> = (0..size).map(|n| n as u8).collect();
+                    let sent: Vec<u8> = (0..=u8::MAX).cycle().take(size).collect();
                     socket.send(&sent).unwrap();
                     let mut received = [0; 2000];
                     let length = socket
@@ -195,7 +195,7 @@ fn connect(to: SocketAddr) -> TcpStream {
 
 /// Sends and gets the same back.
 fn exchange(stream: &mut TcpStream, size: usize) {
-    let sent: Vec<u8> = (0..size).map(|n| (n * 7 % 251) as u8).collect();
+    let sent: Vec<u8> = (0..251).cycle().take(size).collect();
     let mut received = vec![0; size];
     thread::scope(|scope| {
         let mut writer = stream.try_clone().unwrap();

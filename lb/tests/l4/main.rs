@@ -86,7 +86,7 @@ route add {CONTAINER}/32 dev c0",
         path(container)
     ));
     inside(client, || {
-        lines("address add 10.0.0.9/24 dev up0\nlink set dev up0 up")
+        lines("address add 10.0.0.9/24 dev up0\nlink set dev up0 up");
     });
     inside(container, || {
         lines(&format!(
@@ -227,7 +227,7 @@ fn routes_by_port_lead_to_containers() {
             "nothing to balance, nothing attached"
         );
         router.set_routes(vec![route(RouteKind::Tcp, 3000), route(RouteKind::Udp, 3000)]);
-        let service = router.services()[0].clone();
+        let service = Arc::clone(&router.services()[0]);
         router.set_instances(&service, vec![instance(8080)], None);
         until("TCP", || tcp(&client, 3000).is_ok_and(|said| said == "first"));
         until("UDP", || udp(&client, 3000).is_ok_and(|said| said == "first"));
