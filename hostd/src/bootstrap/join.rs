@@ -110,7 +110,18 @@ pub async fn run(args: &Args) -> anyhow::Result<()> {
         .context("cannot take a subnet")?;
 
     say("starting discoverd");
-    identities::ensure_app(&args.state, "discoverd", &remote).await?;
+    // Jobs of any of them may come to this host.
+    for app in [
+        "discoverd",
+        "postgres",
+        "controller",
+        "scheduler",
+        "router",
+        "blobstore",
+        "tarreceive",
+    ] {
+        identities::ensure_app(&args.state, app, &remote).await?;
+    }
     if !runs_discoverd(&host).await? {
         let first =
             Http::new(&format!("https://{}:{}", args.address, flynn_api::host::PORT))?.identity(&identity)?;
