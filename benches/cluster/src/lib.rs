@@ -6,6 +6,7 @@
 //! that a person would.
 
 mod artifacts;
+pub mod connections;
 mod engine;
 mod load;
 mod platform;

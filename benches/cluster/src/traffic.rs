@@ -2,7 +2,7 @@
 //! container (`nsenter`), is the one end or the other: containers need not bring anything for it.
 //!
 //! [`answer`] echoes TCP and UDP; [`exchange`] compares what comes back with what was sent; [`stream`] goes on while
-//! things are broken, and counts; [`forge`] sends what nobody should.
+//! things are broken, and counts; [`forge`] sends what nobody should; [`connections`] is a client outside.
 
 use std::collections::BTreeMap;
 use std::io::{Read, Write};
@@ -14,6 +14,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 use rustix::net::sockopt::set_socket_recv_buffer_size_force;
 use serde::{Deserialize, Serialize};
+
+use crate::connections;
 
 /// The first argument of a program that shall be one end.
 pub const COMMAND: &str = "traffic";
@@ -66,10 +68,26 @@ pub fn run(args: &[String]) -> Result<()> {
             println!("{}", TcpStream::connect_timeout(&to.parse()?, timeout).is_ok());
             Ok(())
         }
+        ["datagrams", count, ref to @ ..] => {
+            let seen = connections::datagrams(count.parse()?, &addresses(to)?)?;
+            println!("{}", serde_json::to_string(&seen)?);
+            Ok(())
+        }
+        ["hold", interval, count, ref to @ ..] => {
+            let interval = match interval.parse()? {
+                0 => None,
+                millis => Some(Duration::from_millis(millis)),
+            };
+            connections::hold(interval, count.parse()?, &addresses(to)?)
+        }
         ["forge", from, to] => forge(from.parse()?, to.parse()?),
         ["vxlan", host, from, to] => forged_vxlan(host.parse()?, from.parse()?, to.parse()?),
         _ => bail!("no such traffic: {args:?}"),
     }
+}
+
+fn addresses(words: &[&str]) -> Result<Vec<SocketAddr>> {
+    words.iter().map(|to| Ok(to.parse()?)).collect()
 }
 
 /// Echoes what comes, for ever.

@@ -2,7 +2,7 @@
 
 use std::io::{BufRead as _, BufReader};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, ChildStdin, Command, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
@@ -65,6 +65,11 @@ impl Running {
         stdout.read_line(&mut line)?;
         ensure!(line.trim() == "ready", "it says {line:?}");
         Ok((running, stdout))
+    }
+
+    /// What it is told through.
+    pub(crate) fn stdin(&mut self) -> Result<&mut ChildStdin> {
+        self.0.stdin.as_mut().context("it cannot be told anything")
     }
 }
 

@@ -24,6 +24,7 @@ pub(crate) struct Cluster {
     pub(crate) took: Duration,
     app: bool,
     other: bool,
+    echo: bool,
     joined: bool,
     /// Why it could not be made: said once more to each test that wants it, and not tried again.
     broken: Option<String>,
@@ -38,6 +39,7 @@ pub(crate) fn shared(artifacts: Option<Artifacts>) -> Shared {
         took: Duration::ZERO,
         app: false,
         other: false,
+        echo: false,
         joined: false,
         broken: None,
     }))
@@ -101,6 +103,17 @@ impl Cluster {
         if !self.other {
             platform.push_example(name)?;
             self.other = true;
+        }
+        Ok(platform)
+    }
+
+    /// A cluster of all hosts with an app that echoes TCP and UDP.
+    pub(crate) fn echo(&mut self, name: &str) -> Result<&Platform> {
+        self.members()?;
+        let platform = self.platform.as_ref().ok_or_else(|| anyhow!("no cluster"))?;
+        if !self.echo {
+            crate::routes::push(platform, name)?;
+            self.echo = true;
         }
         Ok(platform)
     }

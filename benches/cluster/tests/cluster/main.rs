@@ -10,6 +10,7 @@ mod input;
 mod join;
 mod life;
 mod network;
+mod routes;
 mod services;
 mod traces;
 mod up;
@@ -63,6 +64,7 @@ const TESTS: &[(&str, Test)] = &[
     ("isolation_holds_across_hosts", network::isolated),
     ("what_the_network_does_is_seen", network::seen),
     ("killed_daemons_cost_no_packet", network::killed),
+    ("routes_by_port_lead_to_containers", routes::lead),
     ("an_upgrade_costs_no_packet", network::upgraded),
     ("a_lost_host_comes_back_into_the_network", network::lost_and_found),
     ("a_removed_host_loses_its_subnet", network::removed),
