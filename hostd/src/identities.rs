@@ -29,7 +29,11 @@ pub async fn ensure_app(state: &Path, app: &str, discoverd: &DiscoveryClient) ->
             csr: request.csr_pem,
             job: Some(app.to_owned()),
         })
-        .await?;
+        .await
+        .map_err(|why| Error {
+            message: format!("{app} gets no certificate: {}", why.message),
+            ..why
+        })?;
     let identity = Identity {
         ca_pem: signed.ca,
         cert_pem: signed.cert,

@@ -110,18 +110,8 @@ pub async fn run(args: &Args) -> anyhow::Result<()> {
         .context("cannot take a subnet")?;
 
     say("starting discoverd");
-    // Jobs of any of them may come to this host.
-    for app in [
-        "discoverd",
-        "postgres",
-        "controller",
-        "scheduler",
-        "router",
-        "blobstore",
-        "tarreceive",
-    ] {
-        identities::ensure_app(&args.state, app, &remote).await?;
-    }
+    // The host's own discoverd would have to sign it otherwise, and is not there yet.
+    identities::ensure_app(&args.state, "discoverd", &remote).await?;
     if !runs_discoverd(&host).await? {
         let first =
             Http::new(&format!("https://{}:{}", args.address, flynn_api::host::PORT))?.identity(&identity)?;

@@ -62,6 +62,8 @@ struct Daemon {
     hierarchies: Hierarchies,
     executable: Executable,
     starts: Semaphore,
+    /// Held while a certificate is asked for.
+    signing: tokio::sync::Mutex<()>,
     /// What this host cannot do, and what was found broken.
     notices: Mutex<Vec<String>>,
     /// What the kernel has of what the network makes use of.
@@ -109,6 +111,7 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
         hierarchies,
         executable: Executable::own().context("cannot open this program's own file")?,
         starts: Semaphore::new(STARTS),
+        signing: tokio::sync::Mutex::default(),
         notices: Mutex::new(notices),
         features,
         floating: crate::floating::Held::default(),

@@ -149,7 +149,8 @@ impl Daemon {
         };
         let manifests = self.images(job).await?;
         let layers = prepare::layers(&manifests)?;
-        let launch = self.launch(job, &manifests, &layers)?;
+        let certificates = self.certificates(job).await?;
+        let launch = self.launch(job, &manifests, &layers, certificates)?;
         let job_dir = self.paths.job(id);
         files::write_json(&job_dir.join(launch::FILE), &launch)
             .map_err(|error| disk_error("keep the job", &error))?;
@@ -206,7 +207,13 @@ impl Daemon {
     }
 
     /// Mounts the layers, makes the volumes, gives out ports.
-    fn launch(&self, job: &Job, manifests: &[ImageManifest], layers: &[Digest]) -> Result<Launch> {
+    fn launch(
+        &self,
+        job: &Job,
+        manifests: &[ImageManifest],
+        layers: &[Digest],
+        certificates: Option<Bind>,
+    ) -> Result<Launch> {
         let free_port = || {
             let socket = TcpListener::bind((Ipv4Addr::UNSPECIFIED, 0)).and_then(|socket| socket.local_addr());
             socket
@@ -230,7 +237,7 @@ impl Daemon {
                 writable: true,
             });
         }
-        binds.extend(self.certificates(job));
+        binds.extend(certificates);
         launch.binds.splice(0..0, binds);
         self.mounts
             .lock()
@@ -240,23 +247,28 @@ impl Daemon {
         Ok(launch)
     }
 
-    /// The certificates of a system app's job, when the cluster has any yet.
-    fn certificates(&self, job: &Job) -> Option<Bind> {
+    /// The certificates of a system app's job, on a host of a cluster: the first job of an app that comes here has
+    /// them signed.
+    async fn certificates(&self, job: &Job) -> Result<Option<Bind>> {
         let app = job
             .metadata
             .get(flynn_api::host::label::APP_NAME)
-            .filter(|_| prepare::is_system(job))?;
+            .filter(|_| prepare::is_system(job));
         // It becomes part of a path.
-        if !prepare::is_volume_id(app) {
-            return None;
-        }
-        let source = identities::app_dir(self.paths.state(), app);
-        let target = "/etc/flynn/tls".into();
-        source.is_dir().then_some(Bind {
+        let Some(app) = app.filter(|app| prepare::is_volume_id(app)) else {
+            return Ok(None);
+        };
+        // Two jobs that ask at once would write the halves of two pairs.
+        let _signing = self.signing.lock().await;
+        let source = match self.discovery() {
+            Some(discoverd) => identities::ensure_app(self.paths.state(), app, &discoverd).await?,
+            None => return Ok(None),
+        };
+        Ok(Some(Bind {
             source,
-            target,
+            target: "/etc/flynn/tls".into(),
             writable: false,
-        })
+        }))
     }
 
     /// The network, for a job that needs it.
