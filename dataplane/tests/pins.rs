@@ -72,7 +72,7 @@ fn passes() -> bool {
     receiver.recv(&mut [0; 1]).is_ok()
 }
 
-/// The kernel detaches a program some time after its pin is gone.
+/// The kernel detaches a program some time after its pin is gone, and a slow machine takes its time.
 fn passes_soon() -> bool {
     (0..100).any(|_| passes())
 }
@@ -91,7 +91,7 @@ fn open(bpffs: &Path, hook: Hook) -> Dataplane {
 
 fn programs_outlive_the_process(hook: Hook) {
     alone(move |bpffs| {
-        assert!(passes());
+        assert!(passes_soon());
         let mut dataplane = open(bpffs, hook);
         dataplane.attach(Program::FromTunnel, "lo").unwrap();
         assert!(!passes());

@@ -19,7 +19,10 @@ use flynn_dataplane::{
     Dataplane, DropReason, Prefix,
     service::{Instance, Services},
 };
-use support::{alone, pins};
+use support::{alone, joined, pins};
+
+/// How long anything may take that is not a hang.
+const PATIENCE: Duration = Duration::from_mins(1);
 
 const NETWORK4: Prefix<Ipv4Addr> = Prefix {
     address: Ipv4Addr::new(100, 101, 0, 0),
@@ -281,7 +284,7 @@ fn refused() {
             let begun = Instant::now();
             let error = TcpStream::connect((address, 80)).unwrap_err();
             assert_eq!(error.kind(), ErrorKind::ConnectionRefused, "{address}");
-            assert!(begun.elapsed() < Duration::from_secs(1));
+            assert!(begun.elapsed() < PATIENCE, "not at once");
             let any: IpAddr = if address.is_ipv4() {
                 Ipv4Addr::UNSPECIFIED.into()
             } else {
@@ -329,7 +332,7 @@ fn udp(instance: Instance) -> UdpSocket {
 }
 
 fn patient(socket: UdpSocket) -> UdpSocket {
-    socket.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
+    socket.set_read_timeout(Some(PATIENCE)).unwrap();
     socket
 }
 
@@ -410,7 +413,7 @@ fn datagrams_stay() {
         let client = patient(UdpSocket::bind("0.0.0.0:0").unwrap());
         let ask = || -> u64 {
             client.send_to(b"?", (virtual4(5), port)).unwrap();
-            let deadline = Instant::now() + Duration::from_secs(5);
+            let deadline = Instant::now() + PATIENCE;
             loop {
                 for (server, id) in servers.iter().zip(1..) {
                     if let Ok((_, sender)) = server.recv_from(&mut [0; 8]) {
@@ -434,7 +437,7 @@ fn datagrams_stay() {
             .map(|_| {
                 let other = patient(UdpSocket::bind("0.0.0.0:0").unwrap());
                 other.send_to(b"?", (virtual4(5), port)).unwrap();
-                let deadline = Instant::now() + Duration::from_secs(5);
+                let deadline = Instant::now() + PATIENCE;
                 loop {
                     if let Some((_, id)) = servers
                         .iter()
@@ -451,12 +454,11 @@ fn datagrams_stay() {
     });
 }
 
-/// Waits in `read`, as a database client would, and gives what came of it and when.
-fn blocked(mut client: TcpStream) -> thread::JoinHandle<(ErrorKind, Instant)> {
+/// Waits in `read`, as a database client would, and gives what came of it.
+fn blocked(mut client: TcpStream) -> thread::JoinHandle<ErrorKind> {
     thread::spawn(move || {
-        client.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
-        let error = client.read(&mut [0; 1]).unwrap_err();
-        (error.kind(), Instant::now())
+        client.set_read_timeout(Some(PATIENCE)).unwrap();
+        client.read(&mut [0; 1]).unwrap_err().kind()
     })
 }
 
@@ -475,16 +477,14 @@ fn deposed() {
         thread::sleep(Duration::from_millis(50));
 
         services.set(5, &both, Some(instance(2))).unwrap();
-        let begun = Instant::now();
         let flows = services.flows().unwrap();
         let severed = flows
             .sever(|flow| flow.leader && flow.service == 5 && flow.instance != 2, &[])
             .unwrap();
         assert_eq!(severed, 2);
         for reader in readers {
-            let (kind, when) = reader.join().unwrap();
+            let kind = joined(reader.join());
             assert_eq!(kind, ErrorKind::ConnectionAborted);
-            assert!(when.duration_since(begun) < Duration::from_secs(1));
         }
         // The instance itself is well: who did not ask for the leader stays.
         for (client, server) in [(&mut any, &mut any_server), (&mut direct, &mut direct_server)] {
@@ -514,7 +514,7 @@ fn dead() {
         let severed = flows.sever(|flow| flow.instance == 1, &[address]).unwrap();
         assert_eq!(severed, 2);
         for reader in readers {
-            assert_eq!(reader.join().unwrap().0, ErrorKind::ConnectionAborted);
+            assert_eq!(joined(reader.join()), ErrorKind::ConnectionAborted);
         }
         well_server.write_all(b"!").unwrap();
         well.read_exact(&mut [0; 1]).unwrap();
@@ -585,21 +585,20 @@ fn under_load() {
         let port = listeners.port;
         services.set(5, &[instance(1)], Some(instance(1))).unwrap();
         let stop = AtomicBool::new(false);
+        let connections = AtomicU32::new(0);
         thread::scope(|scope| {
             let clients: Vec<_> = (0..2)
                 .map(|_| {
                     scope.spawn(|| {
-                        let mut count = 0;
                         while !stop.load(Ordering::Relaxed) {
                             for address in [virtual4(5), leader4(5)] {
                                 let client = TcpStream::connect((address, port)).unwrap();
                                 // Reset at once, so that ports do not run out.
                                 rustix::net::sockopt::set_socket_linger(&client, Some(Duration::ZERO))
                                     .unwrap();
-                                count += 1;
+                                connections.fetch_add(1, Ordering::Relaxed);
                             }
                         }
-                        count
                     })
                 })
                 .collect();
@@ -611,9 +610,12 @@ fn under_load() {
                     }
                 }
             });
-            let deadline = Instant::now() + Duration::from_secs(2);
+            let begun = Instant::now();
             let mut changes = 0_u8;
-            while Instant::now() < deadline {
+            // For a while, and until it was a load, unless there is none to come.
+            while begun.elapsed() < Duration::from_secs(2)
+                || connections.load(Ordering::Relaxed) <= 100 && begun.elapsed() < PATIENCE
+            {
                 changes = changes.wrapping_add(1);
                 let wanted: Vec<_> = (1..=6)
                     .filter(|id| changes >> (id - 1) & 1 == 1)
@@ -624,8 +626,10 @@ fn under_load() {
                 }
             }
             stop.store(true, Ordering::Relaxed);
-            let connections: u32 = clients.into_iter().map(|client| client.join().unwrap()).sum();
-            accepting.join().unwrap();
+            for thread in clients.into_iter().chain([accepting]) {
+                joined(thread.join());
+            }
+            let connections = connections.load(Ordering::Relaxed);
             assert!(connections > 100, "{connections} connections are no load");
         });
     });

@@ -58,9 +58,12 @@ pub(crate) fn alone(test: impl FnOnce(&Path) + Send + 'static) {
         ip(&["link", "set", "lo", "up"]);
         test(bpffs.path());
     };
-    if let Err(panic) = thread::spawn(run).join() {
-        std::panic::resume_unwind(panic);
-    }
+    joined(thread::spawn(run).join());
+}
+
+/// The result of a thread, or its panic with what it said.
+pub(crate) fn joined<R>(result: thread::Result<R>) -> R {
+    result.unwrap_or_else(|panic| std::panic::resume_unwind(panic))
 }
 
 /// Where programs and maps are pinned.

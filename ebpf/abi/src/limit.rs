@@ -18,8 +18,9 @@ pub struct Limit {
     pub cost: u64,
     /// By how many nanoseconds packets may be early.
     pub burst: u64,
-    /// When the next packet is due, by the monotonic clock. The programs write this.
-    pub due: u64,
+    /// When the next packet is due, by the monotonic clock; zero before the first. It is negative where a whole burst is
+    /// longer than the host is up. The programs write this.
+    pub due: i64,
 }
 
 impl Limit {

@@ -123,7 +123,9 @@ pub(crate) fn forged_packets() {
             drops(&one.network, DropReason::UnknownHost) == before + 1
         });
         assert!(receiver.recv(&mut [0]).is_err(), "something forged has arrived");
-        assert!(arrives(&b.namespace, &a.namespace, a.ipv4.into()));
+        eventually("who does not forge is heard", || {
+            arrives(&b.namespace, &a.namespace, a.ipv4.into())
+        });
     });
 }
 
@@ -303,9 +305,11 @@ pub(crate) fn ports_between_hosts() {
             socket.recv(&mut [0]).is_ok()
         };
         for to in [two.network.gateway(), two.address] {
-            assert!(reaches(&job.namespace, to.into(), 53));
+            eventually("port 53 is open", || reaches(&job.namespace, to.into(), 53));
             assert!(!reaches(&job.namespace, to.into(), 1113));
-            assert!(reaches(&system.namespace, to.into(), 1113));
+            eventually("the platform reaches all", || {
+                reaches(&system.namespace, to.into(), 1113)
+            });
         }
         assert_eq!(drops(&one.network, DropReason::HostPortClosed), 2);
     });

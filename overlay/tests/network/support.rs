@@ -4,7 +4,6 @@
 mod alone;
 
 use std::{
-    any::Any,
     collections::{BTreeMap, BTreeSet},
     fs::File,
     io::{Read, Write},
@@ -28,7 +27,7 @@ use rustix::thread::{LinkNameSpaceType, UnshareFlags, move_into_link_name_space}
 pub(crate) const MEGABYTES: usize = 8 << 20;
 
 /// How long anything may take that is not a hang.
-pub(crate) const PATIENCE: Duration = Duration::from_secs(20);
+pub(crate) const PATIENCE: Duration = Duration::from_mins(1);
 
 /// The host that a test runs in.
 pub(crate) struct Host {
@@ -202,9 +201,7 @@ impl AsFd for Namespace {
 
 /// The result of a thread, or its panic.
 pub(crate) fn join<R>(thread: JoinHandle<R>) -> R {
-    thread
-        .join()
-        .unwrap_or_else(|panic: Box<dyn Any + Send>| std::panic::resume_unwind(panic))
+    alone::joined(thread.join())
 }
 
 /// Bytes that are nowhere the same.
@@ -354,21 +351,27 @@ impl Datagrams {
                 sent += 1;
                 thread::sleep(Duration::from_micros(100));
             }
-            socket.send_to(b"end", to).unwrap();
+            let end = [sent.to_be_bytes(), [0; 8]].concat();
+            socket.send_to(&end, to).unwrap();
             sent
         });
         let receiver = thread::spawn(move || {
             // A sender that changes its CPU may overtake itself.
             let mut received = BTreeSet::new();
-            let mut buffer = [0; 8];
-            while receiver.recv(&mut buffer).unwrap() == 8 {
-                assert!(received.insert(buffer), "a datagram came twice");
-            }
-            receiver
-                .set_read_timeout(Some(Duration::from_millis(200)))
-                .unwrap();
-            while receiver.recv(&mut buffer).is_ok() {
-                assert!(received.insert(buffer), "a datagram came twice");
+            let mut sent = u64::MAX;
+            let mut buffer = [0; 16];
+            while (received.len() as u64) < sent {
+                // Waits longer than anything takes: what has not come by then is lost.
+                let Ok(length) = receiver.recv(&mut buffer) else {
+                    break;
+                };
+                let number = u64::from_be_bytes(buffer[..8].try_into().unwrap());
+                if length == 16 {
+                    // The end, which says how many there are.
+                    sent = number;
+                } else {
+                    assert!(received.insert(number), "a datagram came twice");
+                }
             }
             received.len() as u64
         });

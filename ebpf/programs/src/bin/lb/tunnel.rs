@@ -3,9 +3,8 @@
 
 use aya_ebpf::{
     bindings::{
-        BPF_F_ADJ_ROOM_DECAP_L3_IPV6, BPF_F_ADJ_ROOM_ENCAP_L2_ETH, BPF_F_ADJ_ROOM_ENCAP_L3_IPV4,
-        BPF_F_ADJ_ROOM_ENCAP_L4_UDP, BPF_F_ADJ_ROOM_FIXED_GSO, TC_ACT_UNSPEC,
-        bpf_adj_room_mode::BPF_ADJ_ROOM_MAC,
+        BPF_F_ADJ_ROOM_ENCAP_L2_ETH, BPF_F_ADJ_ROOM_ENCAP_L3_IPV4, BPF_F_ADJ_ROOM_ENCAP_L4_UDP,
+        BPF_F_ADJ_ROOM_FIXED_GSO, TC_ACT_UNSPEC, bpf_adj_room_mode::BPF_ADJ_ROOM_MAC,
     },
     programs::TcContext,
 };
@@ -13,7 +12,7 @@ use flynn_abi::{
     DropReason, Host, Ipv4, VXLAN_PORT,
     lb::{Config, Event, Tunnelled},
 };
-use flynn_programs::Decision;
+use flynn_programs::{Decision, room};
 
 use crate::{
     context::Context,
@@ -175,12 +174,7 @@ pub(crate) fn receive(ctx: &TcContext, config: &Config) -> Decision {
 
 #[inline(always)]
 fn arrived<F: Family>(ctx: &TcContext, peer: Ipv4, tunnelled: Tunnelled, config: &Config) -> Decision {
-    let mut flags = u64::from(BPF_F_ADJ_ROOM_FIXED_GSO);
-    if F::VERSION == 6 {
-        flags |= u64::from(BPF_F_ADJ_ROOM_DECAP_L3_IPV6);
-    }
-    ctx.adjust_room(-(OVERHEAD as i32), BPF_ADJ_ROOM_MAC, flags)
-        .map_err(|_| DropReason::RewriteFailed)?;
+    room::decapsulate(ctx, OVERHEAD as i32, F::VERSION == 4)?;
     ctx.store(ETHERNET - 2, &F::KIND, 0)
         .map_err(|_| DropReason::RewriteFailed)?;
     if tunnelled.kind == Tunnelled::ANSWER {

@@ -105,18 +105,17 @@ fn receive<H: Header>(ctx: &TcContext, peer: &Peer, sender: Sender, config: &Con
     if receiver.flags & Endpoint::CONTAINER != 0 {
         packet.to_container(sender, receiver, config)?;
         rate::limit_received(ctx, receiver)?;
-        if !take_out::<H>(ctx, congested)? {
-            return Ok(TC_ACT_UNSPEC);
-        }
+        take_out::<H>(ctx, congested)?;
         return route::hand_over(ctx, receiver);
     }
     if receiver.flags & Endpoint::GATEWAY == 0 {
         return Err(DropReason::NoEndpoint);
     }
     packet.to_host(sender, config)?;
-    if receiver.ifindex == 0 || !take_out::<H>(ctx, congested)? {
+    if receiver.ifindex == 0 {
         return Ok(TC_ACT_UNSPEC);
     }
+    take_out::<H>(ctx, congested)?;
     to_device::<H>(ctx, receiver, config)
 }
 
@@ -130,17 +129,15 @@ fn to_device<H: Header>(ctx: &TcContext, gateway: &Endpoint, config: &Config) ->
     Ok(unsafe { bpf_redirect(gateway.ifindex, u64::from(BPF_F_INGRESS)) } as i32)
 }
 
-/// Takes a packet out of the tunnel; or leaves it to the device, where the kernel does not know how a program can.
+/// Takes a packet out of the tunnel, and tells it what the tunnel was told of congestion.
 #[inline(always)]
-fn take_out<H: Header>(ctx: &TcContext, congested: bool) -> Result<bool, DropReason> {
-    if !tunnel::decapsulate::<H>(ctx)? {
-        return Ok(false);
-    }
+fn take_out<H: Header>(ctx: &TcContext, congested: bool) -> Result<(), DropReason> {
+    tunnel::decapsulate::<H>(ctx)?;
     // SAFETY: the kernel hands programs a valid context.
     if congested && unsafe { bpf_skb_ecn_set_ce(ctx.skb.skb) } == 0 {
         return Err(DropReason::Congested);
     }
-    Ok(true)
+    Ok(())
 }
 
 /// A packet from an address of the cluster, without a tunnel.

@@ -19,7 +19,7 @@ mod to_overlay;
 mod tunnel;
 
 use aya_ebpf::{macros::classifier, programs::TcContext};
-use flynn_programs::{Decision, maps, packet, verdict};
+use flynn_programs::{Decision, maps, packet, room, verdict};
 
 flynn_programs::object!();
 

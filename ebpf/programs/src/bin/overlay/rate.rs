@@ -38,14 +38,15 @@ fn limit(
         return Ok(());
     }
     // SAFETY: a helper without arguments.
-    let now = unsafe { bpf_ktime_get_ns() };
+    let now = unsafe { bpf_ktime_get_ns() } as i64;
     // SAFETY: as above. Two CPUs at once may take one another's packets for free: less than a burst.
     let due = unsafe { ptr::read_volatile(&raw const (*limit).due) };
-    let due = due.max(now.saturating_sub(burst));
+    let earliest = now - burst as i64;
+    let due = if due == 0 { earliest } else { due.max(earliest) };
     if due > now {
         return Err(reason);
     }
-    let due = due + (u64::from(ctx.len()) * cost >> Limit::SHIFT);
+    let due = due + (u64::from(ctx.len()) * cost >> Limit::SHIFT) as i64;
     // SAFETY: as above.
     unsafe { ptr::write_volatile(&raw mut (*limit).due, due) };
     Ok(())

@@ -7,9 +7,9 @@ use core::mem;
 
 use aya_ebpf::{
     bindings::{
-        BPF_F_ADJ_ROOM_DECAP_L3_IPV6, BPF_F_ADJ_ROOM_ENCAP_L2_ETH, BPF_F_ADJ_ROOM_ENCAP_L3_IPV4,
-        BPF_F_ADJ_ROOM_ENCAP_L4_UDP, BPF_F_ADJ_ROOM_FIXED_GSO, bpf_adj_room_mode::BPF_ADJ_ROOM_MAC,
-        bpf_redir_neigh, bpf_redir_neigh__bindgen_ty_1,
+        BPF_F_ADJ_ROOM_ENCAP_L2_ETH, BPF_F_ADJ_ROOM_ENCAP_L3_IPV4, BPF_F_ADJ_ROOM_ENCAP_L4_UDP,
+        BPF_F_ADJ_ROOM_FIXED_GSO, bpf_adj_room_mode::BPF_ADJ_ROOM_MAC, bpf_redir_neigh,
+        bpf_redir_neigh__bindgen_ty_1,
     },
     helpers::{bpf_get_hash_recalc, bpf_redirect_neigh},
     programs::TcContext,
@@ -19,10 +19,10 @@ use flynn_abi::{Config, DropReason, Host, Ipv4, Mac, VXLAN_PORT, policy::Identit
 use crate::{
     Decision,
     packet::{self, Ethernet, Header, UdpHeader},
+    room,
 };
 
 const AF_INET: u32 = 2;
-const EINVAL: i64 = -22;
 const ETHERNET: u32 = size_of::<Ethernet>() as u32;
 
 /// What the tunnel puts between a frame's Ethernet header and its IP header.
@@ -178,20 +178,10 @@ fn encapsulate<H: Header>(
         .map_err(|_| DropReason::RewriteFailed)
 }
 
-/// Takes the outer headers off, and says whether it could: kernels before 6.3 do not let programs say that what is left is
-/// of another IP version. What is left begins with the outer Ethernet header, which was this host's.
+/// Takes the outer headers off. What is left begins with the outer Ethernet header, which was this host's.
 #[inline(always)]
-pub(crate) fn decapsulate<H: Header>(ctx: &TcContext) -> Result<bool, DropReason> {
-    let flags = if H::IS_IPV4 {
-        BPF_F_ADJ_ROOM_FIXED_GSO
-    } else {
-        BPF_F_ADJ_ROOM_FIXED_GSO | BPF_F_ADJ_ROOM_DECAP_L3_IPV6
-    };
-    match ctx.adjust_room(-ROOM, BPF_ADJ_ROOM_MAC, u64::from(flags)) {
-        Ok(()) => Ok(true),
-        Err(EINVAL) if !H::IS_IPV4 => Ok(false),
-        Err(_) => Err(DropReason::RewriteFailed),
-    }
+pub(crate) fn decapsulate<H: Header>(ctx: &TcContext) -> Result<(), DropReason> {
+    room::decapsulate(ctx, ROOM, H::IS_IPV4)
 }
 
 /// An Ethernet address for a host: in the tunnel nobody has one, and nobody's is this.
