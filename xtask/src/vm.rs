@@ -169,7 +169,7 @@ fn boot(kernel: &Kernel, tests: &[&Test], selection: &Selection<'_>) -> Result<T
     for path in [&report, &console] {
         std::fs::write(path, []).with_context(|| format!("cannot write {}", path.display()))?;
     }
-    let limit = Duration::from_mins(if selection.long { 30 } else { 6 });
+    let limit = Duration::from_mins(if selection.long { 30 } else { 15 });
     let machine = Machine::start(kernel, &initramfs, &console, &report)?;
     let ended = machine.wait(limit)?;
     let text = std::fs::read(&report).with_context(|| format!("cannot read {}", report.display()))?;

@@ -13,7 +13,7 @@ const INIT: &str = include_str!("init.sh");
 /// What tests, and the kernel for its modules, call.
 const TOOLS: [&str; 3] = ["ip", "nft", "modprobe"];
 /// How long one test program may take, in seconds.
-const LIMIT: u32 = 240;
+const LIMIT: u32 = 480;
 const LIMIT_LONG: u32 = 1200;
 
 /// Makes the initramfs in a directory and returns its path.
