@@ -485,9 +485,8 @@ fn foreign_programs_stay() {
             let before = interface(&world);
             assert_eq!(before.contains("xdpgeneric"), is_taken);
             world.set(&service(&[2]));
-            let Node { place, balancer, .. } = &world.hosts[0];
             assert_eq!(
-                balancer.mode(),
+                world.hosts[0].balancer.mode(),
                 mode,
                 "in its place where that is free, else beside it"
             );
