@@ -9,7 +9,7 @@
 //!                        │                               │                     │
 //!                      http ────────────────────────── http                   dns
 //!                        │                               │                     │
-//!   raft/rpc ──────────  node: write, barrier, heartbeat, watch ─────────────  view
+//!   raft/rpc ──────────  node: write, barrier, register, watch ──────────────  view
 //!                        │                                                     │
 //!            raft: journal, snapshot, network ── command ──▶ state (pure) ─────┘
 //! ```
@@ -20,16 +20,19 @@
 //! - A write that was answered is on the disks of a majority, and survives any crash.
 //! - The state is the log and nothing else: [`state`] has no clock, no I/O and no randomness.
 //! - The Raft index orders everything and serves as the fencing token of leaders and metadata.
-//! - Nothing expires unless the leader has led, awake, for a whole lease without a heartbeat.
+//! - Nothing expires by one signal alone ([`liveness`]): who lives is kept in memory by all voters, told by the member
+//!   that each instance speaks to ([`claims`]), so that a new leader knows it at once.
 //! - DNS and watches answer from memory and never wait for disk or network. After a restart they answer by the last
 //!   state that this host had committed, whether or not other members are there.
 //! - Secrets (the CA's key, tokens) are in files of mode 0600 and never in logs; tokens are kept as digests.
 
+pub mod beats;
+pub mod claims;
 pub mod command;
 pub mod dns;
 pub mod gateway;
 pub mod http;
-mod liveness;
+pub mod liveness;
 pub mod members;
 pub mod node;
 mod options;
@@ -74,6 +77,10 @@ pub async fn run(options: Options, shutdown: CancellationToken) -> anyhow::Resul
         host: options.host_id.clone(),
     };
     tokio::spawn(belong(node.clone(), options.clone(), member));
+    tokio::spawn({
+        let (beats, stop) = (beats::run(node.clone(), options.timing.beat), stop.clone());
+        async move { stop.run_until_cancelled(beats).await }
+    });
     let gateway = Gateway {
         host_id: options.host_id.clone(),
         host_ip: options.host_ip,
@@ -157,7 +164,6 @@ async fn chores(node: &Node, options: &Options) -> anyhow::Result<()> {
         }
         // Not awaited for long: a leader without a majority cannot write, and would miss its rounds.
         let work = async {
-            node.expire().await?;
             node.number().await?;
             node.shorten().await?;
             members::reconcile(node).await

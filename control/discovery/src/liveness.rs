@@ -1,147 +1,277 @@
-//! Which instances still send heartbeats.
+//! Who lives: what a voter makes of the members' beats, and what the leader takes out of the registry for it.
 //!
-//! Kept by the Raft leader in memory alone: a heartbeat costs no log entry. A new leader knows nothing of the past, so it
-//! gives everybody a full lease before it takes anybody out; so does one that finds it was stopped for a while, for the
-//! heartbeats of that time may wait in its sockets. No clock of its own: the caller says what time it is.
+//! Every voter is told by every member ([`Beat`]), and keeps what it hears in memory alone: a beat costs no log entry,
+//! and whoever is elected knows already who spoke last when. Only the leader acts on it. An instance is taken out when
+//!
+//! - its member says that it is silent, or said goodbye;
+//! - its member is gone, by two signals: no beat for [`Times::silence`], and meanwhile its host did not answer when it
+//!   was probed, nor has another voter heard it. A host that answers keeps its instances for [`Times::lease`], for the
+//!   discoverd there may be about to start again;
+//! - nobody has answered for it for a lease.
+//!
+//! When most of the others are silent at once it is more likely that this member is cut off: then the lease counts as
+//! well. And whoever was stopped for a while has heard nothing meanwhile, so everybody begins anew.
+//!
+//! Pure: the caller says what time it is (milliseconds), and what the probes found.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 
+use crate::claims::{Beat, Heard, Key, PAUSE};
 use crate::command::Registration;
 
-/// When a leader's own rounds are this far apart, it was stopped (milliseconds).
-const PAUSE: u64 = 3_000;
+/// Between looks at every single registration.
+const SCAN: u64 = 1_000;
 
-/// Heartbeats under one leadership.
+/// How long which silence may last, in milliseconds.
+#[derive(Clone, Copy, Debug)]
+pub struct Times {
+    /// A member without a beat for this long, whose host does not answer either, is gone.
+    pub silence: u64,
+    /// A member whose host answers, and an instance for which nobody answers, are gone after this time.
+    pub lease: u64,
+}
+
+/// A voter's memory of beats.
 #[derive(Debug)]
-pub(crate) struct Liveness {
-    ttl: u64,
-    term: u64,
-    since: u64,
+pub struct Liveness {
+    times: Times,
     round: u64,
-    last: HashMap<String, HashMap<String, u64>>,
+    scan: u64,
+    term: Option<u64>,
+    members: BTreeMap<u64, Member>,
+    owners: HashMap<Key, BTreeSet<u64>>,
+    /// Since when nobody answers for an instance.
+    orphans: HashMap<Key, u64>,
+    /// Instances of which a member said that they are silent.
+    released: HashSet<Key>,
+}
+
+#[derive(Debug, Default)]
+struct Member {
+    session: u64,
+    version: u64,
+    claims: HashSet<Key>,
+    heard: u64,
+    /// When its host answered a probe last.
+    answered: Option<u64>,
+    /// When the last probe began that had no answer.
+    unanswered: Option<u64>,
+    gone: bool,
 }
 
 impl Liveness {
-    /// With leases of `ttl` milliseconds.
-    pub(crate) fn new(ttl: u64) -> Self {
+    /// Nothing was heard yet.
+    pub fn new(times: Times) -> Self {
         Self {
-            ttl,
-            term: 0,
-            since: 0,
+            times,
             round: 0,
-            last: HashMap::new(),
+            scan: 0,
+            term: None,
+            members: BTreeMap::new(),
+            owners: HashMap::new(),
+            orphans: HashMap::new(),
+            released: HashSet::new(),
         }
     }
 
-    fn lead(&mut self, term: u64, now: u64) {
-        if term != self.term {
-            self.term = term;
-            self.begin(now);
+    /// Takes a beat.
+    pub fn beat(&mut self, now: u64, beat: Beat) -> Heard {
+        let member = self.members.entry(beat.member).or_default();
+        member.heard = member.heard.max(now);
+        member.gone = false;
+        let known = if member.session == beat.session {
+            member.version
+        } else {
+            0
+        };
+        if beat.base != 0 && beat.base != known {
+            return Heard { understood: false };
+        }
+        let (alive, silent) = if beat.base == 0 {
+            let all: HashSet<Key> = beat.alive.into_iter().collect();
+            let lost: Vec<Key> = member.claims.difference(&all).cloned().collect();
+            // Nobody has said of them that they are silent: whoever tells everything anew may have just started.
+            (all.into_iter().collect(), lost)
+        } else {
+            self.released.extend(beat.silent.iter().cloned());
+            (beat.alive, beat.silent)
+        };
+        (member.session, member.version) = (beat.session, beat.version);
+        for key in silent {
+            member.claims.remove(&key);
+            disown(&mut self.owners, &key, beat.member);
+        }
+        for key in alive {
+            self.released.remove(&key);
+            self.owners.entry(key.clone()).or_default().insert(beat.member);
+            member.claims.insert(key);
+        }
+        Heard { understood: true }
+    }
+
+    /// Members whose beats are missing: their hosts are to be probed, and the other voters to be asked.
+    pub fn suspects(&self, now: u64) -> Vec<u64> {
+        let missing = |member: &Member| now.saturating_sub(member.heard) > self.times.silence / 2;
+        self.members
+            .iter()
+            .filter(|(_, member)| missing(member))
+            .map(|(id, _)| *id)
+            .collect()
+    }
+
+    /// How long ago these members were heard.
+    pub fn ages(&self, now: u64, members: &[u64]) -> BTreeMap<u64, u64> {
+        members
+            .iter()
+            .filter_map(|id| Some((*id, now.saturating_sub(self.members.get(id)?.heard))))
+            .collect()
+    }
+
+    /// Another voter has heard `member` at this time.
+    pub fn heard_elsewhere(&mut self, member: u64, at: u64) {
+        if let Some(member) = self.members.get_mut(&member).filter(|member| member.heard < at) {
+            member.heard = at;
+            // What it said there is not known here; but that it lives is.
+            member.gone = false;
         }
     }
 
-    fn begin(&mut self, now: u64) {
-        (self.since, self.round) = (now, now);
-        self.last.clear();
-    }
-
-    /// An instance of `service` was heard of while leading in `term`.
-    pub(crate) fn heard(&mut self, term: u64, now: u64, service: &str, id: &str) {
-        self.lead(term, now);
-        match self.last.get_mut(service).and_then(|of| of.get_mut(id)) {
-            Some(last) => *last = now,
-            None => {
-                self.last
-                    .entry(service.to_owned())
-                    .or_default()
-                    .insert(id.to_owned(), now);
-            }
+    /// A probe of `member`'s host that began at this time has ended.
+    pub fn probed(&mut self, member: u64, began: u64, answered: bool) {
+        if let Some(member) = self.members.get_mut(&member) {
+            let at = if answered {
+                &mut member.answered
+            } else {
+                &mut member.unanswered
+            };
+            *at = (*at).max(Some(began));
         }
     }
 
-    /// Those of `registered` whose lease has run out; what is kept of others than `registered` is forgotten.
-    pub(crate) fn expired(
+    /// To be called several times a second by every voter: `members` are those of the cluster, `own` is this one.
+    /// For the leader (`term`), gives those of `registered` that are to be taken out.
+    pub fn round<'r, R: Iterator<Item = (&'r str, &'r str, u64)>>(
         &mut self,
-        term: u64,
         now: u64,
-        registered: impl Iterator<Item = Registration>,
+        own: u64,
+        members: &BTreeSet<u64>,
+        term: Option<u64>,
+        registered: impl FnOnce() -> R,
     ) -> Vec<Registration> {
-        self.lead(term, now);
         if now.saturating_sub(self.round) > PAUSE {
-            self.begin(now);
+            for member in self.members.values_mut() {
+                member.heard = now;
+                member.gone = false;
+            }
+            self.orphans.clear();
         }
         self.round = now;
-        let mut before = std::mem::take(&mut self.last);
-        let mut expired = Vec::new();
-        for registration in registered {
-            let last = before
-                .get_mut(&registration.service)
-                .and_then(|of| of.remove(&registration.id));
-            // Nobody is older than the leadership.
-            let heard = last.unwrap_or(self.since);
-            if now.saturating_sub(heard) > self.ttl {
-                expired.push(registration);
-            } else if let Some(last) = last {
-                self.last
-                    .entry(registration.service)
-                    .or_default()
-                    .insert(registration.id, last);
+        self.forget_all_but(members);
+        let Some(term) = term else {
+            self.term = None;
+            self.released.clear();
+            return Vec::new();
+        };
+        if self.term != Some(term) {
+            self.term = Some(term);
+            // Whoever led before knew what we do not; and what we found out when we led ourselves is old.
+            self.orphans.clear();
+            for member in self.members.values_mut() {
+                member.gone = false;
             }
         }
+        let lost = self.find_the_gone(now, own);
+        if !lost && self.released.is_empty() && now.saturating_sub(self.scan) < SCAN {
+            return Vec::new();
+        }
+        self.scan = now;
+        self.scan(now, registered())
+    }
+
+    /// Whether a member is gone that was not before.
+    fn find_the_gone(&mut self, now: u64, own: u64) -> bool {
+        let Times { silence, lease } = self.times;
+        let quiet = |member: &Member| now.saturating_sub(member.heard) > silence;
+        let others = self
+            .members
+            .iter()
+            .filter(|(id, member)| **id != own && !member.gone);
+        let (all, silent) = others.fold((0, 0), |(all, silent), (_, member)| {
+            (all + 1, silent + usize::from(quiet(member)))
+        });
+        let cut_off = silent > 1 && silent * 2 > all;
+        let mut lost = false;
+        for (id, member) in &mut self.members {
+            if *id == own || member.gone || !quiet(member) {
+                continue;
+            }
+            let no_answer = member.unanswered > Some(member.heard)
+                && member.answered.is_none_or(|at| now.saturating_sub(at) > silence);
+            if (no_answer && !cut_off) || now.saturating_sub(member.heard) > lease {
+                member.gone = true;
+                lost = true;
+            }
+        }
+        lost
+    }
+
+    fn scan<'r>(
+        &mut self,
+        now: u64,
+        registered: impl Iterator<Item = (&'r str, &'r str, u64)>,
+    ) -> Vec<Registration> {
+        let mut expired = Vec::new();
+        let mut orphans = HashMap::new();
+        let mut key = Key {
+            service: String::new(),
+            id: String::new(),
+        };
+        for (service, id, index) in registered {
+            service.clone_into(&mut key.service);
+            id.clone_into(&mut key.id);
+            let dead = match self.owners.get(&key) {
+                Some(owners) => owners
+                    .iter()
+                    .all(|owner| self.members.get(owner).is_none_or(|member| member.gone)),
+                None if self.released.contains(&key) => true,
+                None => {
+                    let since = *self.orphans.get(&key).unwrap_or(&now);
+                    orphans.insert(key.clone(), since);
+                    now.saturating_sub(since) > self.times.lease
+                }
+            };
+            if dead {
+                expired.push(Registration {
+                    service: service.to_owned(),
+                    id: id.to_owned(),
+                    index,
+                });
+            }
+        }
+        self.orphans = orphans;
+        self.released.clear();
         expired
+    }
+
+    fn forget_all_but(&mut self, members: &BTreeSet<u64>) {
+        let owners = &mut self.owners;
+        self.members.retain(|id, member| {
+            let stays = members.contains(id);
+            if !stays {
+                for key in &member.claims {
+                    disown(owners, key, *id);
+                }
+            }
+            stays
+        });
     }
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn one() -> std::iter::Once<Registration> {
-        std::iter::once(Registration {
-            service: "web".into(),
-            id: "a".into(),
-            index: 7,
-        })
-    }
-
-    #[test]
-    fn the_silent_expire_after_their_lease() {
-        let mut liveness = Liveness::new(10_000);
-        liveness.heard(1, 0, "web", "a");
-        for now in (1_000..=10_000).step_by(1_000) {
-            assert_eq!(liveness.expired(1, now, one()), []);
+fn disown(owners: &mut HashMap<Key, BTreeSet<u64>>, key: &Key, member: u64) {
+    if let Some(of) = owners.get_mut(key) {
+        of.remove(&member);
+        if of.is_empty() {
+            owners.remove(key);
         }
-        assert_eq!(liveness.expired(1, 11_000, one()).len(), 1);
-    }
-
-    #[test]
-    fn heartbeats_keep_alive() {
-        let mut liveness = Liveness::new(10_000);
-        for now in (0..100_000).step_by(1_000) {
-            if now % 9_000 == 0 {
-                liveness.heard(1, now, "web", "a");
-            }
-            assert_eq!(liveness.expired(1, now, one()), []);
-        }
-    }
-
-    #[test]
-    fn a_new_leader_waits_a_full_lease() {
-        let mut liveness = Liveness::new(10_000);
-        liveness.heard(1, 0, "web", "a");
-        assert_eq!(liveness.expired(2, 50_000, one()), []);
-        for now in (51_000..=60_000).step_by(1_000) {
-            assert_eq!(liveness.expired(2, now, one()), [], "{now}");
-        }
-        assert_eq!(liveness.expired(2, 61_000, one()).len(), 1);
-    }
-
-    #[test]
-    fn a_leader_that_was_stopped_expires_nobody_for_a_lease() {
-        let mut liveness = Liveness::new(10_000);
-        liveness.heard(1, 0, "web", "a");
-        assert_eq!(liveness.expired(1, 1_000, one()), []);
-        assert_eq!(liveness.expired(1, 60_000, one()), [], "stopped for 59 s");
-        assert_eq!(liveness.expired(1, 61_000, one()), []);
     }
 }

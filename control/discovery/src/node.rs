@@ -16,8 +16,9 @@ use openraft::raft::ReadPolicy;
 use openraft::{ServerState, async_runtime::WatchReceiver as _};
 use serde::{Deserialize, Serialize};
 
-use crate::command::{Command, Outcome, Registration};
-use crate::liveness::Liveness;
+use crate::claims::{Beat, Claims, Heard, Told};
+use crate::command::{Command, Outcome};
+use crate::liveness::{Liveness, Times};
 use crate::raft::log::LogStore;
 use crate::raft::machine::Machine;
 use crate::raft::network::Dialer;
@@ -43,8 +44,11 @@ pub struct Node {
     id: u64,
     dialer: Dialer,
     log: LogStore,
+    claims: Arc<Mutex<Claims>>,
     liveness: Arc<Mutex<Liveness>>,
     began: Instant,
+    /// Told from those of other starts.
+    session: u64,
     // Held until the last clone is gone: one process alone may use the directory.
     _lock: Arc<std::fs::File>,
 }
@@ -67,15 +71,6 @@ pub enum Forwarded<T> {
     NotLeader,
 }
 
-/// A heartbeat on its way to the leader.
-#[derive(Debug, Serialize, Deserialize)]
-pub struct Heartbeat {
-    /// The service.
-    pub service: String,
-    /// The instance.
-    pub id: String,
-}
-
 impl Node {
     /// Opens the store in `dir` and starts the member, which may not belong to a cluster yet.
     pub async fn start(dir: &Path, dialer: Dialer, timing: Timing) -> anyhow::Result<Self> {
@@ -95,8 +90,13 @@ impl Node {
             id,
             dialer,
             log,
-            liveness: Arc::new(Mutex::new(Liveness::new(millis(timing.lease)))),
+            claims: Arc::new(Mutex::new(Claims::new(millis(timing.lease)))),
+            liveness: Arc::new(Mutex::new(Liveness::new(Times {
+                silence: millis(timing.silence),
+                lease: millis(timing.lease),
+            }))),
             began: Instant::now(),
+            session: rand::random_range(1..1_u64 << 48),
             _lock: Arc::new(lock),
         })
     }
@@ -202,23 +202,16 @@ impl Node {
 
     /// Writes if this member leads.
     pub async fn write_here(&self, command: &Command) -> Result<Forwarded<Outcome>, Error> {
-        let Some(term) = self.leads() else {
+        if self.leads().is_none() {
             return Ok(Forwarded::NotLeader);
-        };
+        }
         if self.log.disk_is_full() {
             let message =
                 "the disk of the leading discoverd is full: make room on the volume of its job, then repeat";
             return Err(Error::new(ErrorCode::LimitExceeded, message));
         }
         match self.raft.client_write(command.clone()).await {
-            Ok(response) => {
-                if let (Command::PutInstance { service, instance }, Outcome::Done { .. }) =
-                    (command, &response.data)
-                {
-                    self.heard(term, service, &instance.id);
-                }
-                Ok(Forwarded::Taken(response.data))
-            }
+            Ok(response) => Ok(Forwarded::Taken(response.data)),
             Err(RaftError::APIError(ClientWriteError::ForwardToLeader(_))) => Ok(Forwarded::NotLeader),
             Err(RaftError::APIError(error)) => Err(Error::new(ErrorCode::Timeout, error.to_string())),
             Err(RaftError::Fatal(error)) => {
@@ -264,8 +257,10 @@ impl Node {
         }
     }
 
-    /// Registers an instance, or keeps it alive if it is there just so.
+    /// Registers an instance, or keeps it alive if it is there just so. This member answers for it from then on, for a
+    /// lease.
     pub async fn register(&self, service: &str, instance: Instance) -> Result<(), Error> {
+        let id = instance.id.clone();
         let same = self.view.read(|state| {
             let known = state
                 .service(service)
@@ -277,80 +272,91 @@ impl Node {
                 } == *known
             })
         });
-        if same && self.heartbeat(service, &instance.id).await? {
-            return Ok(());
+        if !same {
+            let command = Command::PutInstance {
+                service: service.to_owned(),
+                instance,
+            };
+            self.write(command).await?;
         }
-        let command = Command::PutInstance {
-            service: service.to_owned(),
-            instance,
-        };
-        self.write(command).await.map(drop)
+        self.claims().heard(self.now(), service, &id);
+        Ok(())
     }
 
-    /// Tells the leader that an instance lives; false when the leader does not know it.
-    async fn heartbeat(&self, service: &str, id: &str) -> Result<bool, Error> {
-        if let Forwarded::Taken(known) = self.heartbeat_here(service, id) {
-            return Ok(known);
-        }
-        let Some((leader, member)) = self.leader() else {
-            return Err(Error::unavailable("discoverd has no leader at present"));
-        };
-        let heartbeat = Heartbeat {
-            service: service.to_owned(),
-            id: id.to_owned(),
-        };
-        match self.call(leader, &member, "heartbeat", &heartbeat).await? {
-            Forwarded::Taken(known) => Ok(known),
-            Forwarded::NotLeader => Err(Error::unavailable("discoverd is electing a leader")),
-        }
+    /// Deregisters an instance.
+    pub async fn deregister(&self, service: String, id: String) -> Result<(), Error> {
+        self.claims().gone(&service, &id);
+        self.write(Command::DeleteInstance { service, id })
+            .await
+            .map(drop)
     }
 
-    /// Takes a heartbeat if this member leads.
-    pub fn heartbeat_here(&self, service: &str, id: &str) -> Forwarded<bool> {
-        let Some(term) = self.leads() else {
-            return Forwarded::NotLeader;
-        };
-        let known = self.view.read(|state| {
-            state
-                .service(service)
-                .is_some_and(|of| of.instances.contains_key(id))
-        });
-        if known {
-            self.heard(term, service, id);
-        }
-        Forwarded::Taken(known)
+    /// The next beat to a voter that was told `told`, and what it will have been told by it.
+    pub fn next_beat(&self, told: &Told) -> (Beat, Option<Told>) {
+        told.next(self.id, self.session, &self.claims())
     }
 
-    fn heard(&self, term: u64, service: &str, id: &str) {
-        let now = millis(self.began.elapsed());
-        self.liveness
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .heard(term, now, service, id);
+    /// Takes a member's beat.
+    pub fn beat(&self, beat: Beat) -> Heard {
+        self.liveness().beat(self.now(), beat)
     }
 
-    /// If this member leads, takes out the instances whose heartbeats stopped. To be called each second.
+    /// Since when members were heard of, in milliseconds.
+    pub fn ages(&self, members: &[u64]) -> std::collections::BTreeMap<u64, u64> {
+        self.liveness().ages(self.now(), members)
+    }
+
+    /// If this member leads, takes out the instances that live no more. To be called several times a second.
     pub async fn expire(&self) -> Result<(), Error> {
-        let Some(term) = self.leads() else { return Ok(()) };
-        let registered: Vec<Registration> = self.view.read(|state| state.registrations().collect());
-        let expired = self
-            .liveness
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .expired(term, millis(self.began.elapsed()), registered.into_iter());
+        let now = self.now();
+        self.claims().round(now);
+        let term = self.leads();
+        let members = self.peers().into_iter().map(|peer| peer.id).collect();
+        let expired = self.view.read(|state| {
+            self.liveness()
+                .round(now, self.id, &members, term, || state.registrations())
+        });
         if expired.is_empty() {
             return Ok(());
         }
         for gone in &expired {
-            tracing::info!(
-                service = gone.service,
-                instance = gone.id,
-                "its heartbeats have stopped"
-            );
+            tracing::info!(service = gone.service, instance = gone.id, "it lives no more");
         }
         self.write_here(&Command::Expire { instances: expired })
             .await
             .map(drop)
+    }
+
+    /// If this member leads, the members whose beats are missing.
+    pub fn suspects(&self) -> Vec<u64> {
+        if self.leads().is_none() {
+            return Vec::new();
+        }
+        self.liveness().suspects(self.now())
+    }
+
+    /// What was found out about suspects: whether the host of `member` answered a probe that began at `began`, and how
+    /// long ago (in milliseconds) others have heard it.
+    pub fn looked_into(&self, member: u64, began: u64, answered: bool, elsewhere: Option<u64>) {
+        let now = self.now();
+        let mut liveness = self.liveness();
+        if let Some(age) = elsewhere {
+            liveness.heard_elsewhere(member, now.saturating_sub(age));
+        }
+        liveness.probed(member, began, answered);
+    }
+
+    /// Milliseconds since this member's start.
+    pub fn now(&self) -> u64 {
+        millis(self.began.elapsed())
+    }
+
+    fn claims(&self) -> std::sync::MutexGuard<'_, Claims> {
+        self.claims.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn liveness(&self) -> std::sync::MutexGuard<'_, Liveness> {
+        self.liveness.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// If this member leads, gives numbers to services that have none. To be called each second.

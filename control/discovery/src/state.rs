@@ -127,14 +127,12 @@ impl State {
         })
     }
 
-    /// All registrations.
-    pub fn registrations(&self) -> impl Iterator<Item = Registration> {
+    /// All registrations: service, instance and index.
+    pub fn registrations(&self) -> impl Iterator<Item = (&str, &str, u64)> {
         self.services.iter().flat_map(|(service, of)| {
-            of.instances.values().map(|instance| Registration {
-                service: service.clone(),
-                id: instance.id.clone(),
-                index: instance.index,
-            })
+            of.instances
+                .values()
+                .map(|instance| (service.as_str(), instance.id.as_str(), instance.index))
         })
     }
 

@@ -205,7 +205,14 @@ fn random(rng: &mut StdRng, state: &State, now: &mut u64) -> Command {
         10..45 => Command::PutInstance { service, instance },
         45..55 => Command::DeleteInstance { service, id },
         55..65 => {
-            let all: Vec<Registration> = state.registrations().collect();
+            let all: Vec<Registration> = state
+                .registrations()
+                .map(|(service, id, index)| Registration {
+                    service: service.to_owned(),
+                    id: id.to_owned(),
+                    index,
+                })
+                .collect();
             let mut instances: Vec<_> = all.choose_multiple(rng, 2).cloned().collect();
             if rng.random_bool(0.3) {
                 // Of a registration that is over.

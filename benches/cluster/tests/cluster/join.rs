@@ -83,7 +83,7 @@ pub(crate) fn flynn_host(platform: &Platform, host: u8, args: &[&str]) -> Result
 }
 
 /// Asks discoverd as the containers of a host see it.
-fn discoverd<T: DeserializeOwned>(platform: &Platform, host: u8, path: &str) -> Result<T> {
+pub(crate) fn discoverd<T: DeserializeOwned>(platform: &Platform, host: u8, path: &str) -> Result<T> {
     let url = format!("http://100.100.{host}.1:{}{path}", flynn_api::discovery::PORT);
     let output = platform
         .lab()

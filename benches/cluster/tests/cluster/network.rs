@@ -1,9 +1,10 @@
 //! The cluster's network across hosts: everybody reaches everybody, nobody in another's name, whatever is killed.
 
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
+use flynn_api::discovery::Instance;
 use flynn_api::host::{Flow, HostStatus, NetworkHost, NetworkStatus};
 use flynn_cluster_tests::{DOMAIN, FLYNN_HOST, PROGRAM, Platform, traffic, until};
 
@@ -11,7 +12,7 @@ use crate::containers::{
     Container, Streams, all_exchange, answering, app_of, ask, containers_on, example, jobs, spread,
 };
 use crate::fixture::{APP, Cluster, MEMBERS, STRANGER};
-use crate::join::flynn_host;
+use crate::join::{discoverd, flynn_host};
 
 const LIMIT: Duration = Duration::from_mins(2);
 
@@ -301,7 +302,19 @@ pub(crate) fn lost_and_found(cluster: &mut Cluster) -> Result<()> {
         Ok(ask::<HostStatus>(platform, host, "/host/status")?.subnet)
     };
     let before = subnet(lost)?;
+    let begun = Instant::now();
     platform.lab().host(lost).power_cut()?;
+    let path = format!("/services/{APP}-web/instances");
+    until(LIMIT, "discovery misses the host's containers", || {
+        let there: Vec<Instance> = discoverd(platform, MEMBERS[0], &path)?;
+        let is_lost = |instance: &Instance| {
+            let lost = containers.iter().filter(|container| container.host == lost);
+            lost.map(|container| container.address)
+                .any(|address| instance.addr.starts_with(&format!("{address}:")))
+        };
+        Ok((!there.iter().any(is_lost)).then_some(()))
+    })?;
+    eprintln!("      {} ms after its power was cut", begun.elapsed().as_millis());
     let rest: Vec<u8> = MEMBERS.into_iter().filter(|host| *host != lost).collect();
     let left = spread(platform, APP, containers.len(), &rest)?;
     {

@@ -191,9 +191,7 @@ pub(super) async fn deregister(
     let addrs: Vec<_> = present.iter().filter_map(address).collect();
     door.check(&peer, &Action::Register(&service, &addrs))?;
     present?;
-    node.write(Command::DeleteInstance { service, id })
-        .await
-        .map(drop)
+    node.deregister(service, id).await
 }
 
 pub(super) async fn leader(

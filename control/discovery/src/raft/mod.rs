@@ -65,6 +65,10 @@ pub struct Timing {
     pub snapshot_after: u64,
     /// An instance without a heartbeat for this long is gone.
     pub lease: Duration,
+    /// Between the beats by which a member says that it lives, and who with it.
+    pub beat: Duration,
+    /// A member without a beat for this long is gone, if its host does not answer either.
+    pub silence: Duration,
 }
 
 impl Default for Timing {
@@ -74,6 +78,8 @@ impl Default for Timing {
             election: Duration::from_millis(400),
             snapshot_after: 2000,
             lease: Duration::from_secs(TTL_SECS),
+            beat: Duration::from_millis(300),
+            silence: Duration::from_millis(1400),
         }
     }
 }

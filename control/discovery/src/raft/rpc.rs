@@ -11,10 +11,11 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use super::{Snapshot, SnapshotMeta, TypeConfig, Vote, snapshot};
+use crate::claims::Beat;
 use crate::command::Command;
 use crate::http::auth::{Action, Door};
 use crate::members::{self, MemberChange};
-use crate::node::{Heartbeat, Node};
+use crate::node::Node;
 
 /// The longest call between members: a snapshot.
 const MAX_CALL: usize = 1 << 30;
@@ -88,9 +89,13 @@ async fn call(
             let change: MemberChange = parse(&body)?;
             Ok(Json(members::change_here(&node, &change).await?).into_response())
         }
-        "heartbeat" => {
-            let heartbeat: Heartbeat = parse(&body)?;
-            Ok(Json(node.heartbeat_here(&heartbeat.service, &heartbeat.id)).into_response())
+        "beat" => {
+            let beat: Beat = parse(&body)?;
+            Ok(Json(node.beat(beat)).into_response())
+        }
+        "ages" => {
+            let members: Vec<u64> = parse(&body)?;
+            Ok(Json(node.ages(&members)).into_response())
         }
         _ => Err(Error::not_found("call", call)),
     }

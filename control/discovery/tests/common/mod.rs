@@ -46,6 +46,8 @@ pub fn timing() -> Timing {
         election: Duration::from_millis(250),
         snapshot_after: 100,
         lease: Duration::from_mins(1),
+        beat: Duration::from_millis(100),
+        silence: Duration::from_millis(1400),
     }
 }
 
