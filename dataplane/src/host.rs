@@ -11,6 +11,11 @@ pub struct Host {
     pub address: Ipv4Addr,
     /// IPv4 packets go to it as they are, without a tunnel.
     pub direct: bool,
+    /// Tunnelled packets go to it encrypted: the way there is by the device that does that. Without a way, what is sent
+    /// is dropped for [`DropReason::NotEncrypted`](crate::DropReason::NotEncrypted).
+    pub encrypted: bool,
+    /// Tunnelled packets that come from it have to be encrypted.
+    pub only_encrypted: bool,
     /// The way there, if there is one.
     pub way: Option<Way>,
 }
@@ -27,12 +32,14 @@ pub struct Way {
 }
 
 impl Host {
-    /// By the map's entry.
-    pub(crate) fn of(subnet: Ipv4Addr, entry: &flynn_abi::Host) -> Self {
+    /// By the entries of both maps.
+    pub(crate) fn of(subnet: Ipv4Addr, entry: &flynn_abi::Host, peer: Option<&flynn_abi::Peer>) -> Self {
         Self {
             subnet,
             address: entry.address.into(),
             direct: entry.flags & flynn_abi::Host::DIRECT != 0,
+            encrypted: entry.flags & flynn_abi::Host::ENCRYPTED != 0,
+            only_encrypted: peer.is_some_and(|peer| peer.flags & flynn_abi::Peer::ENCRYPTED != 0),
             way: (entry.ifindex != 0).then(|| Way {
                 ifindex: entry.ifindex,
                 next_hop: entry.next_hop.into(),
@@ -52,7 +59,13 @@ impl Host {
             source: way.source.into(),
             next_hop: way.next_hop.into(),
             ifindex: way.ifindex,
-            flags: if self.direct { flynn_abi::Host::DIRECT } else { 0 },
+            flags: if self.encrypted {
+                flynn_abi::Host::ENCRYPTED
+            } else if self.direct {
+                flynn_abi::Host::DIRECT
+            } else {
+                0
+            },
             reserved: 0,
         }
     }
@@ -60,7 +73,11 @@ impl Host {
     pub(crate) fn peer(&self) -> flynn_abi::Peer {
         flynn_abi::Peer {
             subnet: self.subnet.into(),
-            reserved: 0,
+            flags: if self.only_encrypted {
+                flynn_abi::Peer::ENCRYPTED
+            } else {
+                0
+            },
         }
     }
 }

@@ -59,6 +59,9 @@ use links::Links;
 use maps::Maps;
 use pins::Pins;
 
+/// The device that encrypts and decrypts what goes between hosts, where there is one.
+pub const ENCRYPTED_DEVICE: &str = "flynn-wg";
+
 /// A hand on this host's packet path.
 pub struct Dataplane {
     links: Links,

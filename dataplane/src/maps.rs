@@ -140,7 +140,7 @@ impl Maps {
     pub(crate) fn hosts(&self) -> Vec<Host> {
         let hosts = self.hosts4.iter();
         hosts
-            .map(|(subnet, entry)| Host::of((*subnet).into(), entry))
+            .map(|(subnet, entry)| Host::of((*subnet).into(), entry, self.peers.get(&entry.address)))
             .collect()
     }
 

@@ -13,8 +13,13 @@ pub enum Program {
     FromTunnel,
     /// What comes from outside: for interfaces to other hosts.
     FromUplink,
+    /// What other hosts send encrypted: for the device that decrypts.
+    FromEncrypted,
     /// What comes from outside for a VIP of the load balancer: for the uplink, before [`Program::FromUplink`].
     LbUplink,
+    /// What other hosts send encrypted for backends and clients of the load balancer: for the device that decrypts,
+    /// before [`Program::FromEncrypted`].
+    LbEncrypted,
     /// What backends of the load balancer answer: for the host's ends of their veths, after [`Program::FromContainer`].
     LbAnswer,
 }
@@ -34,10 +39,11 @@ impl Program {
         Self::ToOverlay,
         Self::FromTunnel,
         Self::FromUplink,
+        Self::FromEncrypted,
     ];
 
     /// Those of the load balancer's object.
-    pub(crate) const LB: &[Self] = &[Self::LbUplink, Self::LbAnswer];
+    pub(crate) const LB: &[Self] = &[Self::LbUplink, Self::LbEncrypted, Self::LbAnswer];
 
     /// Its name in the object and in pins.
     pub const fn name(self) -> &'static str {
@@ -46,7 +52,9 @@ impl Program {
             Self::ToOverlay => "to_overlay",
             Self::FromTunnel => "from_tunnel",
             Self::FromUplink => "from_uplink",
+            Self::FromEncrypted => "from_encrypted",
             Self::LbUplink => "lb_uplink",
+            Self::LbEncrypted => "lb_encrypted",
             Self::LbAnswer => "lb_answer",
         }
     }
@@ -62,10 +70,8 @@ impl Program {
     /// On which packets of the interface it runs.
     pub(crate) const fn side(self) -> TcAttachType {
         match self {
-            Self::FromContainer | Self::FromTunnel | Self::FromUplink | Self::LbUplink | Self::LbAnswer => {
-                TcAttachType::Ingress
-            }
             Self::ToOverlay => TcAttachType::Egress,
+            _ => TcAttachType::Ingress,
         }
     }
 }
@@ -73,7 +79,7 @@ impl Program {
 impl Program {
     pub(crate) const fn place(self) -> Place {
         match self {
-            Self::LbUplink => Place::First,
+            Self::LbUplink | Self::LbEncrypted => Place::First,
             Self::LbAnswer => Place::Last,
             _ => Place::Middle,
         }

@@ -203,6 +203,8 @@ fn host(ifindex: u32, direct: bool) -> Host {
         subnet: Ipv4Addr::new(100, 100, 2, 0),
         address: OTHER,
         direct,
+        encrypted: false,
+        only_encrypted: false,
         way: Some(Way {
             ifindex,
             next_hop: OTHER,

@@ -322,6 +322,8 @@ impl Node {
                 subnet: Ipv4Addr::new(100, 100, other, 0),
                 address: address(other),
                 direct,
+                encrypted: false,
+                only_encrypted: false,
                 way: Some(way),
             };
             dataplane.set_hosts(&[host]).unwrap();

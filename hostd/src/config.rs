@@ -8,6 +8,7 @@ use flynn_api::Meta;
 use flynn_api::host::NetworkConfig;
 use serde::{Deserialize, Serialize};
 
+use crate::encryption::Mode;
 use crate::files;
 
 /// The file's name in the state directory.
@@ -28,6 +29,9 @@ pub struct HostConfig {
     /// The host's part of the cluster's network, once it has one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub network: Option<NetworkConfig>,
+    /// Whether what goes to other hosts is encrypted, where the operator has said so.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub encryption: Option<Mode>,
     /// What other commands of other versions keep here stays.
     #[serde(flatten)]
     pub other: serde_json::Map<String, serde_json::Value>,
@@ -42,6 +46,8 @@ pub struct Overrides {
     pub address: Option<Ipv4Addr>,
     /// Tags.
     pub tags: Option<Meta>,
+    /// Whether what goes to other hosts is encrypted.
+    pub encryption: Option<Mode>,
 }
 
 impl HostConfig {
@@ -58,6 +64,7 @@ impl HostConfig {
                 address: overrides.address.map_or_else(default_address, Ok)?,
                 tags: Meta::new(),
                 network: None,
+                encryption: None,
                 other: serde_json::Map::new(),
             },
         };
@@ -78,6 +85,7 @@ impl HostConfig {
         if let Some(tags) = &overrides.tags {
             config.tags.clone_from(tags);
         }
+        config.encryption = overrides.encryption.or(config.encryption);
         if stored.as_ref() != Some(&config) {
             config.save(state)?;
         }
@@ -170,6 +178,7 @@ mod tests {
             id: Some("one".into()),
             address: Some(Ipv4Addr::new(192, 0, 2, 7)),
             tags: None,
+            encryption: None,
         };
         HostConfig::load(dir.path(), &overrides).unwrap();
         let text = std::fs::read_to_string(dir.path().join(FILE))

@@ -25,6 +25,7 @@ pub mod config;
 pub mod container;
 pub mod control;
 pub mod daemon;
+pub mod encryption;
 pub mod files;
 pub mod floating;
 pub mod identities;

@@ -10,6 +10,7 @@ use flynn_api::Meta;
 use flynn_hostd::bootstrap::{self, join, remove};
 use flynn_hostd::commands::{self, Operator};
 use flynn_hostd::config::{HostConfig, Overrides};
+use flynn_hostd::encryption::Mode;
 use flynn_hostd::{daemon, floating, supervisor};
 
 #[derive(Parser)]
@@ -69,6 +70,11 @@ struct HostArgs {
     /// Tags for placement
     #[arg(long, value_name = "NAME=VALUE,..", value_delimiter = ',', value_parser = tag)]
     tags: Option<Vec<(String, String)>>,
+    /// Whether what containers and hosts send to other hosts' containers is encrypted by WireGuard: on with every host
+    /// that does the same (unless the cluster was bootstrapped with --direct, nothing said means this), off, or
+    /// required, so that no other host is spoken to
+    #[arg(long, value_name = "WHETHER")]
+    encryption: Option<Mode>,
 }
 
 impl HostArgs {
@@ -78,6 +84,7 @@ impl HostArgs {
             id: self.id.clone(),
             address: self.address,
             tags,
+            encryption: self.encryption,
         }
     }
 }

@@ -77,6 +77,11 @@ impl Paths {
         self.state.join("volumes")
     }
 
+    /// This host's private key for WireGuard.
+    pub fn wireguard_key(&self) -> PathBuf {
+        self.state.join("wireguard.key")
+    }
+
     /// The cluster network's documents, as they were seen last.
     pub fn network(&self) -> PathBuf {
         self.state.join("network")

@@ -10,6 +10,7 @@ use ipnet::{Ipv4Net, Ipv6Net};
 use crate::{
     address, allocator,
     error::{Error, Result},
+    wireguard::Encryption,
 };
 
 /// The most addresses that a host can have: as many as the data plane counts for.
@@ -33,6 +34,8 @@ pub struct NetworkConfig {
     pub uplink: Option<String>,
     /// The address by which other hosts know this one. Where it is `None`, the one that routes to them prefer.
     pub address: Option<Ipv4Addr>,
+    /// How what goes to other hosts is encrypted, if it shall be.
+    pub encryption: Option<Encryption>,
 }
 
 impl NetworkConfig {
@@ -104,6 +107,7 @@ mod tests {
             pins: PathBuf::new(),
             uplink: None,
             address: None,
+            encryption: None,
         }
     }
 

@@ -2,7 +2,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    net::{IpAddr, Ipv4Addr},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
 };
 
 use flynn_dataplane::{Program, Way};
@@ -14,6 +14,7 @@ use crate::{
     error::{Error, Result},
     netlink::{self, Netlink},
     network::{DEVICE, Network},
+    wireguard::Peer,
 };
 
 /// Another host of the cluster.
@@ -24,8 +25,10 @@ pub struct Host {
     /// The part of the cluster's network that is its.
     pub subnet: Ipv4Net,
     /// IPv4 packets go to it, and come from it, as they are: for hosts on the same link, on which nobody else can send.
-    /// Both hosts must have it so.
+    /// Both hosts must have it so. It gives way to encryption.
     pub direct: bool,
+    /// How WireGuard knows it, if it has a key.
+    pub wireguard: Option<Peer>,
 }
 
 /// A container on another host.
@@ -42,6 +45,10 @@ pub struct RemoteEndpoint {
 pub struct Reached {
     /// IPv4 packets go to it as they are.
     pub direct: bool,
+    /// What is sent to it is encrypted.
+    pub encrypted: bool,
+    /// What comes from it is only taken encrypted.
+    pub only_encrypted: bool,
     /// The way there.
     pub way: Way,
 }
@@ -57,6 +64,8 @@ impl Network {
             let link = links.iter().find(|link| link.index == way.ifindex)?;
             let reached = Reached {
                 direct: host.direct,
+                encrypted: host.encrypted,
+                only_encrypted: host.only_encrypted,
                 way,
             };
             Some((host.subnet, (reached, link.name.clone())))
@@ -171,13 +180,18 @@ impl Network {
     async fn find_ways(&self, hosts: &[Host]) -> Result<()> {
         let mut ways = Vec::with_capacity(hosts.len());
         let mut uplinks = BTreeSet::from_iter(self.uplink);
+        let handshakes = self.introduce(hosts)?;
+        let before = self.protections();
         for host in hosts {
-            let way = self.find_way(host).await?;
-            uplinks.extend(way.map(|way| way.ifindex));
+            let plain = self.find_way(host).await?;
+            uplinks.extend(plain.map(|way| way.ifindex));
+            let (protection, way) = self.protect(host, plain, &handshakes, &before);
             ways.push(flynn_dataplane::Host {
                 subnet: host.subnet.network(),
                 address: host.address,
-                direct: host.direct && way.is_some_and(|way| way.next_hop == host.address),
+                direct: host.direct && plain.is_some_and(|way| way.next_hop == host.address),
+                encrypted: protection.sent && plain.is_some(),
+                only_encrypted: protection.received,
                 way,
             });
         }
@@ -201,6 +215,19 @@ impl Network {
             IpAddr::V4(address) => address.to_ipv6_mapped(),
             IpAddr::V6(address) => address,
         });
+        self.program_hosts(&ways, &uplinks, &addresses.collect())?;
+        if self.config.encryption.is_none() {
+            self.stop_encrypting().await?;
+        }
+        Ok(())
+    }
+
+    fn program_hosts(
+        &self,
+        ways: &[flynn_dataplane::Host],
+        uplinks: &BTreeSet<&str>,
+        addresses: &BTreeSet<Ipv6Addr>,
+    ) -> Result<()> {
         let mut dataplane = self.dataplane();
         let attached = dataplane.attached()?;
         let attached: BTreeSet<&str> = attached
@@ -212,9 +239,9 @@ impl Network {
             info!(uplink, "packets of other hosts are taken in here");
             dataplane.attach(Program::FromUplink, uplink)?;
         }
-        dataplane.set_host_addresses(&addresses.collect())?;
-        dataplane.set_hosts(&ways)?;
-        for old in attached.difference(&uplinks) {
+        dataplane.set_host_addresses(addresses)?;
+        dataplane.set_hosts(ways)?;
+        for old in attached.difference(uplinks) {
             dataplane.detach(Program::FromUplink, old)?;
         }
         Ok(())

@@ -16,6 +16,8 @@
 //! taken out by the one at the receiver's uplink; only what those cannot do by hand goes through the device. The network
 //! identifier in the tunnel is the sender's identity, by which the receiver holds the policy.
 //!
+//! What goes to other hosts is encrypted where they and the kernel can (`wireguard`).
+//!
 //! Invariants:
 //! - All state is in the kernel. A [`Network`] is a hand on it: dropping one, or the death of the process, changes
 //!   nothing for a container; [`Network::up`] and [`Network::reconcile`] find everything again.
@@ -33,6 +35,7 @@ mod masquerade;
 mod netlink;
 mod network;
 mod sysctl;
+mod wireguard;
 
 pub use address::{host_interface, mac};
 pub use allocator::Allocator;
@@ -45,3 +48,4 @@ pub use flynn_dataplane::{
 pub use hosts::{Host, Reached, RemoteEndpoint};
 pub use masquerade::check_tool;
 pub use network::{Endpoint, Network, Reconciled};
+pub use wireguard::{Encryption, Key, PORT as WIREGUARD_PORT, Peer, PrivateKey, Wireguard};

@@ -4,11 +4,13 @@ use std::{
     io,
     net::{IpAddr, Ipv4Addr},
     os::fd::{AsFd, AsRawFd, BorrowedFd},
+    sync::Arc,
 };
 
 use futures::{Stream, StreamExt, TryStreamExt};
 use rtnetlink::{
-    Handle, LinkMessageBuilder, LinkUnspec, LinkVeth, LinkVxlan, MulticastGroup, RouteMessageBuilder,
+    Handle, LinkMessageBuilder, LinkUnspec, LinkVeth, LinkVxlan, LinkWireguard, MulticastGroup,
+    RouteMessageBuilder,
     packet_route::{
         address::{AddressAttribute, AddressHeaderFlags},
         link::{
@@ -18,12 +20,17 @@ use rtnetlink::{
     },
 };
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
-use tokio::{runtime, sync::oneshot};
+use tokio::{
+    runtime,
+    sync::{Mutex, oneshot},
+};
 
 /// A socket to the kernel, in one network namespace.
 #[derive(Clone, Debug)]
 pub(crate) struct Netlink {
     handle: Handle,
+    /// The kernel lists one thing at a time to a socket, and refuses a second question meanwhile.
+    listing: Arc<Mutex<()>>,
 }
 
 /// What we want to know of an interface.
@@ -81,7 +88,10 @@ impl Netlink {
     pub(crate) fn open() -> io::Result<Self> {
         let (connection, handle, _) = rtnetlink::new_connection()?;
         tokio::spawn(connection);
-        Ok(Self { handle })
+        Ok(Self {
+            handle,
+            listing: Arc::default(),
+        })
     }
 
     /// A socket in another namespace. A socket stays where it was made, so only making it is done there: by a thread of
@@ -123,6 +133,7 @@ impl Netlink {
 
     /// All interfaces.
     pub(crate) async fn links(&self) -> io::Result<Vec<Link>> {
+        let _listing = self.listing.lock().await;
         self.handle
             .link()
             .get()
@@ -135,22 +146,26 @@ impl Netlink {
 
     /// The interface of the default route.
     pub(crate) async fn default_link(&self) -> io::Result<Option<Link>> {
+        let listing = self.listing.lock().await;
         let mut routes = self
             .handle
             .route()
             .get(RouteMessageBuilder::<Ipv4Addr>::new().build())
             .execute();
+        let mut found = None;
         while let Some(route) = routes.try_next().await.map_err(to_io)? {
             let is_default = route.header.destination_prefix_length == 0 && route.header.table == 254;
             let by = route.attributes.iter().find_map(|attribute| match attribute {
                 RouteAttribute::Oif(index) => Some(*index),
                 _ => None,
             });
-            if let (true, Some(index)) = (is_default, by) {
-                return Ok(self.links().await?.into_iter().find(|link| link.index == index));
+            if is_default && found.is_none() {
+                found = by;
             }
         }
-        Ok(None)
+        drop(listing);
+        let links = self.links().await?;
+        Ok(links.into_iter().find(|link| Some(link.index) == found))
     }
 
     /// Makes a VXLAN device which leaves it to eBPF programs where packets go to, and tells them where they came from.
@@ -161,6 +176,12 @@ impl Netlink {
             .port(port)
             .address(mac.into())
             .build();
+        self.handle.link().add(device).execute().await.map_err(to_io)
+    }
+
+    /// Makes a WireGuard device.
+    pub(crate) async fn add_wireguard(&self, name: &str) -> io::Result<()> {
+        let device = LinkWireguard::new(name).build();
         self.handle.link().add(device).execute().await.map_err(to_io)
     }
 
@@ -213,6 +234,12 @@ impl Netlink {
         self.set(LinkUnspec::new_with_index(link).up().build()).await
     }
 
+    /// Sets the largest packet of an interface and takes it up.
+    pub(crate) async fn up_with_mtu(&self, link: u32, mtu: u32) -> io::Result<()> {
+        self.set(LinkUnspec::new_with_index(link).mtu(mtu).up().build())
+            .await
+    }
+
     /// Sets the Ethernet address and the largest packet of an interface on which nobody asks for neighbours, and takes it up.
     pub(crate) async fn up_without_arp(&self, link: u32, mac: [u8; 6], mtu: u32) -> io::Result<()> {
         self.set(
@@ -242,6 +269,7 @@ impl Netlink {
 
     /// The IPv4 addresses of an interface.
     pub(crate) async fn addresses(&self, link: u32) -> io::Result<Vec<Ipv4Addr>> {
+        let _listing = self.listing.lock().await;
         let addresses = self.handle.address().get().set_link_index_filter(link).execute();
         let addresses: Vec<_> = addresses.try_collect().await.map_err(to_io)?;
         let of = |attribute| match attribute {
@@ -257,6 +285,7 @@ impl Netlink {
 
     /// All addresses that this host has.
     pub(crate) async fn all_addresses(&self) -> io::Result<Vec<IpAddr>> {
+        let _listing = self.listing.lock().await;
         let addresses = self.handle.address().get().execute();
         let addresses: Vec<_> = addresses.try_collect().await.map_err(to_io)?;
         let of = |attribute| match attribute {

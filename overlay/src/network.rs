@@ -17,6 +17,7 @@ use crate::{
     masquerade,
     netlink::{Link, Netlink, Route},
     sysctl,
+    wireguard::{self, Handshakes},
 };
 
 /// The device that carries the gateway address and the cluster's routes.
@@ -63,6 +64,10 @@ pub struct Network {
     pub(crate) uplink: Option<u32>,
     /// The other hosts, as they were last given. Until then, the maps have what an earlier process was given.
     pub(crate) hosts: tokio::sync::Mutex<Option<Vec<Host>>>,
+    pub(crate) wireguard: wireguard::State,
+    pub(crate) handshakes: Mutex<Handshakes>,
+    /// Some host is yet to answer.
+    pub(crate) unsettled: tokio::sync::Notify,
     dataplane: Mutex<Dataplane>,
 }
 
@@ -82,6 +87,9 @@ impl Network {
             netlink,
             uplink: None,
             hosts: tokio::sync::Mutex::default(),
+            wireguard: wireguard::State::Off,
+            handshakes: Mutex::default(),
+            unsettled: tokio::sync::Notify::new(),
             dataplane: Mutex::new(dataplane),
         };
         if let Some(uplink) = network.find_uplink().await? {
@@ -95,6 +103,7 @@ impl Network {
             network.accept_router_advertisements(&uplink.name)?;
         }
         network.forward()?;
+        network.encrypt().await;
         network.device_up().await?;
         masquerade::install(&network.config).await?;
         network.take_in().await?;
@@ -109,6 +118,7 @@ impl Network {
             .remove_link(DEVICE)
             .await
             .map_err(Error::kernel(format!("removing {DEVICE}")))?;
+        self.stop_encrypting().await?;
         masquerade::remove().await?;
         let dataplane = self
             .dataplane
@@ -190,7 +200,11 @@ impl Network {
 
     /// The largest packet that goes to other hosts.
     pub(crate) fn tunnel_mtu(&self) -> u32 {
-        self.mtu.saturating_sub(TUNNEL_OVERHEAD)
+        let encrypted = match &self.wireguard {
+            wireguard::State::On { .. } => wireguard::OVERHEAD,
+            _ => 0,
+        };
+        self.mtu.saturating_sub(TUNNEL_OVERHEAD + encrypted)
     }
 
     async fn find_uplink(&self) -> Result<Option<Link>> {

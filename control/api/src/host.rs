@@ -587,7 +587,7 @@ pub struct NetworkHost {
     /// It is the one that says so.
     #[serde(default)]
     pub own: bool,
-    /// How packets get there: `own`, `tunnel`, `direct`, or `none` where there is no route.
+    /// How packets get there: `own`, `encrypted`, `tunnel`, `direct`, or `none` where there is no route.
     pub way: String,
     /// The neighbour that they are handed to.
     #[serde(default, skip_serializing_if = "Option::is_none")]

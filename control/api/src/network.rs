@@ -202,6 +202,19 @@ pub struct HostEndpoints {
     pub host: String,
     /// The identity of each container by its address.
     pub identities: BTreeMap<Ipv4Addr, u32>,
+    /// How others encrypt what they send to the host; absent where it wants or can do no such thing. It stands here and
+    /// not with the leases, which every host writes: one of an older version would leave it out.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub wireguard: Option<WireguardPeer>,
+}
+
+/// A host as WireGuard knows it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct WireguardPeer {
+    /// Its public key, in base64.
+    pub key: String,
+    /// Its UDP port.
+    pub port: u16,
 }
 
 #[cfg(test)]
@@ -265,6 +278,14 @@ mod tests {
         assert!(
             !policy.allows("pal", "safe") && !policy.allows("safe", "pal") && !policy.allows("pal", "web")
         );
+    }
+
+    #[test]
+    fn endpoints_of_hosts_without_encryption_are_read() {
+        let older = r#"{"version":1,"host":"a","identities":{"100.100.1.2":16}}"#;
+        let endpoints: HostEndpoints = serde_json::from_str(older).unwrap();
+        assert_eq!(endpoints.wireguard, None);
+        assert_eq!(serde_json::to_string(&endpoints).unwrap(), older);
     }
 
     #[test]

@@ -20,9 +20,10 @@ use std::{
 use aya::{TestRun, TestRunOptions};
 use flynn_abi::lb::VipTraffic;
 pub use flynn_abi::lb::{Event, FLOOD, FLOWS, RING_SLOTS};
+use rustix::net::{AddressFamily, SocketType, netdevice::name_to_index, socket};
 
 use crate::{
-    Hook, Outcome, Program, Protocol,
+    ENCRYPTED_DEVICE, Hook, Outcome, Program, Protocol,
     error::{Error, Refusal, Result},
     links::Links,
     object,
@@ -191,9 +192,13 @@ impl Balancer {
         Ok(())
     }
 
-    /// Whether some backend's answers come by an interface that they are not looked for at yet.
+    /// Whether there is an interface that packets are not looked for at yet: of some backend's answers, or of what other
+    /// hosts send encrypted.
     pub fn needs_interfaces(&self) -> Result<bool> {
         let attached = self.links.list()?;
+        if !self.tables.is_empty() && encrypts() && !attached.contains(&encrypted()) {
+            return Ok(true);
+        }
         for address in self.tables.backends() {
             if let Some(interface) = self.tables.interface_of(address)?
                 && !attached.contains(&(Program::LbAnswer, interface))
@@ -284,6 +289,9 @@ impl Balancer {
         if !attached.contains(&(Program::LbUplink, name.clone())) {
             self.links.attach(Program::LbUplink, &name)?;
         }
+        if encrypts() && !attached.contains(&encrypted()) {
+            self.links.attach(Program::LbEncrypted, ENCRYPTED_DEVICE)?;
+        }
         if !self.links.pins().xdp(&name).exists() || self.mode == Mode::Auto {
             self.mode = xdp::attach(&mut self.links, &name, self.uplink.is_device, self.mode)?;
         }
@@ -298,4 +306,16 @@ impl Balancer {
         }
         Ok(())
     }
+}
+
+/// Whether there is a device that encrypts what goes between hosts.
+fn encrypts() -> bool {
+    let found = socket(AddressFamily::INET, SocketType::DGRAM, None)
+        .and_then(|socket| name_to_index(&socket, ENCRYPTED_DEVICE));
+    found.is_ok()
+}
+
+/// What is attached where there is.
+fn encrypted() -> (Program, String) {
+    (Program::LbEncrypted, ENCRYPTED_DEVICE.to_owned())
 }

@@ -45,6 +45,8 @@ pub(crate) const FAR: Host = Host {
     subnet: Ipv4Addr::new(100, 100, 2, 0),
     address: FAR_HOST,
     direct: false,
+    encrypted: false,
+    only_encrypted: false,
     way: Some(Way {
         ifindex: IFINDEX,
         next_hop: FAR_HOST,

@@ -80,6 +80,8 @@ drop_reasons! {
     PortsTaken => "ports_taken",
     /// A flow that nobody knows, in a second with too many of them.
     TooManyFlows => "too_many_flows",
+    /// The other host is one that packets are only exchanged with encrypted, and this one was not, or could not be.
+    NotEncrypted => "not_encrypted",
 }
 
 const _: () = assert!(DropReason::ALL.len() <= crate::MAX_DROP_REASONS as usize);

@@ -12,7 +12,7 @@ pub struct Host {
     pub source: Ipv4,
     /// The neighbour that packets to it are handed to: a router, or itself.
     pub next_hop: Ipv4,
-    /// The interface by which it is reached; zero while there is no route.
+    /// The interface by which it is reached; zero while there is no route, or none that is encrypted where one must be.
     pub ifindex: u32,
     /// Bits of this type's constants.
     pub flags: u32,
@@ -23,6 +23,9 @@ pub struct Host {
 impl Host {
     /// IPv4 packets go to it as they are, without a tunnel: it is on the same link.
     pub const DIRECT: u32 = 1;
+    /// Tunnelled packets go to it by the device that encrypts, which is then its interface. Never beside
+    /// [`Host::DIRECT`].
+    pub const ENCRYPTED: u32 = 2;
 }
 
 /// A value of the map `peers`, whose keys are the addresses that hosts of the cluster send tunnelled packets from.
@@ -31,8 +34,13 @@ impl Host {
 pub struct Peer {
     /// The subnet that its packets come from.
     pub subnet: Ipv4,
-    /// Zeros.
-    pub reserved: u32,
+    /// Bits of this type's constants.
+    pub flags: u32,
+}
+
+impl Peer {
+    /// Its packets count only if they come by the device that decrypts.
+    pub const ENCRYPTED: u32 = 1;
 }
 
 const _: () = assert!(size_of::<Host>() == 24);

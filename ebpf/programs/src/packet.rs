@@ -2,7 +2,7 @@
 
 use core::mem;
 
-use aya_ebpf::programs::TcContext;
+use aya_ebpf::{helpers::bpf_skb_change_head, programs::TcContext};
 use flynn_abi::{Config, DropReason, Endpoint, Ipv4, Ipv6, Mac};
 
 use crate::maps;
@@ -39,6 +39,25 @@ impl Ethernet {
             _ => None,
         }
     }
+}
+
+/// Gives a packet that came by a device without Ethernet headers one, with nobody's addresses, unless a program before
+/// this one has: programs then find everything where it always is.
+#[inline(always)]
+pub fn with_ethernet(ctx: &TcContext) -> Result<(), DropReason> {
+    // No Ethernet address that we write begins like an IP header.
+    let protocol = match ctx.load::<u8>(0).map_err(|_| DropReason::Truncated)? >> 4 {
+        4 => Ipv4Header::ETHERTYPE,
+        6 => Ipv6Header::ETHERTYPE,
+        0 => return Ok(()),
+        _ => return Err(DropReason::NotIp),
+    };
+    // SAFETY: the kernel hands programs a valid context.
+    if unsafe { bpf_skb_change_head(ctx.skb.skb, size_of::<Ethernet>() as u32, 0) } != 0 {
+        return Err(DropReason::RewriteFailed);
+    }
+    ctx.store(mem::offset_of!(Ethernet, protocol), &protocol, 0)
+        .map_err(|_| DropReason::RewriteFailed)
 }
 
 /// A frame from its first byte on to the end of the fixed part of its IP header `H`.

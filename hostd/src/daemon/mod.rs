@@ -183,17 +183,23 @@ impl Daemon {
         in_use: BTreeMap<Ipv4Addr, network::Attached>,
         lately: &[Ipv4Addr],
     ) -> Result<bool> {
-        let address = self.config().address;
-        let changed = self.network.configure(config, address, in_use, lately).await?;
-        if changed && self.has_other_hosts() {
-            tracing::warn!("{}", crate::notices::PLAIN);
-        }
+        let host = self.config();
+        let direct = self.is_direct();
+        let encryption = crate::encryption::wanted(host.encryption, direct, &self.paths.wireguard_key())
+            .map_err(|error| disk_error("use this host's key for WireGuard", &error))?;
+        let changed = self
+            .network
+            .configure(config, host.address, in_use, lately, encryption)
+            .await?;
         if changed
             && let Some(up) = self.network.peek()
             && let Err(error) = self.apply_documents(&up).await
         {
             // The loop that follows the documents tries on.
             tracing::error!(%error, "the data plane does not take what the cluster says");
+        }
+        if changed {
+            self.warn_of_plain_traffic();
         }
         Ok(changed)
     }
@@ -235,9 +241,7 @@ impl Daemon {
             .unwrap_or_else(PoisonError::into_inner)
             .clone();
         notices.extend(self.lost_lease());
-        if self.network.peek().is_some() && self.has_other_hosts() {
-            notices.push(crate::notices::PLAIN.into());
-        }
+        notices.extend(self.plain_traffic());
         notices
     }
 

@@ -2,7 +2,7 @@
 
 use std::{net::Ipv4Addr, os::fd::AsRawFd, sync::Arc};
 
-use flynn_overlay::{Attachment, Host, Network, NetworkConfig};
+use flynn_overlay::{Attachment, Encryption, Host, Network, NetworkConfig, Peer, WIREGUARD_PORT, Wireguard};
 use tokio::runtime::{Builder, Runtime};
 
 use crate::support::{self, Container, Namespace, ip};
@@ -16,6 +16,15 @@ pub(crate) struct Node {
     runtime: Arc<Runtime>,
 }
 
+/// What a host's daemon does all the time; until this is dropped.
+pub(crate) struct Following(Option<tokio::sync::oneshot::Sender<()>>);
+
+impl Drop for Following {
+    fn drop(&mut self) {
+        drop(self.0.take());
+    }
+}
+
 /// Some hosts. Those with odd numbers are on one link and those with even numbers on another, with a router between.
 pub(crate) struct Cluster {
     /// What joins them.
@@ -26,6 +35,15 @@ pub(crate) struct Cluster {
 impl Cluster {
     /// Runs a test with a cluster of so many hosts, which know one another.
     pub(crate) fn run(count: u8, test: impl FnOnce(Cluster) + Send + 'static) {
+        Self::run_encrypted(count, |_| None, test);
+    }
+
+    /// The same with hosts that encrypt or not, by their numbers from 1 on.
+    pub(crate) fn run_encrypted(
+        count: u8,
+        encryption: impl Fn(u8) -> Option<Encryption> + Send + 'static,
+        test: impl FnOnce(Cluster) + Send + 'static,
+    ) {
         support::Host::run(move |host| async move {
             let switch = Namespace::new();
             switch.run(|| {
@@ -39,7 +57,7 @@ impl Cluster {
             // A runtime must not begin within another.
             let cluster = std::thread::spawn(move || {
                 let nodes = (1..=count)
-                    .map(|number| Node::up(number, &switch, &host))
+                    .map(|number| Node::up(number, &switch, &host, encryption(number)))
                     .collect();
                 let cluster = Cluster { switch, nodes };
                 cluster.introduce(|_, _| false);
@@ -56,6 +74,7 @@ impl Cluster {
                 address: host.address,
                 subnet: host.config.subnet,
                 direct: direct(number, other),
+                wireguard: host.peer(),
             });
             let hosts: Vec<_> = hosts.collect();
             node.run(async move |network| network.set_hosts(&hosts).await.unwrap());
@@ -78,7 +97,7 @@ impl Cluster {
 }
 
 impl Node {
-    fn up(number: u8, switch: &Namespace, host: &support::Host) -> Self {
+    fn up(number: u8, switch: &Namespace, host: &support::Host, encryption: Option<Encryption>) -> Self {
         use std::os::fd::AsFd;
         let namespace = Namespace::new();
         let descriptor = namespace.as_fd().as_raw_fd();
@@ -106,6 +125,7 @@ impl Node {
         let config = NetworkConfig {
             subnet: format!("100.100.{number}.0/24").parse().unwrap(),
             pins: host.pins.with_file_name(format!("host{number}")),
+            encryption,
             ..host.config()
         };
         let runtime = Arc::new(Builder::new_current_thread().enable_all().build().unwrap());
@@ -134,25 +154,40 @@ impl Node {
         self.namespace.run(move || runtime.block_on(run(network)))
     }
 
-    /// Follows changes of routes until the result is dropped.
-    pub(crate) fn follow_routes(&self) -> impl Drop + use<> {
-        struct Until(Option<tokio::sync::oneshot::Sender<()>>);
-        impl Drop for Until {
-            fn drop(&mut self) {
-                drop(self.0.take());
-            }
+    /// How others know it to WireGuard, if it encrypts.
+    pub(crate) fn peer(&self) -> Option<Peer> {
+        match self.network.wireguard() {
+            Wireguard::On(key) => Some(Peer {
+                key,
+                port: WIREGUARD_PORT,
+            }),
+            Wireguard::Off => None,
+            Wireguard::Unavailable(why) => panic!("{why}"),
         }
+    }
+
+    /// Follows changes of routes until the result is dropped.
+    pub(crate) fn follow_routes(&self) -> Following {
+        self.follow(async |network| network.follow_routes().await.unwrap())
+    }
+
+    /// Looks for handshakes until the result is dropped.
+    pub(crate) fn follow_handshakes(&self) -> Following {
+        self.follow(async |network| network.follow_handshakes().await)
+    }
+
+    fn follow(&self, follow: impl AsyncFnOnce(Arc<Network>) + Send + 'static) -> Following {
         let (sender, receiver) = tokio::sync::oneshot::channel();
         let (runtime, network) = (Arc::clone(&self.runtime), Arc::clone(&self.network));
         self.namespace.spawn(move || {
             runtime.block_on(async {
                 tokio::select! {
-                    followed = network.follow_routes() => followed.unwrap(),
+                    () = follow(network) => {}
                     _ = receiver => {}
                 }
             });
         });
-        Until(Some(sender))
+        Following(Some(sender))
     }
 
     /// A container with the address that ends so.

@@ -23,7 +23,7 @@ fn is(identity: u32) -> Attachment {
 }
 
 /// Somebody on the link of the first host.
-fn stranger(cluster: &Cluster) -> Namespace {
+pub(crate) fn stranger(cluster: &Cluster) -> Namespace {
     use std::os::fd::{AsFd, AsRawFd};
     let namespace = Namespace::new();
     let inside = format!(
@@ -44,7 +44,7 @@ fn stranger(cluster: &Cluster) -> Namespace {
     namespace
 }
 
-fn mac_of(node: &Node) -> [u8; 6] {
+pub(crate) fn mac_of(node: &Node) -> [u8; 6] {
     let line = node.namespace.run(|| ip(&["-o", "link", "show", "uplink"]));
     let text = line
         .split("link/ether ")
@@ -60,7 +60,7 @@ fn mac_of(node: &Node) -> [u8; 6] {
     bytes.try_into().unwrap()
 }
 
-fn datagram(to_mac: [u8; 6], from: Ipv4Addr, to: SocketAddr, payload: &[u8]) -> Vec<u8> {
+pub(crate) fn datagram(to_mac: [u8; 6], from: Ipv4Addr, to: SocketAddr, payload: &[u8]) -> Vec<u8> {
     let IpAddr::V4(address) = to.ip() else {
         panic!("an IPv4 address")
     };
@@ -74,7 +74,7 @@ fn datagram(to_mac: [u8; 6], from: Ipv4Addr, to: SocketAddr, payload: &[u8]) -> 
 }
 
 /// In the tunnel, for a datagram from one container to another.
-fn tunnelled(from: Ipv4Addr, to: SocketAddr) -> Vec<u8> {
+pub(crate) fn tunnelled(from: Ipv4Addr, to: SocketAddr) -> Vec<u8> {
     let inner = datagram([2; 6], from, to, b"forged");
     [&[8, 0, 0, 0, 0, 0, 1, 0], inner.as_slice()].concat()
 }

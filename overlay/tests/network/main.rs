@@ -3,6 +3,7 @@
 #![expect(clippy::unwrap_used, reason = "a test says what is wrong by panicking")]
 
 mod cluster;
+mod encryption;
 mod guard;
 mod hosts;
 mod lifecycle;
@@ -16,6 +17,9 @@ fn main() {
         |name| {
             let tcx =
                 name.ends_with("by_tcx") && flynn_dataplane::Hook::detect() != flynn_dataplane::Hook::Tcx;
+            if name.starts_with("encryption_") && !encryption::is_possible() {
+                return Some("a kernel with WireGuard");
+            }
             tcx.then_some("a kernel with tcx")
         },
         &[
@@ -98,6 +102,10 @@ fn main() {
                 "an_upgrade_from_an_older_layout_loses_no_datagram_by_tcx",
                 upgrade::from_layout_1,
             ),
+            ("encryption_hides_what_goes_between_hosts", encryption::hides),
+            ("encryption_outlives_daemons_and_keys", encryption::outlives),
+            ("encryption_can_be_required", encryption::required),
+            ("encryption_goes_away_with_a_key", encryption::goes_away),
             ("the_mtu_is_the_uplink_s", traffic::the_mtu_is_the_uplink_s),
             (
                 "strict_return_path_checks_are_no_obstacle",

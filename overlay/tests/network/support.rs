@@ -60,6 +60,7 @@ impl Host {
             pins: self.pins.clone(),
             uplink: None,
             address: None,
+            encryption: None,
         }
     }
 

@@ -111,6 +111,8 @@ impl Node {
             subnet: container(other, 0),
             address: address(other),
             direct,
+            encrypted: false,
+            only_encrypted: false,
             way: Some(Way {
                 ifindex: index,
                 next_hop: address(other),

@@ -190,6 +190,7 @@ fn up(
         address: Ipv4Addr::new(192, 0, 2, number),
         subnet: Ipv4Net::new_assert(address(number, 0), 24),
         direct: false,
+        wireguard: None,
     };
     let alone = elsewhere.is_empty();
     let config = NetworkConfig {
@@ -199,6 +200,7 @@ fn up(
         pins: pins.directory(),
         uplink: (!alone).then(|| "uplink".to_owned()),
         address: (!alone).then_some(host(number).address),
+        encryption: None,
     };
     netns::inside(namespace.as_fd(), || {
         netns::ip("link set lo up\n")?;

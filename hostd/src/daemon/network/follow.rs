@@ -9,8 +9,9 @@ use flynn_api::client::Retry;
 use flynn_api::discovery::{HOST_SERVICE, NetworkLeases, ServiceMeta};
 use flynn_api::network::{
     ENDPOINTS_PREFIX, HostEndpoints, IDENTITIES_SERVICE, NetworkIdentities, POLICY_SERVICE, VERSION,
-    endpoints_service,
+    WireguardPeer, endpoints_service,
 };
+use flynn_overlay::{WIREGUARD_PORT, Wireguard};
 use futures::StreamExt as _;
 use tokio::task::JoinHandle;
 use tokio::time::{sleep, timeout};
@@ -40,6 +41,7 @@ pub(crate) async fn run(daemon: Arc<Daemon>) {
         publish(&daemon),
         renew(&daemon),
         follow_routes(&daemon),
+        follow_handshakes(&daemon),
     );
 }
 
@@ -142,6 +144,17 @@ async fn follow_routes(daemon: &Daemon) {
     }
 }
 
+/// Has hosts be encrypted with as soon as they answer.
+async fn follow_handshakes(daemon: &Daemon) {
+    let mut retry = Retry::default();
+    loop {
+        if let Some(up) = daemon.network.peek() {
+            up.network.follow_handshakes().await;
+        }
+        retry.wait().await;
+    }
+}
+
 /// Tells the other hosts of this one's containers: one write for each burst of changes.
 async fn publish(daemon: &Daemon) {
     let mut retry = Retry::default();
@@ -207,10 +220,34 @@ impl Daemon {
         self.documents.get::<NetworkLeases>(HOST_SERVICE).is_some()
     }
 
-    /// Whether the cluster has more hosts than this one.
-    pub(crate) fn has_other_hosts(&self) -> bool {
+    /// Whether hosts reach each other's containers without a tunnel, as far as is known.
+    pub(crate) fn is_direct(&self) -> bool {
         let leases = self.documents.get::<NetworkLeases>(HOST_SERVICE);
-        leases.is_some_and(|leases| leases.leases.keys().any(|id| *id != self.host_id))
+        leases.is_some_and(|leases| leases.direct)
+    }
+
+    /// What an operator has to know of traffic to other hosts that is not encrypted.
+    pub(crate) fn plain_traffic(&self) -> Vec<String> {
+        let leases = self.documents.get::<NetworkLeases>(HOST_SERVICE);
+        let (Some(up), Some(leases)) = (self.network.peek(), leases) else {
+            return Vec::new();
+        };
+        let others = leases.leases.iter().filter(|(id, _)| **id != self.host_id);
+        let others = others.map(|(id, lease)| (id.as_str(), lease.address)).collect();
+        up.plain_traffic(&others)
+    }
+
+    /// Says it once, at the start. Who has not answered yet is given the time to.
+    pub(crate) fn warn_of_plain_traffic(&self) {
+        let encrypts = self
+            .network
+            .peek()
+            .is_some_and(|up| matches!(up.wireguard(), Wireguard::On(_)));
+        if !encrypts {
+            for notice in self.plain_traffic() {
+                tracing::warn!("{notice}");
+            }
+        }
     }
 
     /// Why no container may use this host's subnet, if so.
@@ -241,6 +278,13 @@ impl Daemon {
                 .into_iter()
                 .map(|(address, attachment)| (address, attachment.identity))
                 .collect(),
+            wireguard: match up.wireguard() {
+                Wireguard::On(key) => Some(WireguardPeer {
+                    key: key.to_string(),
+                    port: WIREGUARD_PORT,
+                }),
+                Wireguard::Off | Wireguard::Unavailable(_) => None,
+            },
         };
         let put = |document: &mut HostEndpoints| {
             document.clone_from(&own);

@@ -91,6 +91,7 @@ impl Networking {
         address: Ipv4Addr,
         in_use: BTreeMap<Ipv4Addr, Attached>,
         lately: &[Ipv4Addr],
+        encryption: Option<flynn_overlay::Encryption>,
     ) -> Result<bool> {
         let _changing = self.changing.lock().await;
         if let Some(up) = self.peek() {
@@ -116,6 +117,7 @@ impl Networking {
             pins: PathBuf::from(PINS),
             uplink: None,
             address: Some(address),
+            encryption,
         };
         let subnet = wanted.subnet;
         mount_bpf().map_err(|error| Error::internal(format!("cannot mount {BPF}: {error}")))?;
@@ -152,6 +154,18 @@ impl Up {
     /// The gateway address.
     pub(super) fn gateway(&self) -> Ipv4Addr {
         self.network.gateway()
+    }
+
+    /// What there is of encryption.
+    fn wireguard(&self) -> flynn_overlay::Wireguard {
+        self.network.wireguard()
+    }
+
+    /// What is to be said of traffic to these hosts that is not encrypted.
+    fn plain_traffic(&self, hosts: &BTreeMap<&str, Ipv4Addr>) -> Vec<String> {
+        let wanted = self.network.config().encryption.as_ref();
+        let required = wanted.is_some_and(|wanted| wanted.required);
+        crate::encryption::notices(&self.wireguard(), required, hosts, &self.network.handshakes())
     }
 
     /// The IPv6 address of the container that has this address, if it is one of the cluster's.

@@ -137,6 +137,7 @@ fn hosts(
             own: id == own,
             way: match way {
                 _ if id == own => "own",
+                Some((reached, _)) if reached.encrypted => "encrypted",
                 Some((reached, _)) if reached.direct => "direct",
                 Some(_) => "tunnel",
                 None => "none",

@@ -5,7 +5,7 @@ use std::net::Ipv4Addr;
 
 use flynn_api::discovery::{self, NetworkLeases};
 use flynn_api::network::{HostEndpoints, NetworkIdentities, NetworkPolicy};
-use flynn_overlay::{AppPolicy, Host, Identity, Policy, Port, Protocol, RemoteEndpoint};
+use flynn_overlay::{AppPolicy, Host, Identity, Peer, Policy, Port, Protocol, RemoteEndpoint};
 use ipnet::Ipv4Net;
 
 /// What the documents say.
@@ -45,6 +45,7 @@ impl Wanted {
                             address: lease.address,
                             subnet,
                             direct: leases.direct,
+                            wireguard: wireguard(documents, id),
                         };
                         hosts.insert(id.as_str(), host);
                     }
@@ -71,6 +72,22 @@ impl Wanted {
             hosts: hosts.into_values().collect(),
             remote,
             policy: policy(&documents.identities, &documents.policy),
+        }
+    }
+}
+
+/// How WireGuard knows a host, by what that says of itself.
+fn wireguard(documents: &Documented, host: &str) -> Option<Peer> {
+    let endpoints = documents
+        .endpoints
+        .iter()
+        .find(|endpoints| endpoints.host == host)?;
+    let said = endpoints.wireguard.as_ref()?;
+    match said.key.parse() {
+        Ok(key) => Some(Peer { key, port: said.port }),
+        Err(error) => {
+            tracing::error!(host, %error, "the host's key");
+            None
         }
     }
 }
@@ -124,7 +141,7 @@ fn host_ports(routed: &BTreeSet<u16>) -> BTreeSet<Port> {
 #[cfg(test)]
 mod tests {
     use flynn_api::discovery::SubnetLease;
-    use flynn_api::network::AppPolicy as Isolation;
+    use flynn_api::network::{AppPolicy as Isolation, WireguardPeer};
 
     use super::*;
 
@@ -147,6 +164,7 @@ mod tests {
                 .iter()
                 .map(|address| (Ipv4Addr::from(*address), 16))
                 .collect(),
+            wireguard: None,
         };
         Documented {
             leases: NetworkLeases {
@@ -175,6 +193,30 @@ mod tests {
             .map(|endpoint| endpoint.address.to_string())
             .collect();
         assert_eq!(remote, ["100.100.2.5"]);
+    }
+
+    #[test]
+    fn hosts_are_encrypted_with_by_the_keys_that_they_publish() {
+        let mut documents = documents();
+        let said = |key: &str| WireguardPeer {
+            key: key.into(),
+            port: 51820,
+        };
+        let key = "AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA=";
+        documents.endpoints[0].wireguard = Some(said(key));
+        // Without a lease, nobody.
+        documents.endpoints[1].wireguard = Some(said(key));
+        let peers = |documents: &Documented| -> Vec<Option<Peer>> {
+            let wanted = Wanted::new(documents, "a", "100.100.1.0/24");
+            wanted.hosts.iter().map(|host| host.wireguard).collect()
+        };
+        let peer = Peer {
+            key: key.parse().unwrap(),
+            port: 51820,
+        };
+        assert_eq!(peers(&documents), [Some(peer), None]);
+        documents.endpoints[0].wireguard = Some(said("not a key"));
+        assert_eq!(peers(&documents), [None, None]);
     }
 
     #[test]

@@ -10,7 +10,7 @@ use flynn_programs::Decision;
 use crate::{
     context::{self, Context},
     family::{self, Family, V4, V6},
-    headers::{ETHERNET, Ethernet, Ip4, OVERHEAD, Ports, TCP, Tcp, UDP},
+    headers::{ETHERNET, Ethernet, Ip4, Ports, TCP, Tcp, UDP},
     maps, neighbour,
     translate::{self, Checksum},
     tunnel,
@@ -78,7 +78,7 @@ fn answer<F: Family>(ctx: &TcContext, config: &Config) -> Decision {
             .at::<Tcp>(F::TRANSPORT)
             .is_some_and(|tcp| tcp.flags & (Tcp::SYN | Tcp::ACK) == Tcp::SYN | Tcp::ACK);
     if accepts && flags & Translation::TUNNELLED != 0 {
-        translate::clamp::<F>(ctx, config.mtu.saturating_sub(OVERHEAD as u32), checksum)?;
+        translate::clamp::<F>(ctx, tunnel::room(config, true), checksum)?;
     }
     translate::address::<F>(ctx, F::SOURCE, container, F::narrow(vip), checksum)?;
     translate::two_bytes(ctx, F::TRANSPORT, ports.source, port, checksum)?;

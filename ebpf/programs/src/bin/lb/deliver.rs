@@ -10,9 +10,10 @@ use flynn_programs::Decision;
 use crate::{
     context::Context,
     family::Family,
-    headers::{ETHERNET, Ethernet, ICMP, OVERHEAD, Ports, TCP, Tcp},
+    headers::{ETHERNET, Ethernet, ICMP, Ports, TCP, Tcp},
     maps,
     translate::{self, Checksum},
+    tunnel,
 };
 
 /// How many ports are tried for a client's port that another flow has already.
@@ -59,7 +60,7 @@ pub(crate) fn deliver<F: Family>(ctx: &TcContext, peer: Ipv4, to: Tunnelled, con
 
         let checksum = Checksum::of::<F>(protocol);
         if flags == Tcp::SYN && translation.via != nobody {
-            translate::clamp::<F>(ctx, config.mtu.saturating_sub(OVERHEAD as u32), checksum)?;
+            translate::clamp::<F>(ctx, tunnel::room(config, true), checksum)?;
         }
         translate::address::<F>(ctx, F::DESTINATION, vip, container, checksum)?;
         translate::two_bytes(ctx, F::TRANSPORT, ports.source, key.client_port, checksum)?;

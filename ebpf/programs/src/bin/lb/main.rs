@@ -4,6 +4,7 @@
 //! | --- | --- | --- |
 //! | `lb_xdp` | the uplink, before the network stack | sends packets whose backend is on another host on to it; leaves the others to the next |
 //! | `lb_uplink` | the uplink's ingress | the same with all the rest: backends on this host, packets and answers from other hosts, packets too big |
+//! | `lb_encrypted` | ingress of the device that decrypts | packets and answers from other hosts |
 //! | `lb_answer` | ingress of the host's end of a backend's veth, behind `from_container` | gives answers the VIP's address, and sends them out |
 //!
 //! The first two are one source ([`select`]): what a packet needs is decided over a [`context::Context`], which both
@@ -48,6 +49,12 @@ fn lb_xdp(ctx: XdpContext) -> u32 {
 #[classifier]
 fn lb_uplink(ctx: TcContext) -> i32 {
     verdict(uplink::decide(&ctx))
+}
+
+/// The device that decrypts, ingress.
+#[classifier]
+fn lb_encrypted(ctx: TcContext) -> i32 {
+    verdict(uplink::decide_encrypted(&ctx))
 }
 
 /// Host's end of a backend's veth, ingress.

@@ -6,10 +6,11 @@ use aya_ebpf::{
         BPF_F_ADJ_ROOM_ENCAP_L2_ETH, BPF_F_ADJ_ROOM_ENCAP_L3_IPV4, BPF_F_ADJ_ROOM_ENCAP_L4_UDP,
         BPF_F_ADJ_ROOM_FIXED_GSO, TC_ACT_UNSPEC, bpf_adj_room_mode::BPF_ADJ_ROOM_MAC,
     },
+    helpers::bpf_redirect,
     programs::TcContext,
 };
 use flynn_abi::{
-    DropReason, Host, Ipv4, VXLAN_PORT,
+    DropReason, Host, Ipv4, Peer, VXLAN_PORT,
     lb::{Config, Event, Tunnelled},
 };
 use flynn_programs::{Decision, room};
@@ -85,12 +86,17 @@ pub(crate) fn send<F: Family>(
     tunnelled: Tunnelled,
     config: &Config,
 ) -> Decision {
-    let room = config.mtu.saturating_sub(OVERHEAD as u32);
+    let encrypted = host.flags & Host::ENCRYPTED != 0;
+    let room = room(config, encrypted);
     if largest::<F>(ctx) > room {
         return too_big::reply::<F>(ctx, room);
     }
     if host.ifindex == 0 {
-        return Err(DropReason::NoRoute);
+        return Err(if encrypted {
+            DropReason::NotEncrypted
+        } else {
+            DropReason::NoRoute
+        });
     }
     #[repr(C)]
     struct Headers {
@@ -112,7 +118,22 @@ pub(crate) fn send<F: Family>(
     ctx.store(ETHERNET - 2, &Ethernet::IPV4, 0)
         .map_err(|_| DropReason::RewriteFailed)?;
     maps::count(Event::Encapsulated);
+    if encrypted {
+        // The device takes IP packets: the helper takes the Ethernet header off for it.
+        // SAFETY: a helper that only notes where the packet goes.
+        return Ok(unsafe { bpf_redirect(host.ifindex, 0) } as i32);
+    }
     Ok(neighbour::send(host.ifindex, host.next_hop))
+}
+
+/// The largest packet that fits into the tunnel.
+#[inline(always)]
+pub(crate) fn room(config: &Config, encrypted: bool) -> u32 {
+    let room = config.mtu.saturating_sub(OVERHEAD as u32);
+    match flynn_programs::maps::config() {
+        Ok(network) if encrypted => room.min(network.tunnel_mtu),
+        _ => room,
+    }
 }
 
 /// The largest IP packet that the frame will be on the wire.
@@ -148,9 +169,9 @@ pub(crate) fn is_tunnelled(ctx: &TcContext) -> bool {
     }
 }
 
-/// Takes a packet from another host and sends on what it carries.
+/// Takes a packet from another host, which came encrypted or not, and sends on what it carries.
 #[inline(always)]
-pub(crate) fn receive(ctx: &TcContext, config: &Config) -> Decision {
+pub(crate) fn receive(ctx: &TcContext, config: &Config, encrypted: bool) -> Decision {
     let network = flynn_programs::maps::config()?;
     let Some(outer) = ctx.at::<Outer>(ETHERNET) else {
         return Ok(TC_ACT_UNSPEC);
@@ -159,8 +180,9 @@ pub(crate) fn receive(ctx: &TcContext, config: &Config) -> Decision {
         return Ok(TC_ACT_UNSPEC);
     }
     let (peer, tunnelled) = (outer.ip.source, outer.tunnelled);
-    if flynn_programs::maps::peer(peer).is_none() {
-        return Err(DropReason::UnknownHost);
+    let known = flynn_programs::maps::peer(peer).ok_or(DropReason::UnknownHost)?;
+    if !encrypted && known.flags & Peer::ENCRYPTED != 0 {
+        return Err(DropReason::NotEncrypted);
     }
     let inner = ctx
         .at::<Ethernet>(ETHERNET + size_of::<Outer>())

@@ -26,10 +26,23 @@ pub(crate) fn decide(ctx: &TcContext) -> Decision {
     }
     context::gather(ctx);
     match select::kind(ctx, config) {
-        Ethernet::IPV4 if tunnel::is_tunnelled(ctx) => tunnel::receive(ctx, config),
+        Ethernet::IPV4 if tunnel::is_tunnelled(ctx) => tunnel::receive(ctx, config, false),
         Ethernet::IPV4 => forward::<V4>(ctx, config),
         Ethernet::IPV6 => forward::<V6>(ctx, config),
         _ => Ok(TC_ACT_UNSPEC),
+    }
+}
+
+/// A packet that another host sent encrypted, decrypted.
+#[inline(always)]
+pub(crate) fn decide_encrypted(ctx: &TcContext) -> Decision {
+    let config = maps::config()?;
+    flynn_programs::packet::with_ethernet(ctx)?;
+    context::gather(ctx);
+    if tunnel::is_tunnelled(ctx) {
+        tunnel::receive(ctx, config, true)
+    } else {
+        Ok(TC_ACT_UNSPEC)
     }
 }
 

@@ -97,7 +97,8 @@ fn look_up(ctx: &XdpContext, backend: &mut Backend) {
     let Some(host) = uplink::host_of(backend.address) else {
         return;
     };
-    if host.flags & Host::DIRECT != 0 {
+    // Without a tunnel, or by a device that XDP has no way to.
+    if host.flags & (Host::DIRECT | Host::ENCRYPTED) != 0 {
         return;
     }
     let ifindex = ctx.ingress_ifindex() as u32;

@@ -20,8 +20,9 @@ const PACKET_HOST: u32 = 0;
 
 #[inline(always)]
 pub(crate) fn decide(ctx: &TcContext) -> Decision {
-    // SAFETY: the kernel hands programs a valid context. Only programs of this host can have marked it so.
-    if unsafe { (*ctx.skb.skb).mark } == tunnel::TAKEN_OUT {
+    // SAFETY: the kernel hands programs a valid context. Only programs of this host can have marked it.
+    let mark = unsafe { (*ctx.skb.skb).mark };
+    if mark == tunnel::TAKEN_OUT {
         ctx.set_mark(0);
         return Ok(TC_ACT_OK);
     }
@@ -35,6 +36,11 @@ pub(crate) fn decide(ctx: &TcContext) -> Decision {
     // SAFETY: the part of the union that the helper fills for IPv4; for IPv6 it is a part of the address.
     let from = unsafe { key.__bindgen_anon_1.remote_ipv4 };
     let peer = maps::peer(Ipv4::new(from.to_be_bytes())).ok_or(DropReason::UnknownHost)?;
+    if mark == tunnel::DECRYPTED {
+        ctx.set_mark(0);
+    } else if peer.flags & Peer::ENCRYPTED != 0 {
+        return Err(DropReason::NotEncrypted);
+    }
     let sender = Sender::remote(key.tunnel_id);
     match packet::protocol(ctx)? {
         Protocol::Ipv4 => forward::<Ipv4Header>(ctx, peer, sender),

@@ -41,7 +41,7 @@ fn from_ipv4(ctx: &TcContext, config: &Config) -> Decision {
         return Ok(TC_ACT_UNSPEC);
     };
     if frame.ip.is_plain_udp() && frame.ip.destination() == config.address {
-        return from_host(ctx, config);
+        return from_host(ctx, config, false);
     }
     if Ipv4Header::is_in_cluster(frame.ip.source(), config) {
         return from_direct(ctx, &frame.ip, config);
@@ -58,9 +58,9 @@ fn from_ipv6(ctx: &TcContext, config: &Config) -> Decision {
     }
 }
 
-/// A datagram to this host's address.
+/// A datagram to this host's address, which came encrypted or not.
 #[inline(always)]
-fn from_host(ctx: &TcContext, config: &Config) -> Decision {
+pub(crate) fn from_host(ctx: &TcContext, config: &Config, encrypted: bool) -> Decision {
     let Ok(tunnelled) = packet::read::<Tunnelled<()>>(ctx) else {
         return Ok(TC_ACT_UNSPEC);
     };
@@ -68,6 +68,9 @@ fn from_host(ctx: &TcContext, config: &Config) -> Decision {
         return Ok(TC_ACT_UNSPEC);
     }
     let peer = maps::peer(tunnelled.outer.source()).ok_or(DropReason::UnknownHost)?;
+    if !encrypted && peer.flags & Peer::ENCRYPTED != 0 {
+        return Err(DropReason::NotEncrypted);
+    }
     let sender = Sender::remote(tunnelled.vxlan.identity()?);
     if tunnelled.udp.checksum != [0; 2] {
         // Not of our making, but right if the stack finds it so.

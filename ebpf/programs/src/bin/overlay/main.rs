@@ -6,10 +6,12 @@
 //! | `to_overlay` | egress of `flynn0` | the host's own way to a container |
 //! | `from_tunnel` | ingress of `flynn0` | what another host sent through the tunnel |
 //! | `from_uplink` | ingress of interfaces to other hosts | takes the tunnel from what other hosts sent |
+//! | `from_encrypted` | ingress of the device that decrypts | the same with what they sent encrypted |
 #![no_std]
 #![no_main]
 
 mod from_container;
+mod from_encrypted;
 mod from_tunnel;
 mod from_uplink;
 mod policy;
@@ -45,4 +47,10 @@ fn from_tunnel(ctx: TcContext) -> i32 {
 #[classifier]
 fn from_uplink(ctx: TcContext) -> i32 {
     verdict(from_uplink::decide(&ctx))
+}
+
+/// The device that decrypts, ingress.
+#[classifier]
+fn from_encrypted(ctx: TcContext) -> i32 {
+    verdict(from_encrypted::decide(&ctx))
 }

@@ -11,7 +11,7 @@ use aya_ebpf::{
         BPF_F_ADJ_ROOM_FIXED_GSO, bpf_adj_room_mode::BPF_ADJ_ROOM_MAC, bpf_redir_neigh,
         bpf_redir_neigh__bindgen_ty_1,
     },
-    helpers::{bpf_get_hash_recalc, bpf_redirect_neigh},
+    helpers::{bpf_get_hash_recalc, bpf_redirect, bpf_redirect_neigh},
     programs::TcContext,
 };
 use flynn_abi::{Config, DropReason, Host, Ipv4, Mac, VXLAN_PORT, policy::Identity};
@@ -70,6 +70,9 @@ pub(crate) struct Tunnelled<H> {
 /// The mark of a packet for this host that was taken out of the tunnel by hand, on its way to the overlay's device.
 pub(crate) const TAKEN_OUT: u32 = 0x666c_796e;
 
+/// The mark of a packet that was decrypted here and that the overlay's device is to take out of the tunnel.
+pub(crate) const DECRYPTED: u32 = 0x666c_7977;
+
 const ROOM: i32 = size_of::<Room>() as i32;
 const _: () = assert!(ROOM == 50);
 
@@ -114,11 +117,21 @@ pub(crate) fn fits<H: Header>(ctx: &TcContext, host: &Host, config: &Config) -> 
 /// Sends the packet to another host, through the tunnel or without it.
 #[inline(always)]
 pub(crate) fn send<H: Header>(ctx: &TcContext, host: &Host, service: u8, identity: Identity) -> Decision {
+    let encrypted = host.flags & Host::ENCRYPTED != 0;
     if host.ifindex == 0 {
-        return Err(DropReason::NoRoute);
+        return Err(if encrypted {
+            DropReason::NotEncrypted
+        } else {
+            DropReason::NoRoute
+        });
     }
     if !is_direct::<H>(host) {
         encapsulate::<H>(ctx, host, service, identity)?;
+    }
+    if encrypted {
+        // The device takes IP packets: the helper takes the Ethernet header off for it.
+        // SAFETY: a helper that only notes where the packet goes.
+        return Ok(unsafe { bpf_redirect(host.ifindex, 0) } as i32);
     }
     let mut next_hop = bpf_redir_neigh {
         nh_family: AF_INET,
