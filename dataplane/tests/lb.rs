@@ -499,6 +499,7 @@ fn a_tunnelled_packet_arrives() {
             ((CLIENT4.into(), 4000), (LOCAL.ipv4.into(), BACKEND_PORT))
         );
         assert_eq!(out.len(), question.len());
+        let first = out;
         let out = bench.sent(&tunnelled(forward(0, LOCAL.ipv4), &question6(Kind::Udp, 4000)));
         assert_eq!(
             ends(&out),
@@ -517,11 +518,27 @@ fn a_tunnelled_packet_arrives() {
             Outcome::NEXT,
             "VXLAN is the overlay's"
         );
+        let secret = Host {
+            encrypted: true,
+            only_encrypted: true,
+            ..host(UPLINK, false)
+        };
+        bench.dataplane.set_hosts(&[secret]).unwrap();
+        let plain = tunnelled(forward(0, LOCAL.ipv4), &question);
+        bench.drops(DropReason::NotEncrypted, &plain);
+        let decrypted = |frame: &[u8]| {
+            bench
+                .balancer
+                .dry_run(Program::LbEncrypted, UPLINK, frame)
+                .unwrap()
+        };
+        let out = decrypted(&plain);
+        assert_eq!((out.action, out.frame), (Outcome::REDIRECT, first));
+        // The overlay's packets, and whatever else there may be, are for the program behind.
+        assert_eq!(decrypted(&real).action, Outcome::NEXT);
+        assert_eq!(decrypted(&question).action, Outcome::NEXT);
         bench.dataplane.set_hosts(&[]).unwrap();
-        bench.drops(
-            DropReason::UnknownHost,
-            &tunnelled(forward(0, LOCAL.ipv4), &question),
-        );
+        bench.drops(DropReason::UnknownHost, &plain);
     });
 }
 

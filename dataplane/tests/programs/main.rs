@@ -63,6 +63,7 @@ fn main() {
                 "the_way_to_a_host_may_be_missing",
                 tunnel::the_way_to_a_host_may_be_missing,
             ),
+            ("what_must_be_encrypted_is", tunnel::what_must_be_encrypted_is),
             (
                 "strangers_and_liars_are_dropped",
                 tunnel::strangers_and_liars_are_dropped,

@@ -196,6 +196,57 @@ pub(crate) fn the_way_to_a_host_may_be_missing() {
     });
 }
 
+pub(crate) fn what_must_be_encrypted_is() {
+    alone(|bpffs| {
+        let mut bench = Bench::of_two(bpffs);
+        let encrypted = Host {
+            encrypted: true,
+            ..FAR
+        };
+        bench.0.set_hosts(&[encrypted]).unwrap();
+        assert_eq!(bench.0.hosts(), [encrypted]);
+        let frame = frame4(A.ipv4, FAR4);
+        let outcome = bench.not_dropped(Program::FromContainer, &frame);
+        assert_eq!(outcome.action, Outcome::REDIRECT);
+        assert_eq!(outcome.frame.len(), frame.len() + 50);
+        // The other host may not have noticed yet.
+        for (tunnelled, frame) in from_far() {
+            for program in [Program::FromUplink, Program::FromEncrypted] {
+                let outcome = bench.not_dropped(program, &tunnelled);
+                assert_eq!(outcome.action, Outcome::REDIRECT);
+                assert_eq!(outcome.frame[14..], frame[14..]);
+            }
+        }
+        let only = Host {
+            only_encrypted: true,
+            ..encrypted
+        };
+        bench.0.set_hosts(&[only]).unwrap();
+        assert_eq!(bench.0.hosts(), [only]);
+        for (tunnelled, _) in from_far() {
+            bench.drops(DropReason::NotEncrypted, Program::FromUplink, &tunnelled);
+            let with_checksum = with(&tunnelled, UDP + 6, &[1, 2]);
+            bench.drops(DropReason::NotEncrypted, Program::FromUplink, &with_checksum);
+            bench.not_dropped(Program::FromEncrypted, &tunnelled);
+            // Whoever has a key is held to what is his all the same.
+            let stranger = with(&tunnelled, OUTER + 12, &OUTSIDE4.octets());
+            bench.drops(DropReason::UnknownHost, Program::FromEncrypted, &stranger);
+            let elsewhere = with(&tunnelled, OUTER + 16, &OUTSIDE4.octets());
+            bench.drops(DropReason::NotTunnelled, Program::FromEncrypted, &elsewhere);
+        }
+        for bare in [frame4(FAR4, A.ipv4), frame6(FAR6, six(A))] {
+            bench.drops(DropReason::NotTunnelled, Program::FromEncrypted, &bare);
+        }
+        // Where it cannot be encrypted, it stays here.
+        bench.0.set_hosts(&[Host { way: None, ..only }]).unwrap();
+        bench.drops(
+            DropReason::NotEncrypted,
+            Program::ToOverlay,
+            &frame4(GATEWAY4, FAR4),
+        );
+    });
+}
+
 pub(crate) fn strangers_and_liars_are_dropped() {
     alone(|bpffs| {
         let bench = Bench::of_two(bpffs);

@@ -2,8 +2,8 @@
 
 use std::{
     collections::BTreeMap,
-    io::ErrorKind,
-    net::{IpAddr, Ipv4Addr, SocketAddr},
+    io::{ErrorKind, Read, Write},
+    net::{IpAddr, Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream},
     os::fd::{AsRawFd, FromRawFd, OwnedFd},
     sync::{
         Arc, LazyLock,
@@ -13,15 +13,18 @@ use std::{
     thread::JoinHandle,
 };
 
-use flynn_dataplane::{VXLAN_PORT, features};
-use flynn_overlay::{DropReason, Encryption, PrivateKey, WIREGUARD_PORT, Wireguard};
+use flynn_dataplane::{
+    VXLAN_PORT, features,
+    lb::{Backend, Balancer, Limits, Mode, Service, Uplink, Vip},
+};
+use flynn_overlay::{DropReason, Encryption, PrivateKey, Protocol, WIREGUARD_PORT, Wireguard};
 
 use crate::{
     cluster::{Cluster, Node},
     guard::{datagram, mac_of, stranger, tunnelled},
     support::{
-        Datagrams, MEGABYTES, Namespace, arrives, drops, eventually, ip, join, live, segmented, send_frame,
-        tcp_echo, udp, udp_echo,
+        Datagrams, MEGABYTES, Namespace, PATIENCE, arrives, drops, eventually, index_of, ip, join, live,
+        patient, payload, segmented, send_frame, tcp_echo, udp, udp_echo,
     },
 };
 
@@ -312,4 +315,97 @@ pub(crate) fn goes_away() {
         tcp_echo(&b.namespace, &a.namespace, a.ipv4.into(), 1 << 20);
         assert_eq!(cluster.drops(), []);
     });
+}
+
+/// Has a host's load balancer serve one service.
+fn balance(node: &Node, service: &Service) {
+    let (pins, mac, service) = (node.config.pins.clone(), mac_of(node), service.clone());
+    node.namespace.run(move || {
+        let uplink = Uplink {
+            name: "uplink".into(),
+            index: index_of("uplink").try_into().unwrap(),
+            mtu: 1500,
+            mac,
+            is_device: false,
+        };
+        let limits = Limits {
+            flows: 1 << 16,
+            flood: 1 << 16,
+        };
+        let mut balancer = Balancer::open(&pins, uplink, Mode::Tc, &limits).unwrap();
+        balancer.set(&[service]).unwrap();
+        assert!(!balancer.needs_interfaces().unwrap());
+    });
+}
+
+pub(crate) fn balanced() {
+    const LENGTH: usize = 1 << 20;
+    Cluster::run_encrypted(
+        3,
+        |_| Some(wanted()),
+        |cluster| {
+            let [one, _, three] = cluster.nodes.as_slice() else {
+                unreachable!()
+            };
+            let _followers: Vec<_> = cluster.nodes.iter().map(Node::follow_handshakes).collect();
+            settle(one, three);
+            let container = three.attach(2);
+            let client = stranger(&cluster);
+            for (first_host, answers) in [(false, 0), (true, 500)] {
+                let address = container.ipv4;
+                let server = container
+                    .namespace
+                    .run(move || TcpListener::bind((address, 0)).unwrap());
+                let vip = SocketAddr::new(one.address.into(), if first_host { 8081 } else { 8080 });
+                let service = Service {
+                    vips: vec![Vip {
+                        address: vip.ip(),
+                        port: vip.port(),
+                        protocol: Protocol::Tcp,
+                    }],
+                    backends: vec![Backend {
+                        address,
+                        port: server.local_addr().unwrap().port(),
+                        weight: 1,
+                        draining: false,
+                    }],
+                    affinity: false,
+                    first_host,
+                };
+                for node in [three, one] {
+                    balance(node, &service);
+                }
+                let listener = Listener::start(&cluster.switch);
+                let server = container.namespace.spawn(move || {
+                    let (mut stream, from) = server.accept().unwrap();
+                    patient(&stream);
+                    let mut received = Vec::new();
+                    stream.read_to_end(&mut received).unwrap();
+                    assert!(received == payload(LENGTH, 1), "the backend got other bytes");
+                    stream.write_all(&payload(LENGTH, 2)).unwrap();
+                    from.ip()
+                });
+                client.run(move || {
+                    let mut stream = TcpStream::connect_timeout(&vip, PATIENCE).unwrap();
+                    patient(&stream);
+                    stream.write_all(&payload(LENGTH, 1)).unwrap();
+                    stream.shutdown(Shutdown::Write).unwrap();
+                    let mut received = Vec::new();
+                    stream.read_to_end(&mut received).unwrap();
+                    assert!(received == payload(LENGTH, 2), "the client got other bytes");
+                });
+                assert_eq!(join(server), IpAddr::V4(Ipv4Addr::new(192, 0, 2, 77)));
+                let seen = listener.seen();
+                let count = |from: &Node, to: &Node, port| {
+                    seen.get(&(from.address, to.address, port)).copied().unwrap_or(0)
+                };
+                for (from, to) in [(one, three), (three, one)] {
+                    assert_eq!(count(from, to, VXLAN_PORT), 0, "{seen:?}");
+                }
+                assert!(count(one, three, WIREGUARD_PORT) > 500, "{seen:?}");
+                assert!(count(three, one, WIREGUARD_PORT) >= answers, "{seen:?}");
+            }
+            assert_eq!(cluster.drops(), []);
+        },
+    );
 }

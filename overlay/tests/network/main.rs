@@ -106,6 +106,10 @@ fn main() {
             ("encryption_outlives_daemons_and_keys", encryption::outlives),
             ("encryption_can_be_required", encryption::required),
             ("encryption_goes_away_with_a_key", encryption::goes_away),
+            (
+                "encryption_covers_what_is_balanced_to_other_hosts",
+                encryption::balanced,
+            ),
             ("the_mtu_is_the_uplink_s", traffic::the_mtu_is_the_uplink_s),
             (
                 "strict_return_path_checks_are_no_obstacle",

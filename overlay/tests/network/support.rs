@@ -449,7 +449,7 @@ pub(crate) fn send_frame(interface: &str, frame: &[u8]) {
     );
 }
 
-fn index_of(interface: &str) -> i32 {
+pub(crate) fn index_of(interface: &str) -> i32 {
     let line = ip(&["-o", "link", "show", interface]);
     line.split(':')
         .next()

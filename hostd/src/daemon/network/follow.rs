@@ -208,7 +208,10 @@ impl Daemon {
             // A disk that was emptied says nothing about what the kernel still knows.
             return Ok(());
         }
-        let wanted = Wanted::new(&self.documented(), &self.host_id, up.subnet());
+        let mut wanted = Wanted::new(&self.documented(), &self.host_id, up.subnet());
+        if matches!(self.wireguard(up), Wireguard::Off) {
+            wanted.hosts.iter_mut().for_each(|host| host.wireguard = None);
+        }
         // Policy first: nobody is reached by those whom it excludes.
         up.network.set_policy(&wanted.policy)?;
         up.network.set_remote(&wanted.remote)?;
@@ -226,6 +229,15 @@ impl Daemon {
         leases.is_some_and(|leases| leases.direct)
     }
 
+    /// What there is of encryption. That the cluster is a direct one is heard only after its network is up.
+    fn wireguard(&self, up: &Up) -> Wireguard {
+        if self.config().encryption.is_none() && self.is_direct() {
+            Wireguard::Off
+        } else {
+            up.network.wireguard()
+        }
+    }
+
     /// What an operator has to know of traffic to other hosts that is not encrypted.
     pub(crate) fn plain_traffic(&self) -> Vec<String> {
         let leases = self.documents.get::<NetworkLeases>(HOST_SERVICE);
@@ -234,7 +246,7 @@ impl Daemon {
         };
         let others = leases.leases.iter().filter(|(id, _)| **id != self.host_id);
         let others = others.map(|(id, lease)| (id.as_str(), lease.address)).collect();
-        up.plain_traffic(&others)
+        up.plain_traffic(&self.wireguard(&up), &others)
     }
 
     /// Says it once, at the start. Who has not answered yet is given the time to.
@@ -242,7 +254,7 @@ impl Daemon {
         let encrypts = self
             .network
             .peek()
-            .is_some_and(|up| matches!(up.wireguard(), Wireguard::On(_)));
+            .is_some_and(|up| matches!(self.wireguard(&up), Wireguard::On(_)));
         if !encrypts {
             for notice in self.plain_traffic() {
                 tracing::warn!("{notice}");
@@ -278,7 +290,7 @@ impl Daemon {
                 .into_iter()
                 .map(|(address, attachment)| (address, attachment.identity))
                 .collect(),
-            wireguard: match up.wireguard() {
+            wireguard: match self.wireguard(&up) {
                 Wireguard::On(key) => Some(WireguardPeer {
                     key: key.to_string(),
                     port: WIREGUARD_PORT,

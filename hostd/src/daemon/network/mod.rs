@@ -22,7 +22,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use flynn_api::host::NetworkConfig;
 use flynn_api::{Error, Result};
-use flynn_overlay::{Allocator, Attachment, Traffic};
+use flynn_overlay::{Allocator, Attachment, Traffic, Wireguard};
 use rustix::mount::MountFlags;
 use tokio::sync::Notify;
 
@@ -156,16 +156,11 @@ impl Up {
         self.network.gateway()
     }
 
-    /// What there is of encryption.
-    fn wireguard(&self) -> flynn_overlay::Wireguard {
-        self.network.wireguard()
-    }
-
     /// What is to be said of traffic to these hosts that is not encrypted.
-    fn plain_traffic(&self, hosts: &BTreeMap<&str, Ipv4Addr>) -> Vec<String> {
+    fn plain_traffic(&self, wireguard: &Wireguard, hosts: &BTreeMap<&str, Ipv4Addr>) -> Vec<String> {
         let wanted = self.network.config().encryption.as_ref();
         let required = wanted.is_some_and(|wanted| wanted.required);
-        crate::encryption::notices(&self.wireguard(), required, hosts, &self.network.handshakes())
+        crate::encryption::notices(wireguard, required, hosts, &self.network.handshakes())
     }
 
     /// The IPv6 address of the container that has this address, if it is one of the cluster's.
