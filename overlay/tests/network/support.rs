@@ -11,7 +11,7 @@ use std::{
     os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd},
     path::PathBuf,
     sync::{
-        Arc,
+        Arc, LazyLock,
         atomic::{AtomicBool, Ordering},
         mpsc,
     },
@@ -205,18 +205,20 @@ pub(crate) fn join<R>(thread: JoinHandle<R>) -> R {
     alone::joined(thread.join())
 }
 
-/// Bytes that are nowhere the same.
-pub(crate) fn payload(length: usize, seed: u64) -> Vec<u8> {
-    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
-    let mut bytes = Vec::with_capacity(length + 8);
-    while bytes.len() < length {
-        state ^= state << 13;
-        state ^= state >> 7;
-        state ^= state << 17;
-        bytes.extend_from_slice(&state.to_le_bytes());
-    }
-    bytes.truncate(length);
-    bytes
+/// Bytes that are nowhere the same, others for each seed.
+pub(crate) fn payload(length: usize, seed: usize) -> &'static [u8] {
+    const LARGEST_SEED: usize = 1 << 16;
+    static BYTES: LazyLock<Vec<u8>> = LazyLock::new(|| {
+        let mut state = 0x9e37_79b9_7f4a_7c15_u64;
+        let words = std::iter::repeat_with(|| {
+            state ^= state << 13;
+            state ^= state >> 7;
+            state ^= state << 17;
+            state.to_le_bytes()
+        });
+        words.take(MEGABYTES / 8 + LARGEST_SEED).flatten().collect()
+    });
+    &BYTES[seed * 8..][..length]
 }
 
 /// Sends bytes over TCP from one namespace to an address in another, which sends others back: both must arrive whole.
@@ -234,14 +236,14 @@ pub(crate) fn tcp_echo(client: &Namespace, server: &Namespace, address: IpAddr, 
             received == payload(length, 1),
             "the server got other bytes than were sent"
         );
-        stream.write_all(&payload(length, 2)).unwrap();
+        stream.write_all(payload(length, 2)).unwrap();
         peer.ip()
     });
     let to = port.recv_timeout(PATIENCE).unwrap();
     client.run(move || {
         let mut stream = TcpStream::connect_timeout(&to, PATIENCE).unwrap();
         patient(&stream);
-        stream.write_all(&payload(length, 1)).unwrap();
+        stream.write_all(payload(length, 1)).unwrap();
         stream.shutdown(Shutdown::Write).unwrap();
         let mut received = Vec::new();
         stream.read_to_end(&mut received).unwrap();
@@ -272,11 +274,11 @@ pub(crate) fn udp_echo(client: &Namespace, server: &Namespace, address: IpAddr, 
         socket.connect(to).unwrap();
         let mut buffer = vec![0; 1 << 16];
         for size in sizes {
-            let sent = payload(size, size as u64);
+            let sent = payload(size, size);
             socket.send(&sent).unwrap();
             let length = socket.recv(&mut buffer).unwrap();
             assert!(
-                buffer[..length] == sent,
+                buffer[..length] == *sent,
                 "a datagram of {size} bytes came back changed"
             );
         }
@@ -304,7 +306,7 @@ pub(crate) fn segmented(client: &Namespace, server: &Namespace, address: IpAddr,
             )
         };
         assert_eq!(set, 0, "{}", std::io::Error::last_os_error());
-        assert_eq!(sender.send_to(&payload(length, 3), to).unwrap(), length);
+        assert_eq!(sender.send_to(payload(length, 3), to).unwrap(), length);
     });
     let mut received = Vec::new();
     let mut buffer = vec![0; 1 << 16];
