@@ -7,7 +7,7 @@ mod support;
 
 use std::{
     fs::File,
-    io::{Read, Write},
+    io::{ErrorKind, Read, Write},
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, UdpSocket},
     os::fd::{AsFd, AsRawFd},
     panic::{AssertUnwindSafe, catch_unwind},
@@ -42,6 +42,7 @@ fn main() {
                 "connections_survive_other_backends",
                 connections_survive_other_backends,
             ),
+            ("a_closed_port_is_told_of", a_closed_port_is_told_of),
             ("foreign_programs_stay", foreign_programs_stay),
         ],
     )
@@ -414,6 +415,34 @@ fn hosts_on_one_link() {
         world.works();
         // IPv6 is never sent without the tunnel.
         assert!(world.event(0, Event::Direct) > 10 && world.event(0, Event::Encapsulated) > 10);
+    });
+}
+
+/// The kernel of a container without a listener says so by ICMP, and the client hears it from the VIP.
+fn a_closed_port_is_told_of() {
+    alone(|bpffs| {
+        let mut world = World::new(bpffs, Mode::Auto, false);
+        for (host, first_host) in [(1, false), (2, false), (2, true)] {
+            world.set(&Service {
+                first_host,
+                backends: vec![Backend::new(container(host), BACKEND_PORT + 1)],
+                ..service(&[])
+            });
+            for vip in [IpAddr::V4(address(1)), IpAddr::V6(address6(1))] {
+                let told = world.client.run(|| {
+                    let socket = UdpSocket::bind((if vip.is_ipv4() { "0.0.0.0" } else { "::" }, 0)).unwrap();
+                    socket.set_read_timeout(Some(PATIENCE)).unwrap();
+                    socket.connect((vip, PORT)).unwrap();
+                    socket.send(b"?").unwrap();
+                    socket.recv(&mut [0; 1]).unwrap_err().kind()
+                });
+                assert_eq!(
+                    told,
+                    ErrorKind::ConnectionRefused,
+                    "{vip}, host {host}, {first_host}"
+                );
+            }
+        }
     });
 }
 

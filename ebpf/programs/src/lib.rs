@@ -13,6 +13,7 @@
 
 pub mod maps;
 pub mod packet;
+pub mod rate;
 pub mod room;
 
 use aya_ebpf::bindings::TC_ACT_SHOT;

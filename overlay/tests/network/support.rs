@@ -275,7 +275,7 @@ pub(crate) fn udp_echo(client: &Namespace, server: &Namespace, address: IpAddr, 
         let mut buffer = vec![0; 1 << 16];
         for size in sizes {
             let sent = payload(size, size);
-            socket.send(&sent).unwrap();
+            socket.send(sent).unwrap();
             let length = socket.recv(&mut buffer).unwrap();
             assert!(
                 buffer[..length] == *sent,

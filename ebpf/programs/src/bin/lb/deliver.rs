@@ -5,7 +5,7 @@ use flynn_abi::{
     DropReason, Endpoint, Ipv4,
     lb::{Config, Event, Port, Translation, TranslationKey, Tunnelled, Vip},
 };
-use flynn_programs::Decision;
+use flynn_programs::{Decision, rate};
 
 use crate::{
     context::Context,
@@ -27,6 +27,7 @@ pub(crate) fn deliver<F: Family>(ctx: &TcContext, peer: Ipv4, to: Tunnelled, con
         Some(endpoint) if endpoint.flags & Endpoint::CONTAINER != 0 => endpoint,
         _ => return Err(DropReason::NoEndpoint),
     };
+    rate::limit_received(ctx, endpoint)?;
     let header = ctx.at::<F::Header>(ETHERNET).ok_or(DropReason::Truncated)?;
     let (protocol, client, vip) = (F::protocol(header), F::source(header), F::destination(header));
     let container = F::container(to.address, network).ok_or(DropReason::NoEndpoint)?;
@@ -154,14 +155,8 @@ fn error<F: Family>(
     container: F::Address,
     port: Port,
 ) -> Result<(), DropReason> {
-    let about = F::TRANSPORT + ICMP;
-    let ports_at = about + size_of::<F::Header>();
-    let ports = *ctx.at::<Ports>(ports_at).ok_or(DropReason::Truncated)?;
-    F::error_address(ctx, vip, container)?;
-    let failed = |_| DropReason::RewriteFailed;
-    // The answer's source: its port counts in ICMP's checksum, its own is not looked at.
-    let word = |bytes| u64::from(u16::from_ne_bytes(bytes));
-    ctx.l4_csum_replace(F::TRANSPORT + 2, word(ports.source), word(port), 2)
-        .map_err(failed)?;
-    ctx.store(ports_at, &port, 0).map_err(failed)
+    let at = F::TRANSPORT + ICMP + size_of::<F::Header>();
+    let ports = *ctx.at::<Ports>(at).ok_or(DropReason::Truncated)?;
+    F::error_address(ctx, F::DESTINATION, vip, container)?;
+    translate::error_port::<F>(ctx, at, ports.source, port)
 }

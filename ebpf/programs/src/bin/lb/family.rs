@@ -26,6 +26,9 @@ pub(crate) trait Family {
     /// Where TCP or UDP begins.
     const TRANSPORT: usize = ETHERNET + size_of::<Self::Header>();
 
+    /// Whether what the header is in front of begins where it usually does: IPv4 without options, and no fragment. (IPv6
+    /// says both by another protocol.)
+    fn is_plain(header: &Self::Header) -> bool;
     fn protocol(header: &Self::Header) -> u8;
     fn source(header: &Self::Header) -> Self::Address;
     fn destination(header: &Self::Header) -> Self::Address;
@@ -42,8 +45,20 @@ pub(crate) trait Family {
     fn container(address: Ipv4, network: &Config) -> Option<Self::Address>;
     /// Whether an ICMP message of this kind is about another packet.
     fn is_error(kind: u8) -> bool;
-    /// Makes an ICMP error to one address, about a packet from it, one for another.
-    fn error_address(ctx: &TcContext, old: Self::Address, new: Self::Address) -> Result<(), DropReason>;
+    /// Makes an ICMP error to one address, about a packet from it, one for another; or where `at` is not where the
+    /// destination address is but the source, one from an address, about a packet to it.
+    fn error_address(
+        ctx: &TcContext,
+        at: usize,
+        old: Self::Address,
+        new: Self::Address,
+    ) -> Result<(), DropReason>;
+    /// Where the other of the two addresses is in the packet that an ICMP error is about.
+    #[inline(always)]
+    fn about(at: usize) -> usize {
+        let other = Self::SOURCE + Self::DESTINATION - at;
+        Self::TRANSPORT + ICMP + other - ETHERNET
+    }
     /// Whether a sender wants to know that its packet is too big.
     fn may_be_told(ctx: &TcContext) -> bool;
     /// Writes an answer in front of the packet that it is about, for which there is room: so much would fit.
@@ -61,6 +76,11 @@ impl Family for V4 {
     const ICMP: u8 = 1;
     const SOURCE: usize = ETHERNET + 12;
     const DESTINATION: usize = ETHERNET + 16;
+
+    #[inline(always)]
+    fn is_plain(header: &Ip4) -> bool {
+        header.version_and_length == 0x45 && u16::from_be_bytes(header.fragment) & 0x3fff == 0
+    }
 
     #[inline(always)]
     fn protocol(header: &Ip4) -> u8 {
@@ -118,15 +138,14 @@ impl Family for V4 {
     }
 
     #[inline(always)]
-    fn error_address(ctx: &TcContext, old: Ipv4, new: Ipv4) -> Result<(), DropReason> {
+    fn error_address(ctx: &TcContext, at: usize, old: Ipv4, new: Ipv4) -> Result<(), DropReason> {
         let failed = |_| DropReason::RewriteFailed;
         let word = |address: Ipv4| u64::from(u32::from_ne_bytes(address.octets()));
         // ICMP's checksum does not cover the first header, and the second has a checksum that makes up for the change.
-        let about = Self::TRANSPORT + ICMP;
-        for (header, field) in [(ETHERNET, 16), (about, 12)] {
+        for (header, at) in [(ETHERNET, at), (Self::TRANSPORT + ICMP, Self::about(at))] {
             ctx.l3_csum_replace(header + 10, word(old), word(new), 4)
                 .map_err(failed)?;
-            ctx.store(header + field, &new, 0).map_err(failed)?;
+            ctx.store(at, &new, 0).map_err(failed)?;
         }
         Ok(())
     }
@@ -199,6 +218,11 @@ impl Family for V6 {
     const DESTINATION: usize = ETHERNET + 24;
 
     #[inline(always)]
+    fn is_plain(_header: &Ip6) -> bool {
+        true
+    }
+
+    #[inline(always)]
     fn protocol(header: &Ip6) -> u8 {
         header.next_header
     }
@@ -266,7 +290,7 @@ impl Family for V6 {
     }
 
     #[inline(always)]
-    fn error_address(ctx: &TcContext, old: Ipv6, new: Ipv6) -> Result<(), DropReason> {
+    fn error_address(ctx: &TcContext, at: usize, old: Ipv6, new: Ipv6) -> Result<(), DropReason> {
         let failed = |_| DropReason::RewriteFailed;
         let (mut before, mut after) = (old, new);
         // SAFETY: both are 16 bytes.
@@ -276,9 +300,9 @@ impl Family for V6 {
         let checksum = Self::TRANSPORT + 2;
         ctx.l4_csum_replace(checksum, 0, difference, u64::from(BPF_F_PSEUDO_HDR))
             .map_err(failed)?;
-        ctx.store(Self::DESTINATION, &new, 0).map_err(failed)?;
+        ctx.store(at, &new, 0).map_err(failed)?;
         ctx.l4_csum_replace(checksum, 0, difference, 0).map_err(failed)?;
-        ctx.store(Self::TRANSPORT + ICMP + 8, &new, 0).map_err(failed)
+        ctx.store(Self::about(at), &new, 0).map_err(failed)
     }
 
     #[inline(always)]

@@ -86,6 +86,22 @@ pub(crate) fn two_bytes(
     ctx.store(at, &new, 0).map_err(|_| DropReason::RewriteFailed)
 }
 
+/// Puts a port in the place of another in the packet that an ICMP error is about. It counts in ICMP's checksum; its own
+/// is not looked at.
+#[inline(always)]
+pub(crate) fn error_port<F: Family>(
+    ctx: &TcContext,
+    at: usize,
+    old: Port,
+    new: Port,
+) -> Result<(), DropReason> {
+    let failed = |_| DropReason::RewriteFailed;
+    let word = |bytes| u64::from(u16::from_ne_bytes(bytes));
+    ctx.l4_csum_replace(F::TRANSPORT + 2, word(old), word(new), 2)
+        .map_err(failed)?;
+    ctx.store(at, &new, 0).map_err(failed)
+}
+
 /// Lets the sender of a SYN be sent segments only that fit into packets of `room` bytes. TCP says that in its first
 /// option wherever it says it at all; where it does not, too big packets are answered with what fits.
 #[inline(always)]

@@ -15,13 +15,12 @@ mod from_encrypted;
 mod from_tunnel;
 mod from_uplink;
 mod policy;
-mod rate;
 mod route;
 mod to_overlay;
 mod tunnel;
 
 use aya_ebpf::{macros::classifier, programs::TcContext};
-use flynn_programs::{Decision, maps, packet, room, verdict};
+use flynn_programs::{Decision, maps, packet, rate, room, verdict};
 
 flynn_programs::object!();
 

@@ -8,12 +8,12 @@ use flynn_abi::{DropReason, Endpoint, Limit};
 use crate::maps;
 
 #[inline(always)]
-pub(crate) fn limit_sent(ctx: &TcContext, sender: &Endpoint) -> Result<(), DropReason> {
+pub fn limit_sent(ctx: &TcContext, sender: &Endpoint) -> Result<(), DropReason> {
     limit(ctx, sender, 0, DropReason::SentTooFast)
 }
 
 #[inline(always)]
-pub(crate) fn limit_received(ctx: &TcContext, receiver: &Endpoint) -> Result<(), DropReason> {
+pub fn limit_received(ctx: &TcContext, receiver: &Endpoint) -> Result<(), DropReason> {
     limit(ctx, receiver, 1, DropReason::ReceivedTooFast)
 }
 

@@ -1,0 +1,152 @@
+//! Which backend a flow has, and for how long.
+
+use std::net::Ipv4Addr;
+
+use flynn_dataplane::{
+    Protocol,
+    lb::{Backend, Event, Mode, Service},
+};
+
+use crate::{
+    bench::{BACKEND_PORT, Bench, CLIENT4, LOCAL, PORT, VIP4, backends, service, uplink, vip},
+    frames::{Kind, ends, forward, frame, tunnelled},
+    support::alone,
+};
+
+pub(crate) fn flows_stay_while_backends_drain() {
+    alone(|bpffs| {
+        let mut bench = Bench::new(bpffs);
+        let address = |last| Ipv4Addr::new(100, 100, 2, last);
+        let four: Vec<_> = (2..6).map(address).collect();
+        bench.set(service(&four));
+        let first = backends(&bench, Kind::Syn, 1000..1200);
+        for backend in &four {
+            let share = first.iter().filter(|other| *other == backend).count();
+            assert!((20..=80).contains(&share), "{share} of 200 are for {backend}");
+        }
+        assert_eq!(backends(&bench, Kind::Ack, 1000..1200), first);
+        backends(&bench, Kind::Udp, 1000..1200);
+
+        let mut draining = service(&four);
+        draining.backends[0].draining = true;
+        bench.set(draining);
+        assert_eq!(backends(&bench, Kind::Ack, 1000..1200), first, "all stay");
+        assert!(!backends(&bench, Kind::Syn, 2000..2200).contains(&four[0]));
+        assert!(
+            !backends(&bench, Kind::Udp, 1000..1200).contains(&four[0]),
+            "datagrams do not wait"
+        );
+
+        bench.set(service(&four[1..]));
+        let after = backends(&bench, Kind::Ack, 1000..1200);
+        for (before, after) in first.iter().zip(&after) {
+            assert!(
+                before == after || *before == four[0],
+                "only flows of what is gone move"
+            );
+            assert_ne!(*after, four[0]);
+        }
+        // Its number, given to another, does not inherit its flows.
+        bench.set(service(&[four[1], four[2], four[3], address(9)]));
+        assert_eq!(backends(&bench, Kind::Ack, 1000..1200), after);
+    });
+}
+
+pub(crate) fn affinity_is_by_client() {
+    alone(|bpffs| {
+        let mut bench = Bench::new(bpffs);
+        let many: Vec<_> = (2..40).map(|last| Ipv4Addr::new(100, 100, 2, last)).collect();
+        let mut service = Service {
+            affinity: true,
+            ..service(&many)
+        };
+        bench.set(service.clone());
+        let first = backends(&bench, Kind::Syn, 1000..1050);
+        assert!(first.iter().all(|backend| *backend == first[0]));
+        // More backends change nothing for who is known.
+        service
+            .backends
+            .extend((40..200).map(|last| Backend::new(Ipv4Addr::new(100, 100, 2, last), BACKEND_PORT)));
+        bench.set(service.clone());
+        assert_eq!(backends(&bench, Kind::Syn, 2000..2050), first);
+        // Of one that drains, new connections go elsewhere, together.
+        let place = service
+            .backends
+            .iter()
+            .position(|backend| backend.address == first[0]);
+        service.backends[place.unwrap()].draining = true;
+        bench.set(service);
+        let next = backends(&bench, Kind::Syn, 3000..3050);
+        assert!(next[0] != first[0] && next.iter().all(|backend| *backend == next[0]));
+        assert_eq!(backends(&bench, Kind::Ack, 1000..1050), first, "connections stay");
+    });
+}
+
+pub(crate) fn two_vips_and_one_port_of_a_client() {
+    alone(|bpffs| {
+        let bench = Bench::new(bpffs);
+        let other = Ipv4Addr::new(192, 0, 2, 2);
+        let to = |vip: Ipv4Addr, kind| {
+            let question = frame(kind, (CLIENT4.into(), 4000), (vip.into(), PORT), 10);
+            ends(&bench.sent(&tunnelled(forward(0, LOCAL.ipv4), &question)))
+        };
+        let ((_, first), _) = to(VIP4, Kind::Syn);
+        let ((_, second), _) = to(other, Kind::Syn);
+        assert_eq!(first, 4000);
+        assert_ne!(second, 4000, "another port tells them apart");
+        assert_eq!(to(VIP4, Kind::Ack).0.1, first);
+        assert_eq!(to(other, Kind::Ack).0.1, second);
+        for (port, vip) in [(first, VIP4), (second, other)] {
+            let reply = frame(
+                Kind::Ack,
+                (LOCAL.ipv4.into(), BACKEND_PORT),
+                (CLIENT4.into(), port),
+                10,
+            );
+            assert_eq!(
+                ends(&bench.answered(&reply)),
+                ((vip.into(), PORT), (CLIENT4.into(), 4000))
+            );
+        }
+        assert!(bench.event(Event::PortTranslated) > 0);
+    });
+}
+
+pub(crate) fn a_flood_is_not_remembered() {
+    alone(|bpffs| {
+        // One a second, so that any machine is fast enough for a flood.
+        let mut bench = Bench::with(bpffs, uplink(), Mode::Auto, 1);
+        let many: Vec<_> = (2..40).map(|last| Ipv4Addr::new(100, 100, 2, last)).collect();
+        bench.set(service(&many));
+        let first = backends(&bench, Kind::Syn, 1000..1200);
+        assert!(bench.event(Event::Flood) > 0);
+        assert_eq!(
+            backends(&bench, Kind::Ack, 1000..1200),
+            first,
+            "the ring says the same"
+        );
+    });
+}
+
+pub(crate) fn what_was_set_survives_its_process() {
+    alone(|bpffs| {
+        let mut bench = Bench::new(bpffs);
+        let many: Vec<_> = (2..40).map(|last| Ipv4Addr::new(100, 100, 2, last)).collect();
+        bench.set(service(&many));
+        let first = backends(&bench, Kind::Syn, 1000..1100);
+        drop(bench);
+        let mut bench = Bench::new(bpffs);
+        assert_eq!(bench.balancer.vips().len(), 4);
+        assert_eq!(backends(&bench, Kind::Ack, 1000..1100), first);
+        bench.set(service(&many));
+        assert_eq!(backends(&bench, Kind::Ack, 1000..1100), first);
+        assert_eq!(bench.event(Event::BackendGone) + bench.event(Event::Miss), 0);
+        let traffic = bench.balancer.traffic().unwrap();
+        let tcp = traffic
+            .iter()
+            .find(|(known, _)| *known == vip(VIP4, Protocol::Tcp))
+            .unwrap()
+            .1;
+        assert_eq!((tcp.packets, tcp.flows), (300, 100));
+    });
+}
