@@ -96,6 +96,15 @@ impl Cluster {
     }
 }
 
+/// Where a test has failed, what was dropped may say why.
+impl Drop for Cluster {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            eprintln!("dropped, by host: {:?}", self.drops());
+        }
+    }
+}
+
 impl Node {
     fn up(number: u8, switch: &Namespace, host: &support::Host, encryption: Option<Encryption>) -> Self {
         use std::os::fd::AsFd;

@@ -382,13 +382,13 @@ pub(crate) fn balanced() {
                     let mut received = Vec::new();
                     stream.read_to_end(&mut received).unwrap();
                     assert!(received == payload(LENGTH, 1), "the backend got other bytes");
-                    stream.write_all(&payload(LENGTH, 2)).unwrap();
+                    stream.write_all(payload(LENGTH, 2)).unwrap();
                     from.ip()
                 });
                 client.run(move || {
                     let mut stream = TcpStream::connect_timeout(&vip, PATIENCE).unwrap();
                     patient(&stream);
-                    stream.write_all(&payload(LENGTH, 1)).unwrap();
+                    stream.write_all(payload(LENGTH, 1)).unwrap();
                     stream.shutdown(Shutdown::Write).unwrap();
                     let mut received = Vec::new();
                     stream.read_to_end(&mut received).unwrap();
