@@ -139,10 +139,15 @@ impl Dataplane {
         self.maps.fill()
     }
 
-    /// Replaces the addresses that are hosts' own, so that [`Policy::host_ports`] holds for them. IPv4 addresses are
-    /// given mapped.
-    pub fn set_host_addresses(&mut self, addresses: &BTreeSet<Ipv6Addr>) -> Result<()> {
-        self.maps.set_host_addresses(addresses)
+    /// Replaces the addresses that are hosts' own, and those which float between hosts, or none of the latter where they
+    /// are not known yet: [`Policy::host_ports`] holds for all of them, and the load balancer knows the floating ones. IPv4
+    /// addresses are given mapped.
+    pub fn set_host_addresses(
+        &mut self,
+        addresses: &BTreeSet<Ipv6Addr>,
+        floating: Option<&BTreeSet<Ipv6Addr>>,
+    ) -> Result<()> {
+        self.maps.set_host_addresses(addresses, floating)
     }
 
     /// Replaces what is known of other hosts' containers: addresses and identities.

@@ -11,8 +11,8 @@ use aya::{
     util::nr_cpus,
 };
 use flynn_abi::{
-    Config, Counters, DropReason, Endpoint, Ipv4, Ipv6, MAX_ENDPOINTS, MAX_HOST_ADDRESSES, MAX_HOSTS,
-    MAX_IDENTITIES, MAX_LOCAL_ENDPOINTS, MAX_OPEN_PORTS, MAX_PAIRS, Mac, OpenPort, Pair, Peer,
+    Config, Counters, DropReason, Endpoint, FLOATING, Ipv4, Ipv6, MAX_ENDPOINTS, MAX_HOST_ADDRESSES,
+    MAX_HOSTS, MAX_IDENTITIES, MAX_LOCAL_ENDPOINTS, MAX_OPEN_PORTS, MAX_PAIRS, Mac, OpenPort, Pair, Peer,
     policy::Identity,
 };
 
@@ -159,8 +159,20 @@ impl Maps {
         ]
     }
 
-    pub(crate) fn set_host_addresses(&mut self, addresses: &BTreeSet<Ipv6Addr>) -> Result<()> {
-        let wanted = addresses.iter().map(|&address| (address.into(), 1)).collect();
+    pub(crate) fn set_host_addresses(
+        &mut self,
+        addresses: &BTreeSet<Ipv6Addr>,
+        floating: Option<&BTreeSet<Ipv6Addr>>,
+    ) -> Result<()> {
+        const OWN: u32 = 1;
+        let own = addresses.iter().map(|&address| (address.into(), OWN));
+        let mut wanted: HashMap<Ipv6, u32> = own.collect();
+        if let Some(floating) = floating {
+            wanted.extend(floating.iter().map(|&address| (address.into(), OWN | FLOATING)));
+        } else {
+            let known = self.host_addresses.iter();
+            wanted.extend(known.filter(|(_, flags)| **flags & FLOATING != 0));
+        }
         self.host_addresses.set(&wanted)
     }
 

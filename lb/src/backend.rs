@@ -177,7 +177,7 @@ impl Service {
         instances.sort_by(|a, b| a.id.cmp(&b.id));
         let old = self.members();
         let backend = |instance: &Instance| {
-            let addr: SocketAddr = instance.addr.parse().ok()?;
+            let addr: SocketAddr = instance.addr.parse().ok().filter(|_| instance.proto != "udp")?;
             let known = old.backends.iter().find(|backend| backend.addr == addr);
             Some(
                 known
@@ -214,7 +214,12 @@ mod tests {
         let (a, b) = (instance("10.0.0.1:80"), instance("10.0.0.2:80"));
         let service = Service::new("web");
         service.set(
-            vec![a.clone(), b.clone(), instance("nonsense")],
+            vec![
+                a.clone(),
+                b.clone(),
+                instance("nonsense"),
+                Instance::new("udp", "10.0.0.3:80", flynn_api::Meta::new()),
+            ],
             Some(b.id.clone()),
             "key",
         );

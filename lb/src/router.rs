@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, PoisonError, RwLock};
 
 use flynn_api::route::{Route, RouteKind};
+use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
@@ -52,6 +53,8 @@ pub struct Router {
     refused: RwLock<BTreeMap<u16, String>>,
     /// The drain is over: whatever still runs ends.
     pub stop: CancellationToken,
+    /// Routes or instances have changed.
+    pub(crate) changed: Notify,
     cookie_key: String,
 }
 
@@ -66,6 +69,7 @@ impl Router {
             refused: RwLock::default(),
             tasks: TaskTracker::new(),
             stop: CancellationToken::new(),
+            changed: Notify::new(),
             cookie_key,
         }
     }
@@ -151,6 +155,7 @@ impl Router {
             services,
         });
         *self.now.write().unwrap_or_else(PoisonError::into_inner) = now;
+        self.changed.notify_one();
         true
     }
 
@@ -162,5 +167,6 @@ impl Router {
         leader: Option<String>,
     ) {
         service.set(instances, leader, &self.cookie_key);
+        self.changed.notify_one();
     }
 }

@@ -3,6 +3,7 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
+    sync::PoisonError,
 };
 
 use flynn_dataplane::{Program, Way};
@@ -83,6 +84,12 @@ impl Network {
         let hosts = self.check_hosts(hosts)?;
         let mut known = self.hosts.lock().await;
         self.find_ways(known.insert(hosts)).await
+    }
+
+    /// Replaces the addresses that float between hosts. The data plane knows of them from the next [`Network::set_hosts`]
+    /// or [`Network::refresh`] on.
+    pub fn set_floating(&self, addresses: BTreeSet<IpAddr>) {
+        *self.floating.lock().unwrap_or_else(PoisonError::into_inner) = Some(addresses);
     }
 
     /// Finds the ways to other hosts anew, and the addresses of this one, once hosts have been given.
@@ -211,11 +218,7 @@ impl Network {
         let addresses = own
             .into_iter()
             .chain(hosts.iter().map(|host| host.address.into()));
-        let addresses = addresses.map(|address| match address {
-            IpAddr::V4(address) => address.to_ipv6_mapped(),
-            IpAddr::V6(address) => address,
-        });
-        self.program_hosts(&ways, &uplinks, &addresses.collect())?;
+        self.program_hosts(&ways, &uplinks, &addresses.map(mapped).collect())?;
         if self.config.encryption.is_none() {
             self.stop_encrypting().await?;
         }
@@ -228,6 +231,12 @@ impl Network {
         uplinks: &BTreeSet<&str>,
         addresses: &BTreeSet<Ipv6Addr>,
     ) -> Result<()> {
+        let floating = self
+            .floating
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .as_ref()
+            .map(|floating| floating.iter().copied().map(mapped).collect());
         let mut dataplane = self.dataplane();
         let attached = dataplane.attached()?;
         let attached: BTreeSet<&str> = attached
@@ -239,7 +248,7 @@ impl Network {
             info!(uplink, "packets of other hosts are taken in here");
             dataplane.attach(Program::FromUplink, uplink)?;
         }
-        dataplane.set_host_addresses(addresses)?;
+        dataplane.set_host_addresses(addresses, floating.as_ref())?;
         dataplane.set_hosts(ways)?;
         for old in attached.difference(uplinks) {
             dataplane.detach(Program::FromUplink, old)?;
@@ -261,6 +270,13 @@ impl Network {
             source: self.config.address.unwrap_or(way.source),
             ..way
         }))
+    }
+}
+
+fn mapped(address: IpAddr) -> Ipv6Addr {
+    match address {
+        IpAddr::V4(address) => address.to_ipv6_mapped(),
+        IpAddr::V6(address) => address,
     }
 }
 

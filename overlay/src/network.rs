@@ -68,6 +68,8 @@ pub struct Network {
     pub(crate) handshakes: Mutex<Handshakes>,
     /// Some host is yet to answer.
     pub(crate) unsettled: tokio::sync::Notify,
+    /// The addresses that float between hosts, in the same way.
+    pub(crate) floating: Mutex<Option<BTreeSet<IpAddr>>>,
     dataplane: Mutex<Dataplane>,
 }
 
@@ -90,6 +92,7 @@ impl Network {
             wireguard: wireguard::State::Off,
             handshakes: Mutex::default(),
             unsettled: tokio::sync::Notify::new(),
+            floating: Mutex::default(),
             dataplane: Mutex::new(dataplane),
         };
         if let Some(uplink) = network.find_uplink().await? {

@@ -233,6 +233,11 @@ impl Balancer {
         self.tables.direct_hosts()
     }
 
+    /// The addresses that float between hosts: packets for them may come to this one at any moment.
+    pub fn floating(&self) -> Result<Vec<IpAddr>> {
+        self.tables.floating()
+    }
+
     /// The VIPs that there are.
     pub fn vips(&self) -> Vec<Vip> {
         self.tables.vips()

@@ -2,7 +2,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
-    net::{IpAddr, Ipv4Addr},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
 };
 
 use aya::{
@@ -49,6 +49,7 @@ pub(super) struct Tables {
     network: Array<MapData, flynn_abi::Config>,
     endpoints: KernelMap<MapData, Ipv4, Endpoint>,
     hosts: KernelMap<MapData, Ipv4, flynn_abi::Host>,
+    host_addresses: KernelMap<MapData, Ipv6, u32>,
     /// What the backends' numbers mean.
     known: BTreeMap<u16, lb::Backend>,
     /// The rings as they were written; those of another process are not known.
@@ -71,6 +72,7 @@ impl Tables {
             network: take(object, "config")?,
             endpoints: take(object, "endpoints4")?,
             hosts: take(object, "hosts4")?,
+            host_addresses: take(object, "host_addresses")?,
             known: BTreeMap::new(),
             written: HashMap::new(),
             next: 1,
@@ -378,6 +380,20 @@ impl Tables {
             Ok(direct)
         };
         read().map_err(Error::kernel("reading the cluster's hosts"))
+    }
+
+    pub(super) fn floating(&self) -> Result<Vec<IpAddr>> {
+        let read = || -> Result<_, Refusal> {
+            let mut floating = Vec::new();
+            for entry in &self.host_addresses {
+                let (address, flags) = entry?;
+                if flags & flynn_abi::FLOATING != 0 {
+                    floating.push(Ipv6Addr::from(address).to_canonical());
+                }
+            }
+            Ok(floating)
+        };
+        read().map_err(Error::kernel("reading the floating addresses"))
     }
 
     pub(super) fn backends(&self) -> impl Iterator<Item = Ipv4Addr> {

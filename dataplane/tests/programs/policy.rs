@@ -251,7 +251,7 @@ pub(crate) fn hosts_are_reached_at_open_ports() {
         let from = Program::FromContainer;
         bench.0.add(&A, &is(ONE, false, &[])).unwrap();
         let own = OUTSIDE4.to_ipv6_mapped();
-        bench.0.set_host_addresses(&BTreeSet::from([own])).unwrap();
+        bench.0.set_host_addresses(&BTreeSet::from([own]), None).unwrap();
         let to = |kind, port| {
             let four =
                 [GATEWAY4, FAR_GATEWAY, OUTSIDE4].map(|to| packet(kind, A.ipv4.into(), to.into(), port));

@@ -52,6 +52,9 @@ pub const MAX_HOSTS: u32 = 1 << 12;
 /// How many addresses of hosts containers may be kept from.
 pub const MAX_HOST_ADDRESSES: u32 = 1 << 13;
 
+/// A flag in the map `host_addresses`: the address floats. Whoever has it now, all hosts balance what comes for it.
+pub const FLOATING: u32 = 1 << 1;
+
 /// How many identities may have a flag.
 pub const MAX_IDENTITIES: u32 = 1 << 16;
 

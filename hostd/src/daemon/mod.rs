@@ -70,6 +70,8 @@ struct Daemon {
     features: Vec<flynn_api::host::KernelFeature>,
     /// The floating addresses that are here.
     floating: crate::floating::Held,
+    /// Those that there are, and who takes part.
+    floating_settings: tokio::sync::watch::Sender<Option<crate::floating::Settings>>,
 }
 
 /// Runs the daemon until it is told to stop. Jobs go on.
@@ -115,6 +117,7 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
         notices: Mutex::new(notices),
         features,
         floating: crate::floating::Held::default(),
+        floating_settings: tokio::sync::watch::Sender::new(None),
         paths,
     });
     daemon.restore_network(&stored).await;

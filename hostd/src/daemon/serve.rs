@@ -35,10 +35,12 @@ pub(super) async fn run(daemon: Arc<Daemon>) -> anyhow::Result<()> {
     let floating = tokio::spawn(keep_floating(Arc::clone(&daemon)));
     let services = tokio::spawn(services::run(Arc::clone(&daemon)));
     let renewal = tokio::spawn(renewal::keep(Arc::clone(&daemon)));
-    serve(socket, api::router(daemon), stop.cancelled()).await?;
+    serve(socket, api::router(Arc::clone(&daemon)), stop.cancelled()).await?;
     network.abort();
     documents.abort();
     floating.abort();
+    // What is held here goes to others at once.
+    daemon.floating_settings.send_replace(None);
     services.abort();
     renewal.abort();
     let _ = tokio::join!(tls, registration);
@@ -60,9 +62,9 @@ async fn keep_network(daemon: Arc<Daemon>) {
     }
 }
 
-/// Holds this host's share of the floating addresses. The thread ends when this does, and what it held goes to others.
+/// Holds this host's share of the floating addresses, until there are none any more.
 async fn keep_floating(daemon: Arc<Daemon>) {
-    let (settings, receiver) = tokio::sync::watch::channel(None);
+    let receiver = daemon.floating_settings.subscribe();
     let (id, address, held) = (
         daemon.host_id.clone(),
         daemon.config().address,
@@ -73,7 +75,12 @@ async fn keep_floating(daemon: Arc<Daemon>) {
             tracing::error!(%error, "floating addresses are left to other hosts");
         }
     });
-    floating::follow(daemon.paths.state(), || daemon.discovery(), settings).await;
+    floating::follow(
+        daemon.paths.state(),
+        || daemon.discovery(),
+        &daemon.floating_settings,
+    )
+    .await;
 }
 
 /// Serves on the host's address once it has a certificate, and anew when that has been renewed.

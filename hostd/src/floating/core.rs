@@ -5,10 +5,13 @@
 //! earlier, or lay in a queue while a process was paused, proves nothing, and who hears without being heard is not
 //! taken for alive. A heartbeat also says whom its sender hears, so that two hosts which only a third connects agree.
 //!
-//! Of the hosts that are alive and eligible, the first in an order that is the same everywhere holds an address. A host
-//! is eligible once it has listened for [`SETTLE`]: it takes nothing before it can know who is there. One whose clock
-//! has jumped, because it was paused, begins anew.
+//! Of the hosts that are alive and eligible, the first in an order that is the same everywhere takes an address that
+//! nobody holds, and keeps it: one that comes back does not move what others have by now. Each take has a greater number
+//! than those before, and of two holders the one with the smaller number yields: connections have moved to the other.
+//! Heartbeats say who holds what by which number. A host is eligible once it has listened for [`SETTLE`]: it takes
+//! nothing before it can know who is there. One whose clock has jumped, because it was paused, begins anew.
 
+use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::time::Duration;
@@ -27,8 +30,8 @@ pub(crate) const SETTLE: Duration = Duration::from_secs(1);
 pub(crate) const ANNOUNCE: Duration = Duration::from_secs(1);
 /// So many hosts at most take part: everybody hears everybody.
 pub(crate) const MAX_HOSTS: usize = 16;
-/// So many addresses there may be.
-pub(crate) const MAX_ADDRESSES: usize = 64;
+/// So many addresses there may be: a heartbeat has to fit into a packet.
+pub(crate) const MAX_ADDRESSES: usize = 48;
 
 /// A host, by a digest of its id.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -37,27 +40,54 @@ pub(crate) struct HostKey(pub(crate) u64);
 impl HostKey {
     /// Of the host with this id.
     pub(crate) fn of(id: &str) -> Self {
-        Self(digest(&[id.as_bytes()]))
+        Self(digest(id.as_bytes()))
     }
 
     /// Its place in the order of those that may hold an address: the smallest is the first.
-    fn rank(self, address: IpAddr) -> (u64, Self) {
+    fn rank(self, address: AddressKey) -> (u64, Self) {
+        // Two digests, mixed so that each of their bits tells (as SplitMix64 does).
+        let mut mixed = self.0 ^ address.0;
+        for factor in [0xbf58_476d_1ce4_e5b9, 0x94d0_49bb_1331_11eb] {
+            mixed = (mixed ^ (mixed >> 30)).wrapping_mul(factor);
+        }
+        (mixed ^ (mixed >> 31), self)
+    }
+}
+
+/// An address, by a digest of it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct AddressKey(pub(crate) u64);
+
+impl AddressKey {
+    fn of(address: IpAddr) -> Self {
         let address = match address {
             IpAddr::V4(address) => address.to_ipv6_mapped(),
             IpAddr::V6(address) => address,
         };
-        (digest(&[&address.octets(), &self.0.to_be_bytes()]), self)
+        Self(digest(&address.octets()))
     }
 }
 
-fn digest(parts: &[&[u8]]) -> u64 {
-    let mut digest = Sha256::new();
-    for part in parts {
-        digest.update(part);
-    }
+fn digest(bytes: &[u8]) -> u64 {
     let mut first = [0; 8];
-    first.copy_from_slice(&digest.finalize()[..8]);
+    first.copy_from_slice(&Sha256::digest(bytes)[..8]);
     u64::from_be_bytes(first)
+}
+
+/// That a host holds an address.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Claim {
+    pub(crate) address: AddressKey,
+    pub(crate) host: HostKey,
+    /// The number of its take.
+    pub(crate) take: u64,
+}
+
+impl Claim {
+    /// The greatest is right.
+    fn order(&self) -> (u64, Reverse<(u64, HostKey)>) {
+        (self.take, Reverse(self.host.rank(self.address)))
+    }
 }
 
 /// The number of a heartbeat. A host that starts anew has another incarnation.
@@ -79,6 +109,8 @@ pub(crate) struct Beat {
     pub(crate) eligible: bool,
     /// Which others the sender hears that take addresses.
     pub(crate) hears: Vec<HostKey>,
+    /// What the sender holds, or hears that others hold: one claim for each address.
+    pub(crate) claims: Vec<Claim>,
 }
 
 /// What is to be done.
@@ -102,6 +134,14 @@ struct Peer {
     heard: Option<Duration>,
     eligible: bool,
     hears: Vec<HostKey>,
+    claims: Vec<Claim>,
+}
+
+/// An address that is held.
+#[derive(Debug)]
+struct Hold {
+    announced: Duration,
+    claim: Claim,
 }
 
 /// One host's part. Times are those of its own monotonic clock.
@@ -110,8 +150,10 @@ pub(crate) struct Floating {
     own: HostKey,
     incarnation: u64,
     peers: BTreeMap<HostKey, Peer>,
-    addresses: BTreeSet<IpAddr>,
-    held: BTreeMap<IpAddr, Duration>,
+    addresses: BTreeMap<IpAddr, AddressKey>,
+    held: BTreeMap<IpAddr, Hold>,
+    /// The greatest number of a take that was heard of.
+    takes: BTreeMap<IpAddr, u64>,
     /// Since when it listens; none while it is not healthy.
     settling: Option<Duration>,
     ticked: Option<Duration>,
@@ -127,8 +169,9 @@ impl Floating {
             own: HostKey::of(id),
             incarnation,
             peers: BTreeMap::new(),
-            addresses: BTreeSet::new(),
+            addresses: BTreeMap::new(),
             held: BTreeMap::new(),
+            takes: BTreeMap::new(),
             settling: None,
             ticked: None,
             sent: BTreeMap::new(),
@@ -147,10 +190,15 @@ impl Floating {
         }
         // A host that is none of them holds nothing.
         self.addresses = if part.contains(&self.own) {
-            addresses.iter().copied().take(MAX_ADDRESSES).collect()
+            let addresses = addresses.iter().take(MAX_ADDRESSES);
+            addresses
+                .map(|address| (*address, AddressKey::of(*address)))
+                .collect()
         } else {
-            BTreeSet::new()
+            BTreeMap::new()
         };
+        self.takes
+            .retain(|address, _| self.addresses.contains_key(address));
     }
 
     /// The addresses that it holds.
@@ -213,6 +261,13 @@ impl Floating {
         peer.heard = Some(now);
         peer.eligible = beat.eligible;
         peer.hears = beat.hears;
+        peer.claims = beat.claims;
+        for (address, key) in &self.addresses {
+            for claim in peer.claims.iter().filter(|claim| claim.address == *key) {
+                let greatest = self.takes.entry(*address).or_default();
+                *greatest = claim.take.max(*greatest);
+            }
+        }
         self.decide(now, &mut actions);
         actions
     }
@@ -239,25 +294,67 @@ impl Floating {
         alive
     }
 
+    /// What this host holds, and what those say of themselves whom it hears.
+    fn direct_claims(&self, now: Duration) -> impl Iterator<Item = Claim> {
+        let own = self.held.values().map(|hold| hold.claim);
+        let fresh = self.peers.iter().filter(move |(_, peer)| is_fresh(peer, now));
+        let of_peers = fresh.flat_map(|(host, peer)| {
+            let own = peer.claims.iter().filter(|claim| claim.host == *host);
+            own.filter(|_| peer.eligible).copied()
+        });
+        own.chain(of_peers)
+    }
+
+    /// Who holds an address, as far as this host hears, and hears of.
+    fn holder(&self, address: AddressKey, now: Duration, alive: &BTreeSet<HostKey>) -> Option<HostKey> {
+        let fresh = self.peers.values().filter(|peer| is_fresh(peer, now));
+        let heard_of = fresh.flat_map(|peer| peer.claims.iter().copied());
+        let heard_of = heard_of.filter(|claim| {
+            // What is said of a host counts for less than what it says itself.
+            let itself = self
+                .peers
+                .get(&claim.host)
+                .is_some_and(|peer| is_fresh(peer, now));
+            claim.host != self.own && !itself && alive.contains(&claim.host)
+        });
+        self.direct_claims(now)
+            .chain(heard_of)
+            .filter(|claim| claim.address == address)
+            .max_by_key(Claim::order)
+            .map(|claim| claim.host)
+    }
+
     fn decide(&mut self, now: Duration, actions: &mut Actions) {
         let alive = self.alive(now);
         let eligible = self.is_eligible(now);
-        let first = |address: &IpAddr| {
-            let own = self.own.rank(*address);
-            eligible && alive.iter().all(|host| own < host.rank(*address))
+        let is_own = |address: AddressKey| match self.holder(address, now, &alive) {
+            Some(holder) => holder == self.own,
+            None => {
+                let own = self.own.rank(address);
+                alive.iter().all(|host| own < host.rank(address))
+            }
         };
-        let wanted: BTreeSet<IpAddr> = self.addresses.iter().copied().filter(first).collect();
+        let own = self.addresses.iter().filter(|(_, key)| eligible && is_own(**key));
+        let wanted: BTreeSet<IpAddr> = own.map(|(address, _)| *address).collect();
         let gone = self.held.keys().filter(|address| !wanted.contains(address));
         actions.release.extend(gone.copied());
         self.held.retain(|address, _| wanted.contains(address));
         for address in wanted {
             match self.held.get_mut(&address) {
                 None => {
-                    self.held.insert(address, now);
+                    let take = self.takes.entry(address).or_default();
+                    *take = take.saturating_add(1);
+                    let claim = Claim {
+                        address: AddressKey::of(address),
+                        host: self.own,
+                        take: *take,
+                    };
+                    let announced = now;
+                    self.held.insert(address, Hold { announced, claim });
                     actions.take.push(address);
                 }
-                Some(announced) if now.saturating_sub(*announced) >= ANNOUNCE => {
-                    *announced = now;
+                Some(hold) if now.saturating_sub(hold.announced) >= ANNOUNCE => {
+                    hold.announced = now;
                     actions.announce.push(address);
                 }
                 Some(_) => {}
@@ -276,6 +373,11 @@ impl Floating {
             .filter(|(_, peer)| peer.eligible && is_fresh(peer, now))
             .map(|(host, _)| *host)
             .collect();
+        let claims = self.addresses.values().filter_map(|address| {
+            let about = self.direct_claims(now).filter(|claim| claim.address == *address);
+            about.max_by_key(Claim::order)
+        });
+        let claims: Vec<Claim> = claims.collect();
         actions.beats.extend(self.peers.iter().map(|(host, peer)| Beat {
             from: self.own,
             to: *host,
@@ -286,6 +388,7 @@ impl Floating {
             echo: peer.last,
             eligible,
             hears: hears.clone(),
+            claims: claims.clone(),
         }));
     }
 }

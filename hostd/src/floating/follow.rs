@@ -46,7 +46,7 @@ impl Known {
 pub(crate) async fn follow(
     state: &Path,
     client: impl Fn() -> Option<DiscoveryClient>,
-    settings: watch::Sender<Option<Settings>>,
+    settings: &watch::Sender<Option<Settings>>,
 ) {
     let path = state.join(FILE);
     let mut known: Known = match files::read_json(&path) {

@@ -6,19 +6,21 @@
 use hmac::{Hmac, KeyInit as _, Mac as _};
 use sha2::Sha256;
 
-use super::core::{Beat, HostKey, MAX_HOSTS, Number};
+use super::core::{AddressKey, Beat, Claim, HostKey, MAX_ADDRESSES, MAX_HOSTS, Number};
 
 /// The length of keys.
 pub(crate) const KEY: usize = 32;
 /// Longer packets are none of ours.
-pub(crate) const MAX: usize = FIXED + 8 * MAX_HOSTS + TAG;
+pub(crate) const MAX: usize = FIXED + 8 * MAX_HOSTS + CLAIM * MAX_ADDRESSES + TAG;
 
 const MAGIC: [u8; 4] = *b"flyb";
-const VERSION: u8 = 1;
+const VERSION: u8 = 2;
 const ELIGIBLE: u8 = 1;
-/// Magic, version, flags, count, a byte of zeros, and six numbers.
+/// Magic, version, flags, how many are heard, how many claims there are, and six numbers.
 const FIXED: usize = 8 + 6 * 8;
 const TAG: usize = 32;
+/// Three numbers.
+const CLAIM: usize = 24;
 
 fn mac(key: &[u8; KEY], bytes: &[u8]) -> Option<Hmac<Sha256>> {
     // Keys of any length will do.
@@ -32,7 +34,9 @@ pub(crate) fn encode(key: &[u8; KEY], beat: &Beat) -> Vec<u8> {
     let hears = &beat.hears[..beat.hears.len().min(MAX_HOSTS)];
     let mut bytes = MAGIC.to_vec();
     let flags = if beat.eligible { ELIGIBLE } else { 0 };
-    bytes.extend([VERSION, flags, u8::try_from(hears.len()).unwrap_or(0), 0]);
+    let claims = &beat.claims[..beat.claims.len().min(MAX_ADDRESSES)];
+    let count = |length: usize| u8::try_from(length).unwrap_or(0);
+    bytes.extend([VERSION, flags, count(hears.len()), count(claims.len())]);
     let numbers = [
         beat.from.0,
         beat.to.0,
@@ -41,7 +45,11 @@ pub(crate) fn encode(key: &[u8; KEY], beat: &Beat) -> Vec<u8> {
         beat.echo.incarnation,
         beat.echo.sequence,
     ];
-    for number in numbers.into_iter().chain(hears.iter().map(|host| host.0)) {
+    let claims = claims
+        .iter()
+        .flat_map(|claim| [claim.address.0, claim.host.0, claim.take]);
+    let numbers = numbers.into_iter().chain(hears.iter().map(|host| host.0));
+    for number in numbers.chain(claims) {
         bytes.extend(number.to_be_bytes());
     }
     if let Some(mac) = mac(key, &bytes) {
@@ -56,10 +64,11 @@ pub(crate) fn decode(key: &[u8; KEY], packet: &[u8]) -> Option<Beat> {
         return None;
     }
     let (bytes, tag) = packet.split_at_checked(packet.len().checked_sub(TAG)?)?;
-    let [a, b, c, d, VERSION, flags, count, 0, numbers @ ..] = bytes else {
+    let [a, b, c, d, VERSION, flags, heard, claims, numbers @ ..] = bytes else {
         return None;
     };
-    if [*a, *b, *c, *d] != MAGIC || numbers.len() != 8 * (6 + usize::from(*count)) {
+    let (heard, claims) = (usize::from(*heard), usize::from(*claims));
+    if [*a, *b, *c, *d] != MAGIC || numbers.len() != 8 * (6 + heard) + CLAIM * claims {
         return None;
     }
     // Compares in the same time whatever differs.
@@ -82,7 +91,18 @@ pub(crate) fn decode(key: &[u8; KEY], packet: &[u8]) -> Option<Beat> {
             sequence: next()?,
         },
         eligible: flags & ELIGIBLE != 0,
-        hears: numbers.map(HostKey).collect(),
+        hears: numbers.by_ref().take(heard).map(HostKey).collect(),
+        claims: numbers
+            .collect::<Vec<_>>()
+            .as_chunks::<3>()
+            .0
+            .iter()
+            .map(|[address, host, take]| Claim {
+                address: AddressKey(*address),
+                host: HostKey(*host),
+                take: *take,
+            })
+            .collect(),
     })
 }
 
@@ -94,6 +114,7 @@ mod tests {
     prop_compose! {
         fn beats()(
             n in any::<[u64; 6]>(), eligible in any::<bool>(), hears in prop::collection::vec(any::<u64>(), 0..=MAX_HOSTS),
+            claims in prop::collection::vec(any::<[u64; 3]>(), 0..=MAX_ADDRESSES),
         ) -> Beat {
             Beat {
                 from: HostKey(n[0]),
@@ -102,6 +123,10 @@ mod tests {
                 echo: Number { incarnation: n[4], sequence: n[5] },
                 eligible,
                 hears: hears.into_iter().map(HostKey).collect(),
+                claims: claims
+                    .into_iter()
+                    .map(|[address, host, take]| Claim { address: AddressKey(address), host: HostKey(host), take })
+                    .collect(),
             }
         }
     }
@@ -130,7 +155,7 @@ mod tests {
         }
 
         #[test]
-        fn no_bytes_are_too_odd(packet in prop::collection::vec(any::<u8>(), 0..300)) {
+        fn no_bytes_are_too_odd(packet in prop::collection::vec(any::<u8>(), 0..1500)) {
             prop_assert_eq!(decode(&[0; KEY], &packet), None);
         }
     }

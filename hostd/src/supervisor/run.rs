@@ -9,7 +9,7 @@ use flynn_api::host::JobState;
 use jiff::Timestamp;
 use rustix::process::{WaitId, WaitIdOptions};
 use tokio::sync::mpsc;
-use tokio::time::Instant;
+use tokio::time::{Instant, sleep};
 
 use super::Supervisor;
 use super::server::Command;
@@ -21,6 +21,8 @@ use crate::sys::{Polled, polled};
 
 /// How long output may still come when everything in the container is dead.
 const LAST_WORDS: Duration = Duration::from_secs(2);
+/// Between an instance's goodbye and the end of its program: load balancers that cannot try another one hear of it before.
+const GOODBYE: Duration = Duration::from_millis(250);
 
 /// How a run has ended.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -234,7 +236,11 @@ impl<'a> Run<'a> {
     /// Asks the program to end: out of discoverd first, then SIGTERM, and SIGKILL when its time is up.
     async fn stop(&mut self) {
         if let Some(services) = self.services.take() {
+            let told = !services.is_empty();
             services.deregister().await;
+            if told && self.running {
+                sleep(GOODBYE).await;
+            }
         }
         if self.running {
             let _ = container::signal(self.init.get_ref(), libc::SIGTERM);

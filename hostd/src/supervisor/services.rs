@@ -81,6 +81,11 @@ impl Services {
         }
     }
 
+    /// Whether there are none.
+    pub(super) fn is_empty(&self) -> bool {
+        self.tasks.is_empty()
+    }
+
     /// Takes the instances out of discoverd, and stops. Bounded: one that cannot be taken out runs out by itself.
     pub(super) async fn deregister(self) {
         for task in &self.tasks {

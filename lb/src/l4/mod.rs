@@ -149,6 +149,8 @@ impl L4 {
             *self.text.lock().unwrap_or_else(PoisonError::into_inner) = text(&balancer)?;
             tokio::select! {
                 () = shutdown.cancelled() => return Ok(()),
+                // An instance that is told to end has been taken out of discoverd a moment before.
+                () = router.changed.notified() => {}
                 () = tokio::time::sleep(LOOK) => {}
             }
             if probed.elapsed() >= PROBE {
@@ -205,6 +207,8 @@ fn wanted(
     instances.update(&wanted, is_container, Instant::now());
     let mut addresses: BTreeSet<IpAddr> = found.addresses.iter().copied().collect();
     addresses.extend(balancer.direct_hosts()?.into_iter().map(IpAddr::V4));
+    // Before they are here: who takes one over goes on with what its flows have.
+    addresses.extend(balancer.floating()?);
     let addresses: Vec<_> = addresses.into_iter().collect();
     Ok(instances.services(&routes, &addresses, first_host))
 }

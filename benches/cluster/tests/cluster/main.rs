@@ -6,6 +6,7 @@
 mod containers;
 mod faults;
 mod fixture;
+mod floating;
 mod input;
 mod join;
 mod life;
@@ -67,6 +68,11 @@ const TESTS: &[(&str, Test)] = &[
     ("routes_by_port_lead_to_containers", routes::lead),
     ("an_upgrade_costs_no_packet", network::upgraded),
     ("a_lost_host_comes_back_into_the_network", network::lost_and_found),
+    ("a_floating_address_moves_under_connections", floating::moves),
+    (
+        "a_lost_host_breaks_only_the_connections_of_its_containers",
+        floating::host_lost,
+    ),
     ("a_removed_host_loses_its_subnet", network::removed),
     ("nothing_is_left_after_down", faults::down),
     ("an_up_that_was_killed_leaves_nothing_after_down", up::killed),

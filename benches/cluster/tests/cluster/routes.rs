@@ -17,7 +17,7 @@ use crate::fixture::{Cluster, MEMBERS, STRANGER};
 const LIMIT: Duration = Duration::from_mins(2);
 
 /// The app, whose service is `echo-web`.
-const APP: &str = "echo";
+pub(crate) const APP: &str = "echo";
 
 /// Where it listens.
 const PORT: u16 = 7007;
@@ -35,7 +35,7 @@ pub(crate) fn push(platform: &Platform, name: &str) -> Result<()> {
 }
 
 /// It with so many jobs, some on each host.
-fn scaled(cluster: &mut Cluster, count: usize) -> Result<(&Platform, Vec<Container>)> {
+pub(crate) fn scaled(cluster: &mut Cluster, count: usize) -> Result<(&Platform, Vec<Container>)> {
     let platform = cluster.echo(APP)?;
     platform.run(["-a", APP, "scale", &format!("web={count}")])?;
     let containers = spread(platform, APP, count, &MEMBERS)?;
@@ -52,14 +52,14 @@ fn client(platform: &Platform, args: &[&str], to: &[SocketAddr]) -> Result<Comma
 }
 
 /// Connections that live long.
-struct Held {
+pub(crate) struct Held {
     running: Running,
     stdout: BufReader<ChildStdout>,
 }
 
 impl Held {
     /// So many to each address, with an exchange every so many milliseconds, or only when asked for with 0.
-    fn open(platform: &Platform, interval: u32, count: usize, to: &[SocketAddr]) -> Result<Self> {
+    pub(crate) fn open(platform: &Platform, interval: u32, count: usize, to: &[SocketAddr]) -> Result<Self> {
         let (interval, count) = (interval.to_string(), count.to_string());
         let command = client(platform, &["hold", &interval, &count], to)?;
         let (running, stdout) = Running::start(command)?;
@@ -67,7 +67,7 @@ impl Held {
     }
 
     /// Has each exchange something, and gives what they have seen.
-    fn ask(&mut self) -> Result<Vec<Seen>> {
+    pub(crate) fn ask(&mut self) -> Result<Vec<Seen>> {
         writeln!(self.running.stdin()?, "?")?;
         let mut line = String::new();
         self.stdout.read_line(&mut line)?;
@@ -75,7 +75,7 @@ impl Held {
     }
 
     /// The same where none may be broken.
-    fn whole(&mut self) -> Result<Vec<Seen>> {
+    pub(crate) fn whole(&mut self) -> Result<Vec<Seen>> {
         let all = self.ask()?;
         let broken: Vec<_> = all.iter().filter(|seen| seen.broken.is_some()).collect();
         ensure!(
@@ -100,13 +100,13 @@ fn datagrams(platform: &Platform, count: usize, to: &[SocketAddr]) -> Result<Vec
     Ok(serde_json::from_slice(&output.stdout)?)
 }
 
-/// A port of each host, by IPv4 and by IPv6.
-fn doors(platform: &Platform, port: u16) -> Vec<SocketAddr> {
+/// A port of hosts, by IPv4 and by IPv6.
+pub(crate) fn doors(platform: &Platform, hosts: &[u8], port: u16) -> Vec<SocketAddr> {
     let both = |host: &u8| {
         let host = platform.lab().host(*host);
         [IpAddr::from(host.address()), host.address6().into()]
     };
-    let addresses = MEMBERS.iter().flat_map(both);
+    let addresses = hosts.iter().flat_map(both);
     addresses.map(|address| SocketAddr::new(address, port)).collect()
 }
 
@@ -114,7 +114,7 @@ fn backends(seen: &[Seen]) -> BTreeSet<Ipv4Addr> {
     seen.iter().map(|seen| seen.backend).collect()
 }
 
-fn addresses(containers: &[Container]) -> BTreeSet<Ipv4Addr> {
+pub(crate) fn addresses(containers: &[Container]) -> BTreeSet<Ipv4Addr> {
     containers.iter().map(|container| container.address).collect()
 }
 
@@ -127,7 +127,7 @@ fn see_the_client(seen: &[Seen]) -> Result<()> {
 }
 
 /// Waits until new connections go to these containers, and to none besides.
-fn reach(platform: &Platform, doors: &[SocketAddr], wanted: &BTreeSet<Ipv4Addr>) -> Result<()> {
+pub(crate) fn reach(platform: &Platform, doors: &[SocketAddr], wanted: &BTreeSet<Ipv4Addr>) -> Result<()> {
     until(
         LIMIT,
         &format!("all of {} containers are reached", wanted.len()),
@@ -156,7 +156,10 @@ pub(crate) fn lead(cluster: &mut Cluster) -> Result<()> {
             routes.push(id.trim().to_owned());
         }
     }
-    let (spread_doors, sticky_doors) = (doors(platform, SPREAD), doors(platform, STICKY));
+    let (spread_doors, sticky_doors) = (
+        doors(platform, &MEMBERS, SPREAD),
+        doors(platform, &MEMBERS, STICKY),
+    );
     reach(platform, &spread_doors, &addresses(&containers))?;
     for seen in [
         connections(platform, 5, &sticky_doors)?,

@@ -117,11 +117,15 @@ async fn watch_connected(daemon: &Daemon, service: &str, retry: &mut Retry) -> R
 /// Has the data plane know what the documents say.
 async fn apply(daemon: &Daemon) {
     let mut changes = daemon.documents.subscribe();
+    let mut floating = daemon.floating_settings.subscribe();
     loop {
-        if timeout(TIMER, changes.changed()).await.is_ok() {
-            sleep(GATHER).await;
+        tokio::select! {
+            _ = changes.changed() => sleep(GATHER).await,
+            _ = floating.changed() => {}
+            () = sleep(TIMER) => {}
         }
         changes.mark_unchanged();
+        floating.mark_unchanged();
         if let Some(up) = daemon.network.peek()
             && let Err(error) = daemon.apply_documents(&up).await
         {
@@ -215,6 +219,11 @@ impl Daemon {
         // Policy first: nobody is reached by those whom it excludes.
         up.network.set_policy(&wanted.policy)?;
         up.network.set_remote(&wanted.remote)?;
+        // Until they are known, the kernel has those of an earlier daemon.
+        if let Some(settings) = self.floating_settings.borrow().as_ref() {
+            let addresses = settings.addresses.iter().map(|address| address.ip);
+            up.network.set_floating(addresses.collect());
+        }
         up.network.set_hosts(&wanted.hosts).await
     }
 

@@ -1,7 +1,6 @@
 //! Simulation: hosts with clocks of their own on a network that loses, delays, doubles and cuts.
 
-use std::cmp::Reverse;
-use std::collections::{BTreeMap, BinaryHeap};
+use std::collections::BinaryHeap;
 use std::net::Ipv4Addr;
 
 use rand::rngs::StdRng;
@@ -320,13 +319,26 @@ fn an_address_is_taken_over_within_a_second() {
             );
         }
         slowest = slowest.max(world.now.saturating_sub(lost));
-        // The old holder is back, and there is one again.
+        // The old holder is back, and there is one again: the new one, which nothing has taken it from.
+        let new = |world: &World| {
+            let holders = world.holders(address);
+            holders
+                .into_iter()
+                .filter(|index| *index != holder)
+                .collect::<Vec<_>>()
+        };
         world.heal();
         if dies {
             world.start(holder);
         }
+        let before = new(&world);
         world.wait(CONVERGED);
         world.assert_one_holder_each(seed, "after its return");
+        let after = world.holders(address);
+        assert!(
+            before.contains(&after[0]),
+            "seed {seed}: {address} went from {before:?} to {after:?}"
+        );
     }
     println!("the slowest took {slowest:?}");
 }
@@ -396,7 +408,7 @@ fn addresses_are_shared_out() {
     let hosts = ["a", "b", "c"].map(HostKey::of);
     let mut first = BTreeMap::<HostKey, u32>::new();
     for last in 0..250 {
-        let address = IpAddr::from([192, 0, 2, last]);
+        let address = AddressKey::of([192, 0, 2, last].into());
         let host = hosts.into_iter().min_by_key(|host| host.rank(address)).unwrap();
         *first.entry(host).or_default() += 1;
     }
