@@ -54,6 +54,7 @@ impl Discoverd {
                 election: Duration::from_millis(250),
                 snapshot_after: 100,
                 lease: Duration::from_mins(1),
+                ..Timing::default()
             },
         };
         let discoverd = Self {

@@ -327,12 +327,13 @@ impl Floating {
     fn decide(&mut self, now: Duration, actions: &mut Actions) {
         let alive = self.alive(now);
         let eligible = self.is_eligible(now);
-        let is_own = |address: AddressKey| match self.holder(address, now, &alive) {
-            Some(holder) => holder == self.own,
-            None => {
-                let own = self.own.rank(address);
-                alive.iter().all(|host| own < host.rank(address))
-            }
+        let first = |address: AddressKey| {
+            let own = self.own.rank(address);
+            alive.iter().all(|host| own < host.rank(address))
+        };
+        let is_own = |address| {
+            let holder = self.holder(address, now, &alive);
+            holder.map_or_else(|| first(address), |holder| holder == self.own)
         };
         let own = self.addresses.iter().filter(|(_, key)| eligible && is_own(**key));
         let wanted: BTreeSet<IpAddr> = own.map(|(address, _)| *address).collect();
