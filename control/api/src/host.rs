@@ -13,6 +13,7 @@
 //! | `POST /attach` | upgrade `flynn-attach/0` after an [`AttachRequest`]; frames of [`attach`] |
 //! | `GET /host/network` | [`NetworkStatus`] |
 //! | `GET /host/network/flows` | `[`[`Flow`]`]`: the established TCP connections of this host's containers |
+//! | `GET /host/network/services` | `[`[`ServiceStatus`]`]`: which virtual addresses lead to which instances |
 //! | `GET /metrics` | counters and gauges of the network, in Prometheus' text format |
 //! | `PUT /host/layers/{digest}`, `GET` | puts a squashfs layer into the store; fetches it |
 //! | `GET /host/volumes`, `DELETE /host/volumes/{id}` | [`Volume`]s |
@@ -637,6 +638,32 @@ pub struct Flow {
     pub tx_bytes: u64,
     /// Bytes that came.
     pub rx_bytes: u64,
+}
+
+/// A service as sockets of this host's jobs find it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ServiceStatus {
+    /// Its name; empty where only the data plane still knows its number.
+    pub service: String,
+    /// Its virtual addresses.
+    pub addresses: crate::discovery::VirtualAddresses,
+    /// Where sockets that go there get to.
+    pub instances: Vec<ServiceInstance>,
+}
+
+/// One instance of a service.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ServiceInstance {
+    /// The index of its registration.
+    pub index: u64,
+    /// Where it is.
+    pub address: std::net::IpAddr,
+    /// The IPv6 address of the same container.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub address6: Option<std::net::Ipv6Addr>,
+    /// It is the leader.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub leader: bool,
 }
 
 /// How full a map of the data plane is.

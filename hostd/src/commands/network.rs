@@ -1,9 +1,10 @@
 //! `flynn-host network`: the host's part of the cluster's network.
 
 use std::collections::BTreeMap;
+use std::net::IpAddr;
 
 use flynn_api::client::host::HostClient;
-use flynn_api::host::{EndpointStatus, Flow, NetworkStatus};
+use flynn_api::host::{EndpointStatus, Flow, NetworkStatus, ServiceStatus};
 
 use super::show::{age, table};
 use super::{print_json, reach};
@@ -52,7 +53,16 @@ enum View {
         service: Option<String>,
         /// Only those with this address at either end
         #[arg(long)]
-        address: Option<std::net::IpAddr>,
+        address: Option<IpAddr>,
+    },
+    /// Virtual addresses of services, and the instances that they lead to
+    Services {
+        /// Only this one
+        #[arg(long)]
+        service: Option<String>,
+        /// Only those with this address, or with an instance there
+        #[arg(long)]
+        address: Option<IpAddr>,
     },
 }
 
@@ -78,6 +88,18 @@ pub(super) async fn run(host: &HostClient, args: &Args) -> anyhow::Result<()> {
         println!("{}", flows_table(&flows));
         return Ok(());
     }
+    if let Some(View::Services { service, address }) = &args.view {
+        let mut services = reach(host.services().await)?;
+        services.retain(|of| {
+            service.as_ref().is_none_or(|service| of.service == *service)
+                && address.is_none_or(|address| is_at(of, address))
+        });
+        if args.json {
+            return print_json(&services);
+        }
+        println!("{}", services_table(&services));
+        return Ok(());
+    }
     let mut network = reach(host.network().await)?;
     if network.gateway.is_none() && !args.json {
         println!("this host has no cluster network yet: run flynn-host bootstrap or flynn-host join");
@@ -88,7 +110,7 @@ pub(super) async fn run(host: &HostClient, args: &Args) -> anyhow::Result<()> {
     }
     if args.json {
         return match &args.view {
-            None | Some(View::Flows { .. }) => print_json(&network),
+            None | Some(View::Flows { .. } | View::Services { .. }) => print_json(&network),
             Some(View::Endpoints { all: true, .. }) => {
                 print_json(&serde_json::json!({"endpoints": network.endpoints, "remote": network.remote}))
             }
@@ -104,7 +126,7 @@ pub(super) async fn run(host: &HostClient, args: &Args) -> anyhow::Result<()> {
 
 fn shown(network: &NetworkStatus, view: Option<&View>) -> String {
     match view {
-        None | Some(View::Flows { .. }) => overview(network),
+        None | Some(View::Flows { .. } | View::Services { .. }) => overview(network),
         Some(View::Endpoints { all, .. }) => endpoints(network, *all),
         Some(View::Hosts) => hosts(network),
         Some(View::Routes) => routes(network),
@@ -250,6 +272,45 @@ fn maps(network: &NetworkStatus) -> String {
     maps.trim_fmt()
 }
 
+fn is_at(service: &ServiceStatus, address: IpAddr) -> bool {
+    let of = &service.addresses;
+    let own = [
+        of.ipv4.into(),
+        of.leader_ipv4.into(),
+        of.ipv6.into(),
+        of.leader_ipv6.into(),
+    ];
+    let instances = service.instances.iter();
+    let mut instances =
+        instances.flat_map(|instance| [Some(instance.address), instance.address6.map(IpAddr::V6)]);
+    own.contains(&address) || instances.any(|instance| instance == Some(address))
+}
+
+fn services_table(services: &[ServiceStatus]) -> String {
+    if services.is_empty() {
+        return "there is no such service".into();
+    }
+    let mut table = table(&["SERVICE", "ADDRESS", "LEADER'S ADDRESS", "INSTANCES"]);
+    for of in services {
+        let instance = |instance: &flynn_api::host::ServiceInstance| {
+            let leads = if instance.leader { " (leader)" } else { "" };
+            format!("{}{leads}", instance.address)
+        };
+        let instances: Vec<String> = of.instances.iter().map(instance).collect();
+        table.add_row([
+            if of.service.is_empty() { "-" } else { &of.service }.to_owned(),
+            format!("{}\n{}", of.addresses.ipv4, of.addresses.ipv6),
+            format!("{}\n{}", of.addresses.leader_ipv4, of.addresses.leader_ipv6),
+            if instances.is_empty() {
+                "none".into()
+            } else {
+                instances.join("\n")
+            },
+        ]);
+    }
+    table.trim_fmt()
+}
+
 fn flows_table(flows: &[Flow]) -> String {
     let mut table = table(&[
         "LOCAL",
@@ -300,6 +361,35 @@ mod tests {
     fn amounts_are_short() {
         let shown = [0, 1023, 1536, 5 << 20, u64::MAX].map(amount);
         assert_eq!(shown, ["0 B", "1023 B", "1.5 KiB", "5.0 MiB", "16777215.9 TiB"]);
+    }
+
+    #[test]
+    fn services_are_found_by_all_their_addresses() {
+        let service = ServiceStatus {
+            service: "db".into(),
+            addresses: flynn_api::discovery::VirtualNetworks::default().addresses(7),
+            instances: vec![flynn_api::host::ServiceInstance {
+                index: 3,
+                address: "100.100.1.5".parse().unwrap(),
+                address6: Some("fd66::5".parse().unwrap()),
+                leader: true,
+            }],
+        };
+        let of = service.addresses;
+        for address in [
+            of.ipv4.into(),
+            of.leader_ipv6.into(),
+            IpAddr::from([100, 100, 1, 5]),
+            "fd66::5".parse().unwrap(),
+        ] {
+            assert!(is_at(&service, address), "{address}");
+        }
+        assert!(!is_at(&service, [100, 100, 1, 6].into()));
+        let shown = services_table(&[service]);
+        assert!(
+            shown.contains("db") && shown.contains("100.100.1.5 (leader)"),
+            "{shown}"
+        );
     }
 
     #[test]

@@ -48,6 +48,7 @@ pub(super) fn router(daemon: Arc<Daemon>) -> Router {
         .route("/host/network", get(network).put(configure_network))
         .route("/host/layers/{digest}", get(layer).put(put_layer))
         .route("/host/network/flows", get(flows))
+        .route("/host/network/services", get(services))
         .route("/metrics", get(metrics))
         .route("/host/volumes", get(volumes))
         .route("/host/volumes/{id}", delete(remove_volume))
@@ -214,6 +215,10 @@ fn log_lines(
 
 async fn network(State(daemon): Shared) -> Result<Response> {
     Ok(Json(daemon.network_status().await?).into_response())
+}
+
+async fn services(State(daemon): Shared) -> Result<Response> {
+    Ok(Json(daemon.services.show().await?).into_response())
 }
 
 async fn flows(State(daemon): Shared) -> Result<Response> {

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use flynn_api::discovery::Instance;
-use flynn_api::host::{Flow, HostStatus, NetworkHost, NetworkStatus};
+use flynn_api::host::{Flow, HostStatus, NetworkHost, NetworkStatus, ServiceStatus};
 use flynn_cluster_tests::{DOMAIN, FLYNN_HOST, PROGRAM, Platform, traffic, until};
 
 use crate::containers::{
@@ -253,8 +253,26 @@ pub(crate) fn seen(cluster: &mut Cluster) -> Result<()> {
     let ways: Vec<&str> = hosts.iter().map(|host| host.way.as_str()).collect();
     ensure!(
         hosts.len() == MEMBERS.len()
-            && ways.iter().filter(|way| **way == "tunnel").count() == MEMBERS.len() - 1,
+            && ways
+                .iter()
+                .filter(|way| matches!(**way, "tunnel" | "encrypted"))
+                .count()
+                == MEMBERS.len() - 1,
         "the hosts are {hosts:?}"
+    );
+    let status: HostStatus = ask(platform, first.host, "/host/status")?;
+    let plain = "traffic between hosts is not encrypted";
+    ensure!(
+        ways.contains(&"encrypted") || status.notices.iter().any(|notice| notice.starts_with(plain)),
+        "that nothing is encrypted is not among {:?}",
+        status.notices
+    );
+    let services: Vec<ServiceStatus> =
+        serde_json::from_value(network(&["services", "--service", "postgres"])?)?;
+    let led = |service: &ServiceStatus| service.instances.iter().any(|instance| instance.leader);
+    ensure!(
+        services.len() == 1 && services.iter().all(led),
+        "the services are {services:?}"
     );
     let shown: NetworkStatus = ask(platform, first.host, "/host/network")?;
     let elsewhere = containers.iter().filter(|other| other.host != first.host);

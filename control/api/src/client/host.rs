@@ -5,7 +5,8 @@ use std::collections::BTreeMap;
 use super::{EventStream, Http, Upgraded, encode};
 use crate::Result;
 use crate::host::{
-    ActiveJob, AttachRequest, Flow, HostStatus, Job, JobEvent, LogLine, NetworkConfig, NetworkStatus, Volume,
+    ActiveJob, AttachRequest, Flow, HostStatus, Job, JobEvent, LogLine, NetworkConfig, NetworkStatus,
+    ServiceStatus, Volume,
 };
 
 /// Talks to one host.
@@ -87,6 +88,11 @@ impl HostClient {
     /// The TCP connections of its containers.
     pub async fn flows(&self) -> Result<Vec<Flow>> {
         self.http.get("/host/network/flows").await
+    }
+
+    /// Services by their virtual addresses, as its data plane has them.
+    pub async fn services(&self) -> Result<Vec<ServiceStatus>> {
+        self.http.get("/host/network/services").await
     }
 
     /// Brings the host's network up.

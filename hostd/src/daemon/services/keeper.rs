@@ -9,8 +9,9 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use flynn_api::discovery::{EventKind, VirtualNetworks};
+use flynn_api::host::{ServiceInstance, ServiceStatus};
 use flynn_dataplane::Prefix;
-use flynn_dataplane::service::{Flows, Services};
+use flynn_dataplane::service::{Flows, Instance, Services};
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 use tokio::runtime::Handle;
 use tokio::sync::mpsc;
@@ -109,6 +110,8 @@ impl Keeper {
                     self.configure();
                 }
             }
+            // Nobody waits any more if the caller has gone.
+            News::Show(answer) => drop(answer.send(self.show())),
             News::Event(event) => {
                 if let Some(coming) = &mut self.coming {
                     coming.take(&event, now);
@@ -125,6 +128,31 @@ impl Keeper {
                 }
             }
         }
+    }
+
+    /// What the maps say, with the names that discoverd has for it; nothing before that has told of its networks.
+    fn show(&self) -> Option<Vec<ServiceStatus>> {
+        let networks = self.networks?;
+        let of = |number| {
+            let (instances, leader) = self.services.service(number);
+            let instance = |instance: &Instance| ServiceInstance {
+                index: instance.id,
+                address: instance.address,
+                address6: instance.address6,
+                leader: leader.is_some_and(|leader| leader.id == instance.id),
+            };
+            let mut instances: Vec<_> = instances.iter().map(instance).collect();
+            instances.sort_by_key(|instance| instance.index);
+            ServiceStatus {
+                service: self.model.name(number).unwrap_or_default().to_owned(),
+                addresses: networks.addresses(number),
+                instances,
+            }
+        };
+        let numbers: BTreeSet<u32> = self.model.numbers().chain(self.services.numbers()).collect();
+        let mut services: Vec<_> = numbers.into_iter().map(of).collect();
+        services.sort_by(|a, b| a.service.cmp(&b.service));
+        Some(services)
     }
 
     fn configure(&mut self) {

@@ -8,13 +8,15 @@ mod keeper;
 mod model;
 
 use std::io;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use flynn_api::discovery::{Event, VirtualNetworks};
+use flynn_api::host::ServiceStatus;
+use flynn_api::{Error, Result};
 use flynn_dataplane::service::Services;
 use futures::StreamExt as _;
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, oneshot};
 use tokio::time::sleep;
 
 use self::keeper::Keeper;
@@ -32,6 +34,31 @@ enum News {
     Begin(VirtualNetworks),
     /// The next event.
     Event(Box<Event>),
+    /// Somebody wants to see what there is.
+    Show(oneshot::Sender<Option<Vec<ServiceStatus>>>),
+}
+
+/// The way to the keeper, once there is one.
+#[derive(Default)]
+pub(super) struct Asking(OnceLock<mpsc::Sender<News>>);
+
+impl Asking {
+    /// What `GET /host/network/services` shows.
+    pub(super) async fn show(&self) -> Result<Vec<ServiceStatus>> {
+        let (answer, shown) = oneshot::channel();
+        if let Some(keeper) = self.0.get() {
+            // Without a keeper nobody answers, which is seen at once.
+            let _ = keeper.send(News::Show(answer)).await;
+        } else {
+            drop(answer);
+        }
+        shown.await.ok().flatten().ok_or_else(|| {
+            Error::unavailable(
+                "this host does not know of services yet: discoverd has not told of them, or flynn-host status says \
+                 why there are no virtual addresses",
+            )
+        })
+    }
 }
 
 /// Keeps the virtual addresses right, for ever.
@@ -56,6 +83,8 @@ pub(super) async fn run(daemon: Arc<Daemon>) {
             }
         }
     };
+    // There is one keeper.
+    let _ = daemon.services.0.set(news.clone());
     let mut said = false;
     loop {
         match follow(&daemon, &news).await {

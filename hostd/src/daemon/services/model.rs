@@ -137,6 +137,11 @@ impl Model {
         self.names.keys().copied()
     }
 
+    /// The name of the service with this number.
+    pub(super) fn name(&self, number: u32) -> Option<&str> {
+        self.names.get(&number).map(String::as_str)
+    }
+
     /// What the maps should say of a service.
     pub(super) fn entries(
         &self,
