@@ -140,7 +140,7 @@ impl Host {
         assert!(answered.is_some(), "the daemon does not answer:\n{}", self.log());
     }
 
-    fn log(&self) -> String {
+    pub(crate) fn log(&self) -> String {
         fs::read_to_string(self.dir.path().join("daemon.log")).unwrap_or_default()
     }
 

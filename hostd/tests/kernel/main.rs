@@ -50,7 +50,8 @@ fn main() -> ExitCode {
             a_container_dies_with_its_supervisor a_kept_job_survives_its_supervisor a_broken_record_harms_no_other
             wrong_layers_leave_nothing a_full_disk_is_said_and_survived a_new_boot_is_noticed a_kept_job_comes_back_after_a_shutdown
             two_daemons_do_not_share_a_state;
-        network: containers_have_addresses services_are_registered missing_layers_are_fetched;
+        network: containers_have_addresses services_are_registered missing_layers_are_fetched
+            other_hosts_are_encrypted_with_or_named;
     ];
     let trial = |(name, test): (&'static str, fn())| match &lacks {
         None => Trial::test(name, move || {

@@ -1,14 +1,18 @@
 //! Containers in the cluster's network.
 
 use std::collections::BTreeMap;
+use std::fs;
 use std::net::Ipv4Addr;
+use std::os::unix::fs::PermissionsExt as _;
+use std::process::Command;
 use std::sync::{Arc, Mutex};
 
 use axum::Router;
 use axum::extract::Path;
 use axum::routing::put;
-use flynn_api::discovery::Instance;
+use flynn_api::discovery::{HOST_SERVICE, Instance, NetworkLeases, ServiceMeta, SubnetLease};
 use flynn_api::host::{Job, JobState, NetworkConfig, Port, Service};
+use flynn_api::network::{HostEndpoints, WireguardPeer, endpoints_service};
 use flynn_api::server::{Json, Listener, serve};
 
 use crate::host::{Host, kill, lives};
@@ -201,4 +205,86 @@ pub(crate) async fn missing_layers_are_fetched() {
     let (one, two) = tokio::join!(host.finish(&one), host.finish(&two));
     assert_eq!((one.1, two.1), (vec!["one".to_owned()], vec!["two".to_owned()]));
     assert_eq!(*fetches.lock().unwrap(), 2);
+}
+
+/// Has the host have heard of another one, with a key.
+fn hear_of_another(state: &std::path::Path) {
+    let lease = |last: u8| SubnetLease {
+        subnet: format!("100.100.{}.0/24", last + 6),
+        address: Ipv4Addr::new(192, 0, 2, last),
+        renewed_at: None,
+    };
+    let leases = NetworkLeases {
+        network: "100.100.0.0/16".into(),
+        leases: [("one".to_owned(), lease(1)), ("two".to_owned(), lease(2))].into(),
+        ..NetworkLeases::default()
+    };
+    let endpoints = HostEndpoints {
+        version: 1,
+        host: "two".into(),
+        identities: BTreeMap::new(),
+        wireguard: Some(WireguardPeer {
+            key: "hSDwCYkwp1R0i33ctD73Wg2/Og0mOBr066SpjqqbTmo=".into(),
+            port: 51820,
+        }),
+    };
+    let dir = state.join("network");
+    fs::create_dir(&dir).unwrap();
+    let write = |service: &str, data: serde_json::Value| {
+        let meta = ServiceMeta {
+            data,
+            index: 1,
+            leader_id: None,
+        };
+        let file = dir.join(format!("{service}.json"));
+        fs::write(file, serde_json::to_vec(&meta).unwrap()).unwrap();
+    };
+    write(HOST_SERVICE, serde_json::to_value(leases).unwrap());
+    let service = endpoints_service("100.100.8.0/24");
+    write(&service, serde_json::to_value(endpoints).unwrap());
+}
+
+pub(crate) async fn other_hosts_are_encrypted_with_or_named() {
+    let host = Host::new(hear_of_another);
+    host.start().await;
+    host.api.configure_network(&config()).await.unwrap();
+    let path = host.state.join("wireguard.key");
+    let key = || fs::read_to_string(&path).unwrap();
+    let first = key();
+    assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
+    let status = host.api.status().await.unwrap();
+    let possible = status
+        .features
+        .iter()
+        .any(|feature| feature.name == "wireguard" && feature.present);
+    // Nobody is there to answer.
+    let wanted = if possible {
+        "traffic is not encrypted with the hosts two: they have not answered yet"
+    } else {
+        "traffic between hosts is not encrypted: who can listen"
+    };
+    let said = status.notices.iter().any(|notice| notice.starts_with(wanted));
+    assert!(said, "{:?}", status.notices);
+    let device = || {
+        let shown = Command::new("ip")
+            .args(["-o", "link", "show", "flynn-wg"])
+            .output()
+            .unwrap();
+        let shown = String::from_utf8(shown.stdout).unwrap();
+        shown.split(':').next().unwrap_or_default().to_owned()
+    };
+    let before = device();
+    assert_eq!(!before.is_empty(), possible, "{}", host.log());
+    host.kill_daemon();
+    host.start().await;
+    assert_eq!((key(), device()), (first.clone(), before.clone()));
+    // Another key for whoever removes it.
+    host.kill_daemon();
+    fs::remove_file(&path).unwrap();
+    host.start().await;
+    assert_ne!(key(), first);
+    assert_eq!(device(), before);
+    for secret in [first, key()] {
+        assert!(!host.log().contains(secret.trim()), "a private key is in the log");
+    }
 }
