@@ -13,8 +13,8 @@ use aya::{
 use flynn_abi::{
     Endpoint, Ipv4, Ipv6, Mac,
     lb::{
-        self, CHUNK_SLOTS, Chunk, Config, Cpu, Event, MAX_BACKENDS, MAX_SERVICES, MAX_VIPS, Port,
-        RING_CHUNKS, Translation, TranslationKey, VipKey4, VipKey6, VipTraffic,
+        self, CHUNK_SLOTS, Chunk, Config, Cpu, Event, Former, Formers, MAX_BACKENDS, MAX_SERVICES, MAX_VIPS,
+        Port, RING_CHUNKS, RING_SLOTS, Translation, TranslationKey, VipKey4, VipKey6, VipTraffic,
     },
 };
 
@@ -42,6 +42,7 @@ pub(super) struct Tables {
     vips4: Mirror<VipKey4, lb::Vip>,
     vips6: Mirror<VipKey6, lb::Vip>,
     rings: KernelMap<MapData, u32, Chunk>,
+    formers: KernelMap<MapData, u32, Formers>,
     backends: Array<MapData, lb::Backend>,
     traffic: PerCpuArray<MapData, VipTraffic>,
     cpu: PerCpuArray<MapData, Cpu>,
@@ -65,6 +66,7 @@ impl Tables {
             vips4: Mirror::take(object, "lb_vips4")?,
             vips6: Mirror::take(object, "lb_vips6")?,
             rings: take(object, "lb_rings")?,
+            formers: take(object, "lb_formers")?,
             backends: take(object, "lb_backends")?,
             traffic: take(object, "lb_traffic")?,
             cpu: take(object, "lb_cpu")?,
@@ -225,14 +227,19 @@ impl Tables {
             .into_iter()
             .map(|index| members[usize::from(index)])
             .collect();
-        if self.written.get(&number) == Some(&ring) {
+        // What another process wrote is read once.
+        let before = match self.written.remove(&number) {
+            Some(before) => before,
+            None => self.read_ring(number)?,
+        };
+        self.put_formers(number, &before, &ring, members)?;
+        if before == ring {
+            self.written.insert(number, ring);
             return Ok(());
         }
-        let before = self.written.remove(&number).unwrap_or_default();
         let chunk = |ring: &[u16], nth: u32| {
             let mut slots = [0; CHUNK_SLOTS as usize];
-            let from = ring.len().min((nth * CHUNK_SLOTS) as usize);
-            let part = &ring[from..ring.len().min(from + CHUNK_SLOTS as usize)];
+            let part = part(ring, nth);
             slots[..part.len()].copy_from_slice(part);
             Chunk { slots }
         };
@@ -245,6 +252,51 @@ impl Tables {
             }
         }
         self.written.insert(number, ring);
+        Ok(())
+    }
+
+    /// The ring of a service as the kernel has it; empty where it has none, or not all of it.
+    fn read_ring(&self, number: u16) -> Result<Vec<u16>> {
+        let mut ring = Vec::new();
+        for nth in 0..RING_CHUNKS {
+            match self.rings.get(&Chunk::key(number, nth), 0) {
+                Ok(chunk) => ring.extend(chunk.slots),
+                Err(MapError::KeyNotFound) => return Ok(Vec::new()),
+                Err(error) => return Err(Error::kernel("reading a ring of the load balancer")(error.into())),
+            }
+        }
+        ring.truncate(RING_SLOTS as usize);
+        Ok(ring)
+    }
+
+    /// Writes who had the slots that others get now, before they get them. Those who are gone have no flows any more.
+    fn put_formers(&mut self, number: u16, before: &[u16], ring: &[u16], members: &[u16]) -> Result<()> {
+        let members: BTreeSet<u16> = members.iter().copied().collect();
+        for nth in 0..RING_CHUNKS {
+            let key = Chunk::key(number, nth);
+            let known = match self.formers.get(&key, 0) {
+                Ok(known) => Some(known),
+                Err(MapError::KeyNotFound) => None,
+                Err(error) => return Err(Error::kernel("reading rings of the load balancer")(error.into())),
+            };
+            let none = Formers {
+                slots: [[0; 2]; CHUNK_SLOTS as usize],
+            };
+            let mut wanted = none;
+            let slots = part(before, nth).iter().zip(part(ring, nth));
+            for (place, (before, now)) in slots.enumerate() {
+                let known = known.map_or([0; 2], |known| known.slots[place]);
+                wanted.slots[place] = formers(known, *before, *now, &members);
+            }
+            let outcome = if known.unwrap_or(none) == wanted {
+                Ok(())
+            } else if wanted == none {
+                self.formers.remove(&key)
+            } else {
+                self.formers.insert(key, wanted, 0)
+            };
+            outcome.map_err(|error| Error::kernel("writing rings of the load balancer")(error.into()))?;
+        }
         Ok(())
     }
 
@@ -303,10 +355,13 @@ impl Tables {
     fn forget_rings(&mut self, numbers: &BTreeSet<u16>) -> Result<()> {
         let mut forget = || -> Result<(), Refusal> {
             let keys: Vec<u32> = self.rings.keys().collect::<Result<_, _>>()?;
-            for key in keys {
-                if !u16::try_from(key >> 8).is_ok_and(|number| numbers.contains(&number)) {
-                    self.rings.remove(&key)?;
-                }
+            let unwanted = |key: &u32| !u16::try_from(key >> 8).is_ok_and(|number| numbers.contains(&number));
+            for key in keys.into_iter().filter(unwanted) {
+                self.rings.remove(&key)?;
+            }
+            let keys: Vec<u32> = self.formers.keys().collect::<Result<_, _>>()?;
+            for key in keys.into_iter().filter(unwanted) {
+                self.formers.remove(&key)?;
             }
             Ok(())
         };
@@ -474,6 +529,27 @@ impl Tables {
         };
         read().map_err(Error::kernel("reading the load balancer's flows"))
     }
+}
+
+/// The slots of a ring that are in its nth part.
+fn part(ring: &[u16], nth: u32) -> &[u16] {
+    let from = ring.len().min((nth * CHUNK_SLOTS) as usize);
+    &ring[from..ring.len().min(from + CHUNK_SLOTS as usize)]
+}
+
+/// Who had a slot before the one who has it now, as far as they are still there: the latest first, each once.
+fn formers(known: Former, before: u16, now: u16, members: &BTreeSet<u16>) -> Former {
+    let mut formers = [0; 2];
+    let mut places = formers.iter_mut();
+    let mut last = 0;
+    for one in [before, known[0], known[1]] {
+        if one != now && one != last && members.contains(&one) {
+            let Some(place) = places.next() else { break };
+            *place = one;
+            last = one;
+        }
+    }
+    formers
 }
 
 enum Key {

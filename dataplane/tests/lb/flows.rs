@@ -1,6 +1,6 @@
 //! Which backend a flow has, and for how long.
 
-use std::net::Ipv4Addr;
+use std::net::{IpAddr, Ipv4Addr};
 
 use flynn_dataplane::{
     Protocol,
@@ -8,8 +8,8 @@ use flynn_dataplane::{
 };
 
 use crate::{
-    bench::{BACKEND_PORT, Bench, CLIENT4, LOCAL, PORT, VIP4, backends, service, uplink, vip},
-    frames::{Kind, ends, forward, frame, tunnelled},
+    bench::{BACKEND_PORT, Bench, CLIENT4, LOCAL, PORT, REMOTE, VIP4, backends, service, uplink, vip},
+    frames::{Kind, ends, forward, frame, inner, question4, question6, tunnelled},
     support::alone,
 };
 
@@ -49,6 +49,65 @@ pub(crate) fn flows_stay_while_backends_drain() {
         // Its number, given to another, does not inherit its flows.
         bench.set(service(&[four[1], four[2], four[3], address(9)]));
         assert_eq!(backends(&bench, Kind::Ack, 1000..1200), after);
+    });
+}
+
+/// A connection that came by another host until now, when its slot has become another backend's.
+pub(crate) fn a_connection_is_sought_where_its_slot_was() {
+    const TRIED: u8 = 1 << 6;
+    alone(|bpffs| {
+        let mut bench = Bench::new(bpffs);
+        let second = Ipv4Addr::new(100, 100, 2, 3);
+        // Each in turn has all slots, and those before it keep what they have.
+        let turn = |one: Ipv4Addr, before: &[Ipv4Addr]| {
+            let mut all = service(&[&[one], before].concat());
+            for backend in &mut all.backends[1..] {
+                backend.draining = true;
+            }
+            all
+        };
+        let to = |frame: &[u8]| ends(frame).1.0;
+        bench.set(turn(REMOTE, &[]));
+        bench.set(turn(second, &[REMOTE]));
+        bench.set(turn(LOCAL.ipv4, &[REMOTE, second]));
+        // What a process that begins anew is told changes nothing of that.
+        drop(bench);
+        let mut bench = Bench::new(bpffs);
+        bench.set(turn(LOCAL.ipv4, &[REMOTE, second]));
+
+        for question in [question4(Kind::Ack, 4000), question6(Kind::Ack, 4000)] {
+            // Twice: what a flow table says meanwhile is no better.
+            for _ in 0..2 {
+                let (header, carried) = inner(&bench.sent(&question));
+                assert_eq!(header, forward(TRIED, second), "the latest first");
+                assert_eq!(carried[12..], question[12..], "unchanged");
+            }
+            let asked = tunnelled(forward(TRIED, LOCAL.ipv4), &question);
+            assert_eq!(inner(&bench.sent(&asked)).0, forward(2 * TRIED, REMOTE));
+            let last = tunnelled(forward(2 * TRIED, LOCAL.ipv4), &question);
+            assert_ne!(to(&bench.sent(&last)), VIP4, "nobody else is left");
+        }
+        assert_eq!(bench.event(Event::Sought), 6);
+
+        // Whoever begins here stays here.
+        for kind in [Kind::Syn, Kind::Ack] {
+            assert_eq!(to(&bench.sent(&question4(kind, 4001))), IpAddr::from(LOCAL.ipv4));
+        }
+        // A datagram is anybody's, and who is gone has nothing.
+        assert_eq!(
+            to(&bench.sent(&question4(Kind::Udp, 4002))),
+            IpAddr::from(LOCAL.ipv4)
+        );
+        bench.set(turn(LOCAL.ipv4, &[REMOTE]));
+        assert_eq!(
+            inner(&bench.sent(&question4(Kind::Ack, 4003))).0,
+            forward(TRIED, REMOTE)
+        );
+        bench.set(turn(LOCAL.ipv4, &[]));
+        assert_eq!(
+            to(&bench.sent(&question4(Kind::Ack, 4004))),
+            IpAddr::from(LOCAL.ipv4)
+        );
     });
 }
 

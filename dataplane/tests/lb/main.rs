@@ -35,6 +35,10 @@ fn main() {
                 "flows_stay_while_backends_drain",
                 flows::flows_stay_while_backends_drain,
             ),
+            (
+                "a_connection_is_sought_where_its_slot_was",
+                flows::a_connection_is_sought_where_its_slot_was,
+            ),
             ("affinity_is_by_client", flows::affinity_is_by_client),
             (
                 "two_vips_and_one_port_of_a_client",

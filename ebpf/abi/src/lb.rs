@@ -136,6 +136,18 @@ impl Chunk {
     }
 }
 
+/// Who had slots before, as far as they may still have flows of them: a value of the map `lb_formers`, whose keys are
+/// those of `lb_rings`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(C)]
+pub struct Formers {
+    /// Backends' numbers, the latest first; 0 = nobody.
+    pub slots: [Former; CHUNK_SLOTS as usize],
+}
+
+/// Of one slot.
+pub type Former = [u16; 2];
+
 /// A value of the array `lb_backends`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[repr(C)]
@@ -304,6 +316,8 @@ events! {
     Delivered => "delivered",
     /// An answer left.
     Answered => "answered",
+    /// A packet of a flow that its backend has never seen went on to who had the flow's slot before.
+    Sought => "sought",
 }
 
 /// What stands in place of the VXLAN header of a packet for a VIP, or of an answer, between two hosts. VXLAN itself
@@ -313,7 +327,7 @@ events! {
 pub struct Tunnelled {
     /// One of this type's constants.
     pub kind: u8,
-    /// Bits of [`Vip`]'s flags.
+    /// Bits of [`Vip`]'s flags, and of this type's constants.
     pub flags: u8,
     /// The backend's port.
     pub port: Port,
@@ -326,6 +340,8 @@ impl Tunnelled {
     pub const FORWARD: u8 = 0x81;
     /// From a backend, to leave for the client.
     pub const ANSWER: u8 = 0x82;
+    /// In the flags, from this bit on: how many backends have said that the flow is none of theirs.
+    pub const TRIED: u32 = 6;
 }
 
 const _: () = assert!(size_of::<VipKey4>() == 8 && size_of::<VipKey6>() == 20);
@@ -333,6 +349,7 @@ const _: () = assert!(size_of::<Vip>() == 8);
 const _: () = assert!(size_of::<Flow4>() == 8 && size_of::<Flow6>() == 20);
 const _: () = assert!(size_of::<Pick>() == 4);
 const _: () = assert!(size_of::<Chunk>() == 2 * CHUNK_SLOTS as usize && RING_CHUNKS < 1 << 8);
+const _: () = assert!(size_of::<Formers>() == 4 * CHUNK_SLOTS as usize);
 const _: () = assert!(size_of::<Backend>() == 40);
 const _: () = assert!(size_of::<Config>() == 20);
 const _: () = assert!(size_of::<TranslationKey>() == 28);

@@ -60,6 +60,7 @@ lb!(
     Flow6,
     Pick,
     Chunk,
+    Formers,
     Backend,
     Config,
     TranslationKey,

@@ -11,17 +11,36 @@ use crate::{
     context::Context,
     family::Family,
     headers::{ETHERNET, Ethernet, ICMP, Ports, TCP, Tcp},
-    maps,
+    maps, seek,
     translate::{self, Checksum},
-    tunnel,
+    tunnel, uplink,
 };
 
 /// How many ports are tried for a client's port that another flow has already.
 const TRIES: u16 = 4;
 
-/// Translates the packet and hands it over. `peer` is the host that it came through, zeros if none.
+/// Hands the packet over to the container that has its connection, or to that which it is said to be for. `peer` is the
+/// host that it came through, zeros if none.
 #[inline(always)]
-pub(crate) fn deliver<F: Family>(ctx: &TcContext, peer: Ipv4, to: Tunnelled, config: &Config) -> Decision {
+pub(crate) fn deliver<F: Family>(
+    ctx: &TcContext,
+    peer: Ipv4,
+    mut to: Tunnelled,
+    config: &Config,
+) -> Decision {
+    if let Some(next) = seek::elsewhere::<F>(ctx, to)? {
+        maps::count(Event::Sought);
+        to = next.tunnelled();
+        if !seek::is_here(to.address) {
+            let host = uplink::host_of(to.address).ok_or(DropReason::NoRoute)?;
+            return tunnel::send::<F>(ctx, host, next.hash, to, config);
+        }
+    }
+    hand_over::<F>(ctx, peer, to, config)
+}
+
+#[inline(always)]
+fn hand_over<F: Family>(ctx: &TcContext, peer: Ipv4, to: Tunnelled, config: &Config) -> Decision {
     let network = flynn_programs::maps::config()?;
     let endpoint = match flynn_programs::maps::endpoint4(to.address) {
         Some(endpoint) if endpoint.flags & Endpoint::CONTAINER != 0 => endpoint,

@@ -20,6 +20,7 @@ mod family;
 mod headers;
 mod maps;
 mod neighbour;
+mod seek;
 mod select;
 mod too_big;
 mod translate;

@@ -9,9 +9,9 @@ use aya_ebpf::{
 use flynn_abi::{
     DropReason,
     lb::{
-        Backend, CHUNK_SLOTS, Chunk, Config, Cpu, Event, FLOWS, Flow4, Flow6, MAX_BACKENDS, MAX_SERVICES,
-        MAX_VIPS, Pick, RING_CHUNKS, RING_SLOTS, TRANSLATIONS, Translation, TranslationKey, Vip, VipKey4,
-        VipKey6, VipTraffic,
+        Backend, CHUNK_SLOTS, Chunk, Config, Cpu, Event, FLOWS, Flow4, Flow6, Former, Formers, MAX_BACKENDS,
+        MAX_SERVICES, MAX_VIPS, Pick, RING_CHUNKS, RING_SLOTS, TRANSLATIONS, Translation, TranslationKey,
+        Vip, VipKey4, VipKey6, VipTraffic,
     },
 };
 
@@ -27,6 +27,9 @@ static VIPS6: HashMap<VipKey6, Vip> = HashMap::pinned(MAX_VIPS, BPF_F_NO_PREALLO
 // In parts, in a hash table: memory is taken only for the services that there are, without maps in maps.
 #[map(name = "lb_rings")]
 static RINGS: HashMap<u32, Chunk> = HashMap::pinned(MAX_SERVICES * RING_CHUNKS, BPF_F_NO_PREALLOC);
+
+#[map(name = "lb_formers")]
+static FORMERS: HashMap<u32, Formers> = HashMap::pinned(MAX_SERVICES * RING_CHUNKS, BPF_F_NO_PREALLOC);
 
 #[map(name = "lb_backends")]
 static BACKENDS: Array<Backend> = Array::pinned(MAX_BACKENDS, 0);
@@ -100,6 +103,17 @@ pub(crate) fn at_slot(service: u16, slot: u32) -> u16 {
     match unsafe { RINGS.get(key) } {
         Some(chunk) => chunk.slots[(slot % CHUNK_SLOTS) as usize],
         None => 0,
+    }
+}
+
+/// Who had a slot before.
+#[inline(always)]
+pub(crate) fn formers(service: u16, slot: u32) -> Former {
+    let key = Chunk::key(service, slot / CHUNK_SLOTS);
+    // SAFETY: as above.
+    match unsafe { FORMERS.get(key) } {
+        Some(formers) => formers.slots[(slot % CHUNK_SLOTS) as usize],
+        None => [0; 2],
     }
 }
 

@@ -157,11 +157,7 @@ fn pick<F: Family>(
     config: &Config,
 ) -> Result<Choice, DropReason> {
     let affinity = vip.flags & Vip::AFFINITY != 0;
-    let hash = family::hash::<F>(
-        flow.client,
-        if affinity { [0; 2] } else { flow.port },
-        flow.vip_port,
-    );
+    let hash = hash::<F>(vip, flow.client, flow.port, flow.vip_port);
     let choice = |backend| Choice { vip, backend, hash };
     if flow.stage == Stage::Opens {
         maps::count(Event::Syn);
@@ -194,6 +190,13 @@ fn pick<F: Family>(
         }
     }
     Ok(choice(backend))
+}
+
+/// Of a flow: which slot of the ring is its.
+#[inline(always)]
+pub(crate) fn hash<F: Family>(vip: &Vip, client: F::Address, port: Port, vip_port: Port) -> u32 {
+    let affinity = vip.flags & Vip::AFFINITY != 0;
+    family::hash::<F>(client, if affinity { [0; 2] } else { port }, vip_port)
 }
 
 #[inline(always)]

@@ -1,0 +1,115 @@
+//! A TCP connection whose backend the ring does not name any more, and which no flow table here knows, because its
+//! packets came by another host until now.
+//!
+//! The backend that the ring names has never seen the connection. Its host looks for those who had the slot before, as
+//! each host knows by itself, and sends the packet on to them, the latest first, until one knows the connection. What
+//! nobody knows stays with the last and is answered by a reset. A packet says how many have been tried: it goes on twice
+//! at most.
+
+use aya_ebpf::programs::TcContext;
+use flynn_abi::{
+    DropReason, Endpoint, Ipv4,
+    lb::{Backend, Port, TranslationKey, Tunnelled, Vip},
+};
+
+use crate::{
+    context::Context,
+    family::Family,
+    headers::{ETHERNET, TCP, Tcp},
+    maps, select,
+};
+
+/// Where a connection is looked for next.
+#[derive(Clone, Copy)]
+pub(crate) struct Next {
+    backend: *mut Backend,
+    /// Of the flow.
+    pub(crate) hash: u32,
+    flags: u32,
+}
+
+impl Next {
+    /// What is said to whom it goes to.
+    #[inline(always)]
+    pub(crate) fn tunnelled(self) -> Tunnelled {
+        // SAFETY: the entry of an array, which is there for ever.
+        let (address, port) = unsafe { ((*self.backend).address, (*self.backend).port) };
+        Tunnelled {
+            kind: Tunnelled::FORWARD,
+            flags: self.flags as u8,
+            port,
+            address,
+        }
+    }
+}
+
+/// Whether the address is that of a container of this host.
+#[inline(always)]
+pub(crate) fn is_here(address: Ipv4) -> bool {
+    flynn_programs::maps::endpoint4(address).is_some_and(|endpoint| endpoint.flags & Endpoint::CONTAINER != 0)
+}
+
+/// Where else a packet may belong: one of a TCP connection that the container has not seen begin.
+#[inline(always)]
+pub(crate) fn elsewhere<F: Family>(ctx: &TcContext, at: Tunnelled) -> Result<Option<Next>, DropReason> {
+    let header = ctx.at::<F::Header>(ETHERNET).ok_or(DropReason::Truncated)?;
+    if F::protocol(header) != TCP {
+        return Ok(None);
+    }
+    let (client, address) = (F::source(header), F::destination(header));
+    let tcp = ctx.at::<Tcp>(F::TRANSPORT).ok_or(DropReason::Truncated)?;
+    let (flags, client_port, port) = (tcp.flags, tcp.ports.source, tcp.ports.destination);
+    if flags & Tcp::SYN != 0 || is_known::<F>(client, client_port, at.address, at.port) {
+        return Ok(None);
+    }
+    let Some(vip) = F::vip(address, port, TCP) else {
+        return Ok(None);
+    };
+    let hash = select::hash::<F>(vip, client, client_port, port);
+    let former = maps::formers(vip.service, maps::slot(hash));
+    let tried = u32::from(at.flags >> Tunnelled::TRIED);
+    let first_host = u32::from(vip.flags & Vip::FIRST_HOST);
+    for nth in 0..2 {
+        if nth < tried {
+            continue;
+        }
+        let Some(backend) = maps::backend(former[nth as usize]) else {
+            continue;
+        };
+        // SAFETY: as above.
+        let Backend {
+            address,
+            port,
+            flags: used,
+            service,
+            ..
+        } = unsafe { *backend };
+        // Nobody, somebody who is gone (whose number may be another service's by now), or one who is here and does not
+        // know of it either.
+        if used & Backend::USED == 0
+            || service != vip.service
+            || is_here(address) && !is_known::<F>(client, client_port, address, port)
+        {
+            continue;
+        }
+        let flags = first_host | (nth + 1) << Tunnelled::TRIED;
+        return Ok(Some(Next { backend, hash, flags }));
+    }
+    Ok(None)
+}
+
+/// Whether a container of this host has the connection, or another one from the client's port, by another VIP: then it
+/// has this one by another port, if at all.
+#[inline(always)]
+fn is_known<F: Family>(client: F::Address, client_port: Port, container: Ipv4, port: Port) -> bool {
+    let key = TranslationKey {
+        client: F::wide(client),
+        container,
+        client_port,
+        port,
+        protocol: TCP,
+        version: F::VERSION,
+        reserved: 0,
+    };
+    maps::established(&key).is_some() || maps::open(&key).is_some()
+}
