@@ -4,12 +4,14 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, PoisonError, RwLock};
 
 use flynn_api::route::{Route, RouteKind};
+use flynn_dataplane::Protocol;
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::backend::Service;
 use crate::balance::Budget;
+use crate::l4::plan::Key;
 use crate::metrics::Metrics;
 use crate::table::Table;
 use crate::tls::Certificates;
@@ -49,8 +51,8 @@ pub struct Router {
     pub budget: Budget,
     /// Connections, upgraded ones as well.
     pub tasks: TaskTracker,
-    /// TCP routes that cannot be served, by port, and why.
-    refused: RwLock<BTreeMap<u16, String>>,
+    /// Routes by port that cannot be served, and why.
+    refused: RwLock<BTreeMap<Key, String>>,
     /// The drain is over: whatever still runs ends.
     pub stop: CancellationToken,
     /// Routes or instances have changed.
@@ -93,24 +95,34 @@ impl Router {
         self.now().known
     }
 
-    /// TCP routes that cannot be served, by port, and why.
-    pub fn refused(&self) -> BTreeMap<u16, String> {
-        self.refused
-            .read()
-            .unwrap_or_else(PoisonError::into_inner)
-            .clone()
+    /// Routes by port that cannot be served, and why: `3000` for TCP, `3000/udp` for UDP.
+    pub fn refused(&self) -> BTreeMap<String, String> {
+        let refused = self.refused.read().unwrap_or_else(PoisonError::into_inner);
+        let name = |key: &Key| match key.protocol {
+            Protocol::Tcp => key.port.to_string(),
+            Protocol::Udp => format!("{}/udp", key.port),
+        };
+        refused
+            .iter()
+            .map(|(key, why)| (name(key), why.clone()))
+            .collect()
     }
 
-    /// These TCP routes cannot be served; those which could be before are logged.
-    pub(crate) fn refuse(&self, refused: BTreeMap<u16, String>) {
-        self.metrics.refused_routes(refused.len());
+    /// These routes of the protocol, by port, cannot be served; those which could be before are logged.
+    pub(crate) fn refuse(&self, protocol: Protocol, refused: BTreeMap<u16, String>) {
         let mut before = self.refused.write().unwrap_or_else(PoisonError::into_inner);
-        for (port, why) in &refused {
-            if before.get(port) != Some(why) {
-                tracing::warn!(port, "a TCP route cannot be served: {why}");
-            }
+        let mut now: BTreeMap<Key, String> = before.clone();
+        now.retain(|key, _| key.protocol != protocol);
+        now.extend(
+            refused
+                .into_iter()
+                .map(|(port, why)| (Key { port, protocol }, why)),
+        );
+        for (Key { port, .. }, why) in now.iter().filter(|(key, why)| before.get(key) != Some(why)) {
+            tracing::warn!(port, ?protocol, "a route cannot be served: {why}");
         }
-        *before = refused;
+        self.metrics.refused_routes(now.len());
+        *before = now;
     }
 
     /// The services that routes lead to.

@@ -126,7 +126,7 @@ async fn steered(
                 router.metrics.steered(counts);
             }
         }
-        router.refuse(plan.refused);
+        router.refuse(Protocol::Tcp, plan.refused);
         let look = if takeover == Takeover::Done { LOOK } else { WAIT };
         tokio::select! {
             () = shutdown.cancelled() => break,
@@ -224,7 +224,7 @@ async fn bound(router: &Arc<Router>, targets: &Targets, shutdown: CancellationTo
                 }
             }
         }
-        router.refuse(plan.refused);
+        router.refuse(Protocol::Tcp, plan.refused);
         tokio::select! {
             () = shutdown.cancelled() => return,
             () = tokio::time::sleep(LOOK) => {}

@@ -5,7 +5,10 @@
 //! host's own processes and containers), and routes to services that are no containers, are left to [`crate::tcp`].
 //!
 //! Probes connect to the container itself, from this host through the overlay: the same uplinks, tunnel, policy and
-//! port as the traffic, but not its translation, which a VIP would need a client outside for.
+//! port as the traffic, but not its translation, which a VIP would need a client outside for. What takes datagrams need
+//! not take the connection: that it is refused says that the container is there.
+//!
+//! Datagrams are carried by nobody else: a UDP route that cannot be served here is refused, with the reason.
 
 pub mod plan;
 mod uplink;
@@ -18,6 +21,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
+use flynn_dataplane::Protocol;
 use flynn_dataplane::lb::{Balancer, Limits, Mode, Service};
 use futures::StreamExt as _;
 use tokio_util::sync::CancellationToken;
@@ -96,7 +100,15 @@ impl L4 {
         shutdown: CancellationToken,
     ) {
         let Some(pins) = pins else {
-            return shutdown.cancelled().await;
+            let why = "BPF_PINS is not set for the router, and without the kernel's load balancer nothing carries \
+                       datagrams";
+            loop {
+                refuse_udp(&router, |_| Some(why.into()));
+                tokio::select! {
+                    () = shutdown.cancelled() => return,
+                    () = tokio::time::sleep(LOOK) => {}
+                }
+            }
         };
         loop {
             // Routes by port are rare: without any, nothing is loaded.
@@ -104,7 +116,12 @@ impl L4 {
                 let served = self.serve(&router, &options, pins.clone(), &shutdown).await;
                 match served {
                     Ok(()) => return,
-                    Err(why) => tracing::warn!("routes by port are not balanced in the kernel: {why:#}"),
+                    Err(why) => {
+                        tracing::warn!("routes by port are not balanced in the kernel: {why:#}");
+                        let why =
+                            format!("the kernel's load balancer, which alone carries datagrams: {why:#}");
+                        refuse_udp(&router, |_| Some(why.clone()));
+                    }
                 }
                 tokio::select! {
                     () = shutdown.cancelled() => return,
@@ -140,6 +157,11 @@ impl L4 {
                 }
             }
             let services = wanted(router, &balancer, &mut instances, &found, options.first_host)?;
+            refuse_udp(router, |key| {
+                let why =
+                    "the instances of its service are no containers, and datagrams only go to containers";
+                (!instances.serves(key)).then(|| why.into())
+            });
             // A container that has come back has another interface.
             if told.as_ref() != Some(&services) || balancer.needs_interfaces()? {
                 balancer.set(&services)?;
@@ -154,8 +176,8 @@ impl L4 {
                 () = tokio::time::sleep(LOOK) => {}
             }
             if probed.elapsed() >= PROBE {
-                for (address, well) in probe(instances.probed()).await {
-                    instances.answered(address, well);
+                for ((address, protocol), well) in probe(instances.probed()).await {
+                    instances.answered(address, protocol, well);
                 }
                 probed = Instant::now();
             }
@@ -213,11 +235,29 @@ fn wanted(
     Ok(instances.services(&routes, &addresses, first_host))
 }
 
-/// Who takes a connection.
-async fn probe(addresses: BTreeSet<SocketAddrV4>) -> Vec<(SocketAddrV4, bool)> {
-    let one = async |address: SocketAddrV4| {
+/// The UDP routes that cannot be served, of all those that there are.
+fn refuse_udp(router: &Router, why: impl Fn(&plan::Key) -> Option<String>) {
+    let routes = router.routes();
+    let udp = routes
+        .iter()
+        .filter_map(plan::key)
+        .filter(|key| key.protocol == Protocol::Udp);
+    let refused = udp.filter_map(|key| Some((key.port, why(&key)?)));
+    router.refuse(Protocol::Udp, refused.collect());
+}
+
+/// Who takes a connection, or, where datagrams are taken, refuses it.
+async fn probe(addresses: BTreeSet<(SocketAddrV4, Protocol)>) -> Vec<((SocketAddrV4, Protocol), bool)> {
+    let one = async |(address, protocol): (SocketAddrV4, Protocol)| {
         let connected = tokio::time::timeout(PROBE_TIMEOUT, tokio::net::TcpStream::connect(address)).await;
-        (address, matches!(connected, Ok(Ok(_))))
+        let well = match connected {
+            Ok(Ok(_)) => true,
+            Ok(Err(error)) => {
+                protocol == Protocol::Udp && error.kind() == std::io::ErrorKind::ConnectionRefused
+            }
+            Err(_) => false,
+        };
+        ((address, protocol), well)
     };
     futures::stream::iter(addresses.into_iter().map(one))
         .buffer_unordered(PROBES)

@@ -137,16 +137,25 @@ impl Instances {
         self.0.retain(|key, _| seen.contains(key));
     }
 
-    /// What there is to probe: whoever takes TCP connections.
-    pub fn probed(&self) -> BTreeSet<SocketAddrV4> {
-        let tcp = self.0.iter().filter(|(key, _)| key.protocol == Protocol::Tcp);
-        tcp.flat_map(|(_, instances)| instances.keys().copied()).collect()
+    /// Whether the route is served by containers, be it that there are none.
+    pub fn serves(&self, key: &Key) -> bool {
+        self.0.contains_key(key)
+    }
+
+    /// What there is to probe.
+    pub fn probed(&self) -> BTreeSet<(SocketAddrV4, Protocol)> {
+        let of_route = |(key, instances): (&Key, &BTreeMap<SocketAddrV4, Standing>)| {
+            let protocol = key.protocol;
+            let addresses: Vec<_> = instances.keys().map(|address| (*address, protocol)).collect();
+            addresses
+        };
+        self.0.iter().flat_map(of_route).collect()
     }
 
     /// A probe's outcome.
-    pub fn answered(&mut self, address: SocketAddrV4, well: bool) {
+    pub fn answered(&mut self, address: SocketAddrV4, protocol: Protocol, well: bool) {
         for (key, instances) in &mut self.0 {
-            if key.protocol == Protocol::Tcp
+            if key.protocol == protocol
                 && let Some(standing) = instances.get_mut(&address)
             {
                 standing.failures = if well {
@@ -245,8 +254,8 @@ mod tests {
         }
 
         fn probe(&mut self, host: u8, well: bool) {
-            self.known
-                .answered(format!("100.100.0.{host}:80").parse().unwrap(), well);
+            let address = format!("100.100.0.{host}:80").parse().unwrap();
+            self.known.answered(address, Protocol::Tcp, well);
         }
     }
 
@@ -317,7 +326,10 @@ mod tests {
         let mut bench = Bench::new();
         let both = [instances("tcp", &[2]), instances("udp", &[3])].concat();
         assert_eq!(bench.at(0, &route(RouteKind::Udp), &both), [(3, false)]);
-        assert_eq!(bench.known.probed().len(), 0, "nobody can tell of datagrams");
+        assert_eq!(
+            bench.known.probed(),
+            [("100.100.0.3:80".parse().unwrap(), Protocol::Udp)].into()
+        );
         assert_eq!(bench.at(0, &route(RouteKind::Tcp), &both), [(2, false)]);
         assert_eq!(bench.known.probed().len(), 1);
         assert_eq!(bench.at(0, &route(RouteKind::Http), &both), []);
@@ -339,6 +351,10 @@ mod tests {
         let mut some = instances("tcp", &[2]);
         some.push(Instance::new("tcp", "10.0.0.1:80", Meta::new()));
         assert_eq!(bench.at(0, &route(RouteKind::Tcp), &some), []);
+        let key = key(&route(RouteKind::Tcp)).unwrap();
+        assert!(!bench.known.serves(&key));
+        bench.at(1, &route(RouteKind::Tcp), &[]);
+        assert!(bench.known.serves(&key), "nobody is no reason");
     }
 
     #[test]

@@ -37,10 +37,16 @@ fn main() {
     support::main(
         &["ip"],
         |_| None,
-        &[(
-            "routes_by_port_lead_to_containers",
-            routes_by_port_lead_to_containers,
-        )],
+        &[
+            (
+                "routes_by_port_lead_to_containers",
+                routes_by_port_lead_to_containers,
+            ),
+            (
+                "udp_routes_that_nobody_carries_are_refused",
+                udp_routes_that_nobody_carries_are_refused,
+            ),
+        ],
     )
 }
 
@@ -191,6 +197,38 @@ fn instance(port: u16) -> Instance {
     Instance::new("tcp", format!("{CONTAINER}:{port}"), Meta::new())
 }
 
+fn router() -> Arc<Router> {
+    let data = tempfile::tempdir().unwrap();
+    let certificates = Certificates::new(&default_certificate(data.path(), None).unwrap()).unwrap();
+    Arc::new(Router::new(Arc::new(certificates), "key".into()))
+}
+
+fn udp_routes_that_nobody_carries_are_refused() {
+    let (router, stop) = (router(), CancellationToken::new());
+    router.set_routes(vec![route(RouteKind::Tcp, 3000), route(RouteKind::Udp, 3000)]);
+    let options = Options {
+        host: HOST,
+        mode: Mode::Auto,
+        first_host: false,
+    };
+    let following = {
+        let (router, stop) = (Arc::clone(&router), stop.clone());
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .unwrap();
+        thread::spawn(move || runtime.block_on(Arc::new(L4::default()).follow(router, None, options, stop)))
+    };
+    until("it is refused", || {
+        let refused = router.refused();
+        refused.len() == 1 && refused["3000/udp"].contains("BPF_PINS")
+    });
+    router.set_routes(vec![route(RouteKind::Tcp, 3000)]);
+    until("a route that is gone is not", || router.refused().is_empty());
+    stop.cancel();
+    following.join().unwrap();
+}
+
 fn routes_by_port_lead_to_containers() {
     alone(|bpffs| {
         let pins = pins(bpffs);
@@ -199,9 +237,7 @@ fn routes_by_port_lead_to_containers() {
         serve(&container, 8080, "first");
         serve(&container, 8081, "second");
 
-        let data = tempfile::tempdir().unwrap();
-        let certificates = Certificates::new(&default_certificate(data.path(), None).unwrap()).unwrap();
-        let router = Arc::new(Router::new(Arc::new(certificates), "key".into()));
+        let router = router();
         let (l4, stop) = (Arc::new(L4::default()), CancellationToken::new());
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()
