@@ -141,6 +141,7 @@ fn overview(network: &NetworkStatus) -> String {
         .map_or_else(String::new, |gateway| gateway.to_string());
     let dropped: u64 = network.drops.values().sum();
     let others = network.hosts.iter().filter(|host| !host.own).count();
+    let encrypted = network.hosts.iter().filter(|host| host.way == "encrypted");
     let fullest = network
         .maps
         .iter()
@@ -153,6 +154,7 @@ fn overview(network: &NetworkStatus) -> String {
             network.endpoints.len(),
             network.remote.len()
         ),
+        format!("encrypted  with {} of {others} other hosts", encrypted.count()),
         format!("dropped    {dropped} packets (flynn-host network drops)"),
     ];
     if let Some(map) = fullest {

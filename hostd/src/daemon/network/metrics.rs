@@ -117,6 +117,15 @@ pub(crate) fn text(network: &NetworkStatus, gone: &BTreeMap<Owner, Traffic>, flo
             "Hosts of the cluster that are known",
             network.hosts.len(),
         ),
+        (
+            "encrypted_hosts",
+            "Other hosts that packets are sent to encrypted",
+            network
+                .hosts
+                .iter()
+                .filter(|host| host.way == "encrypted")
+                .count(),
+        ),
     ];
     for (name, help, value) in gauges {
         let name = format!("flynn_network_{name}");
@@ -208,6 +217,7 @@ mod tests {
         );
         assert!(text.contains("flynn_network_dropped_packets_total{reason=\"isolated\"} 3\n"));
         assert!(text.contains("flynn_network_hosts 0\n"));
+        assert!(text.contains("flynn_network_encrypted_hosts 0\n"));
         for line in text.lines().filter(|line| line.starts_with("# TYPE")) {
             assert_eq!(text.matches(line).count(), 1, "{line} comes once");
         }
