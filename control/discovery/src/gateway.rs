@@ -142,7 +142,11 @@ fn start(node: &Node, gateway: &Gateway, subnet: Subnet, stop: &CancellationToke
     );
     let (addr, stopped, server) = (at(gateway.dns_port), stop.clone(), dns.clone());
     tokio::spawn(async move {
-        if let Some(socket) = bound("DNS", addr, &stopped, || tokio::net::UdpSocket::bind(addr)).await {
+        if let Some(socket) = bound("DNS", addr, &stopped, || async {
+            std::net::UdpSocket::bind(addr)
+        })
+        .await
+        {
             stopped.run_until_cancelled(server.serve_udp(socket)).await;
         }
     });

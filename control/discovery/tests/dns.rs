@@ -423,7 +423,7 @@ fn reply(query: &Message, count: u8) -> Message {
 
 async fn server(upstreams: Vec<SocketAddr>) -> SocketAddr {
     let server = Server::new(std::sync::Arc::new(View::default()), Upstreams::new(upstreams));
-    let socket = UdpSocket::bind("127.0.0.1:0").await.unwrap();
+    let socket = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
     let addr = socket.local_addr().unwrap();
     tokio::spawn(server.clone().serve_tcp(TcpListener::bind(addr).await.unwrap()));
     tokio::spawn(server.serve_udp(socket));

@@ -1,20 +1,26 @@
 //! DNS on the gateway address: our names from memory, all others by asking upstreams.
 //!
 //! - [`zone`]: what we answer (pure).
+//! - [`plain`], [`ready`]: the short way to the same answers, for queries as nearly all clients send them.
+//! - [`udp`]: the thread that takes them by the batch; [`limit`]: how many a client may ask.
 //! - [`forward`]: what others answer.
 //!
 //! Our own names are answered within the loop that receives, without waiting for anything. Forwarded queries run beside
 //! it, so many at a time; one more is refused at once rather than queued.
 
 pub mod forward;
+mod limit;
+pub mod plain;
+pub mod ready;
+mod udp;
 pub mod zone;
 
-use std::net::SocketAddr;
+use std::net::UdpSocket;
 use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
-use tokio::net::{TcpListener, TcpStream, UdpSocket};
+use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Semaphore;
 
 use self::forward::Forwarder;
@@ -28,8 +34,9 @@ const MAX_FORWARDED: usize = 256;
 const MAX_CONNECTIONS: usize = 128;
 /// How long a TCP connection may be silent, or take to take an answer.
 const IDLE: Duration = Duration::from_secs(10);
-/// The longest query over UDP that is read whole.
-const MAX_UDP_QUERY: usize = 4096;
+/// Queries a second that one client may ask over UDP: more than any resolver of a busy app does, and few enough for one
+/// client not to take the server from the others.
+pub const CLIENT_RATE: u64 = 50_000;
 
 /// The DNS server of one gateway address. Cheap to clone.
 #[derive(Clone, Debug)]
@@ -37,6 +44,7 @@ pub struct Server {
     view: Arc<View>,
     forwarder: Arc<Forwarder>,
     slots: Arc<Semaphore>,
+    rate: u64,
 }
 
 impl Server {
@@ -46,7 +54,14 @@ impl Server {
             view,
             forwarder: Arc::new(Forwarder::new(upstreams)),
             slots: Arc::new(Semaphore::new(MAX_FORWARDED)),
+            rate: CLIENT_RATE,
         }
+    }
+
+    /// Lets one client ask so many queries a second over UDP.
+    #[must_use]
+    pub fn client_rate(self, rate: u64) -> Self {
+        Self { rate, ..self }
     }
 
     fn react(&self, query: &[u8], transport: Transport) -> Reaction {
@@ -55,38 +70,9 @@ impl Server {
             .read(|state| react(query, transport, state, index, &mut rand::rng()))
     }
 
-    /// Answers on a UDP socket, for ever.
+    /// Answers on an IPv4 UDP socket, until dropped.
     pub async fn serve_udp(self, socket: UdpSocket) {
-        let socket = Arc::new(socket);
-        let mut buffer = vec![0; MAX_UDP_QUERY];
-        loop {
-            let (length, client) = match socket.recv_from(&mut buffer).await {
-                Ok(received) => received,
-                Err(error) => {
-                    // An ICMP error for an earlier answer, most likely.
-                    tracing::debug!(%error, "cannot receive a DNS query");
-                    tokio::time::sleep(Duration::from_millis(1)).await;
-                    continue;
-                }
-            };
-            let query = &buffer[..length];
-            match self.react(query, Transport::Udp) {
-                Reaction::Drop => {}
-                Reaction::Answer(answer) => send(&socket, &answer, client).await,
-                Reaction::Forward => match Arc::clone(&self.slots).try_acquire_owned() {
-                    Ok(slot) => {
-                        let (socket, forwarder) = (Arc::clone(&socket), Arc::clone(&self.forwarder));
-                        let query = query.to_vec();
-                        tokio::spawn(async move {
-                            let _slot = slot;
-                            let answer = forwarder.answer(&query, Transport::Udp).await;
-                            send(&socket, &answer, client).await;
-                        });
-                    }
-                    Err(_) => send(&socket, &zone::failure(query), client).await,
-                },
-            }
-        }
+        udp::serve(self, socket).await;
     }
 
     /// Answers on TCP connections, for ever.
@@ -130,12 +116,6 @@ impl Server {
             };
             tokio::time::timeout(IDLE, write_framed(&mut stream, &answer)).await??;
         }
-    }
-}
-
-async fn send(socket: &UdpSocket, answer: &[u8], client: SocketAddr) {
-    if let Err(error) = socket.send_to(answer, client).await {
-        tracing::debug!(%client, %error, "a DNS answer cannot be sent");
     }
 }
 

@@ -17,7 +17,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::str::FromStr as _;
 
 use flynn_api::discovery::{Instance, VirtualAddresses};
-use hickory_proto::op::{Edns, Message, MessageType, OpCode, Query, ResponseCode};
+use hickory_proto::op::{Edns, Message, MessageType, OpCode, ResponseCode};
 use hickory_proto::rr::rdata::{A, AAAA, SOA, SRV};
 use hickory_proto::rr::{DNSClass, Name, RData, Record, RecordType};
 use rand::Rng;
@@ -30,7 +30,7 @@ const ZONE: &str = "discoverd";
 /// How long a virtual address may be remembered, in seconds: a service may be removed and made anew.
 const VIRTUAL_TTL: u32 = 30;
 /// Answers over UDP.
-const MAX_UDP_ANSWERS: usize = 3;
+pub const MAX_UDP_ANSWERS: usize = 3;
 /// The longest answer over UDP that needs no fragments anywhere.
 pub const MAX_UDP_PAYLOAD: u16 = 1232;
 /// Bytes of a message's header.
@@ -70,12 +70,8 @@ pub fn react(bytes: &[u8], transport: Transport, state: &State, index: u64, rng:
     let [question] = query.queries.as_slice() else {
         return Reaction::Answer(bare(bytes, ResponseCode::FormErr));
     };
-    let labels: Vec<String> = question
-        .name()
-        .iter()
-        .map(|label| String::from_utf8_lossy(label).to_ascii_lowercase())
-        .collect();
-    let Some((ZONE, ours)) = labels.split_last().map(|(last, ours)| (last.as_str(), ours)) else {
+    let labels = labels_of(question.name());
+    let Some(ours) = ours(&labels) else {
         return Reaction::Forward;
     };
     let mut answer = Message::response(query.metadata.id, OpCode::Query);
@@ -100,14 +96,58 @@ pub fn react(bytes: &[u8], transport: Transport, state: &State, index: u64, rng:
         answer.metadata.response_code = ResponseCode::Refused;
         return finish(bytes, &answer, limit);
     }
-    match find(ours, state) {
+    match look_up(ours, question.name(), question.query_type(), state, index) {
         None => answer.metadata.response_code = ResponseCode::NXDomain,
-        Some(found) => found.fill(&mut answer, question, transport, index, rng),
+        Some(mut records) => {
+            records.shuffle(rng);
+            records.truncate(most(transport));
+            for (record, additional) in records {
+                answer.answers.push(record);
+                answer.additionals.extend(additional);
+            }
+        }
     }
-    if answer.answers.is_empty() && question.query_type() != RecordType::SOA {
+    if answer.answers.is_empty() {
         answer.authorities.extend(soa(index));
     }
     finish(bytes, &answer, limit)
+}
+
+/// The labels of a name, in small letters.
+pub fn labels_of(name: &Name) -> Vec<String> {
+    name.iter()
+        .map(|label| String::from_utf8_lossy(label).to_ascii_lowercase())
+        .collect()
+}
+
+/// The labels below our zone, if it is one of our names.
+pub fn ours(labels: &[String]) -> Option<&[String]> {
+    match labels.split_last() {
+        Some((last, ours)) if last == ZONE => Some(ours),
+        _ => None,
+    }
+}
+
+/// Records that an answer may have.
+fn most(transport: Transport) -> usize {
+    match transport {
+        Transport::Udp => MAX_UDP_ANSWERS,
+        Transport::Tcp => usize::MAX,
+    }
+}
+
+/// All records of a name, each with the one that goes along with it; `None` when there is no such name. `ours` are its
+/// labels below the zone, in small letters.
+pub fn look_up(
+    ours: &[String],
+    name: &Name,
+    wanted: RecordType,
+    state: &State,
+    index: u64,
+) -> Option<Vec<(Record, Option<Record>)>> {
+    let mut records = find(ours, state)?.records(name, index);
+    records.retain(|(record, _)| wanted == RecordType::ANY || record.record_type() == wanted);
+    Some(records)
 }
 
 /// What a name stands for.
@@ -175,70 +215,44 @@ fn found_virtual<'a>(
 }
 
 impl Found<'_> {
-    fn fill(
-        self,
-        answer: &mut Message,
-        question: &Query,
-        transport: Transport,
-        index: u64,
-        rng: &mut impl Rng,
-    ) {
-        let wanted = question.query_type();
-        let limit = if transport == Transport::Udp {
-            MAX_UDP_ANSWERS
-        } else {
-            usize::MAX
-        };
+    fn records(self, name: &Name, index: u64) -> Vec<(Record, Option<Record>)> {
+        let alone = |record| (record, None);
         match self {
-            Self::Top if matches!(wanted, RecordType::SOA | RecordType::ANY) => {
-                answer.answers.extend(soa(index));
-            }
-            Self::Top | Self::Branch => {}
+            Self::Top => soa(index).map(alone).into_iter().collect(),
+            Self::Branch => Vec::new(),
             Self::Addresses(instances) => {
                 let mut records: Vec<_> = instances
                     .into_iter()
-                    .filter_map(|instance| address(question.name(), instance))
+                    .filter_map(|instance| address(name, instance))
                     .collect();
-                records.retain(|record| wanted == RecordType::ANY || record.record_type() == wanted);
                 // Instances of one address and several ports are one address.
                 records.sort_by_key(|record| record.data.ip_addr());
                 records.dedup();
-                records.shuffle(rng);
-                records.truncate(limit);
-                answer.answers = records;
+                records.into_iter().map(alone).collect()
             }
-            Self::Virtual(addresses) => {
-                let records = addresses
-                    .map(|address| Record::from_rdata(question.name().clone(), VIRTUAL_TTL, rdata(address)));
-                answer.answers = records.into();
-                answer
-                    .answers
-                    .retain(|record| wanted == RecordType::ANY || record.record_type() == wanted);
-            }
-            Self::Places(service, mut instances) => {
-                if !matches!(wanted, RecordType::SRV | RecordType::ANY) {
-                    return;
-                }
-                instances.shuffle(rng);
-                for instance in instances.into_iter().take(limit) {
-                    let target = Name::from_labels([
-                        instance.id.as_bytes(),
-                        service.as_bytes(),
-                        b"_i",
-                        ZONE.as_bytes(),
-                    ]);
-                    let (Ok(target), Ok(at)) = (target, instance.addr.parse::<SocketAddr>()) else {
-                        continue;
-                    };
-                    answer.additionals.extend(address(&target, instance));
-                    let place = RData::SRV(SRV::new(1, 1, at.port(), target));
-                    answer
-                        .answers
-                        .push(Record::from_rdata(question.name().clone(), 0, place));
-                }
-            }
+            Self::Virtual(addresses) => addresses
+                .map(|address| alone(Record::from_rdata(name.clone(), VIRTUAL_TTL, rdata(address))))
+                .into(),
+            Self::Places(service, instances) => instances
+                .into_iter()
+                .filter_map(|instance| place(name, service, instance))
+                .collect(),
         }
     }
+}
+
+/// Where an instance is, and its address.
+fn place(name: &Name, service: &str, instance: &Instance) -> Option<(Record, Option<Record>)> {
+    let target = instance_name(service, &instance.id)?;
+    let at: SocketAddr = instance.addr.parse().ok()?;
+    let additional = address(&target, instance);
+    let place = RData::SRV(SRV::new(1, 1, at.port(), target));
+    Some((Record::from_rdata(name.clone(), 0, place), additional))
+}
+
+/// The name of an instance.
+fn instance_name(service: &str, id: &str) -> Option<Name> {
+    Name::from_labels([id.as_bytes(), service.as_bytes(), b"_i", ZONE.as_bytes()]).ok()
 }
 
 fn address(name: &Name, instance: &Instance) -> Option<Record> {
@@ -258,7 +272,7 @@ fn rdata(address: IpAddr) -> RData {
 }
 
 /// The SOA; its last field says that what is not there may be there the next moment.
-fn soa(index: u64) -> Option<Record> {
+pub fn soa(index: u64) -> Option<Record> {
     let name = |text| Name::from_str(text).ok();
     let serial = u32::try_from(index & u64::from(u32::MAX)).unwrap_or(0);
     let data = SOA::new(
