@@ -110,6 +110,9 @@ fn run(command: Command) -> anyhow::Result<ExitCode> {
             "flynn-host needs root: namespaces, mounts and the host's state belong to it. Run it with sudo"
         );
     }
+    if !matches!(command, Command::Supervise { .. } | Command::Daemon(_)) {
+        commands::end_with_reader();
+    }
     match command {
         // One thread: no runtime is made here.
         Command::Supervise { job_dir } => {

@@ -30,11 +30,12 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         image::make(&BTreeSet::from(image::Name::ALL), profile)?;
     }
     let mut cargo = exec::cargo();
-    // The harness itself measures nothing that its own speed could change: what it starts is built for release.
     cargo.args([
         "run",
         "--locked",
         "--quiet",
+        // Some suites measure what is built into the harness.
+        "--release",
         "--package",
         "flynn-bench",
         "--",

@@ -484,7 +484,7 @@ fn strange_queries() {
     let mut rng = rand::rng();
     let mut code = |message: &[u8]| match react(message, Transport::Udp, &state, 1, &mut rng) {
         Reaction::Answer(answer) => Some(Message::from_vec(&answer).unwrap().metadata.response_code),
-        Reaction::Drop | Reaction::Forward => None,
+        Reaction::Drop | Reaction::Forward | Reaction::Reverse(_) => None,
     };
     assert_eq!(code(b"short"), None);
     let mut no_question = query("web.discoverd.", RecordType::A);
@@ -515,6 +515,35 @@ fn strange_queries() {
         .to_vec()
         .unwrap();
     assert_eq!(code(&response), None, "answers are not answered");
+}
+
+#[test]
+fn addresses_have_names() {
+    block_on(async {
+        let (cluster, gateway) = with_gateway().await;
+        let client = cluster.client(0);
+        let dns = SocketAddr::from((gateway, cluster.members[0].options.dns_port));
+        let config = ServiceConfig::default();
+        client.create_service("web", &config).await.unwrap();
+        for addr in ["100.100.7.9:80", "[fd00::1a]:80"] {
+            client.register("web", &instance(addr)).await.unwrap();
+        }
+        let six = format!("a.1.{}d.f.ip6.arpa.", "0.".repeat(28));
+        for (name, addr) in [
+            ("9.7.100.100.IN-ADDR.arpa.", "100.100.7.9:80"),
+            (&six, "[fd00::1a]:80"),
+        ] {
+            let answer = ask(dns, name, RecordType::PTR).await;
+            let want = format!("{}.web._i.discoverd.", instance(addr).id);
+            assert!(
+                matches!(&answer.answers[..], [one] if one.data.to_string() == want),
+                "{answer:?}"
+            );
+        }
+        // There is no upstream to ask.
+        let other = ask(dns, "9.7.100.192.in-addr.arpa.", RecordType::PTR).await;
+        assert_eq!(other.metadata.response_code, ResponseCode::ServFail);
+    });
 }
 
 proptest! {

@@ -81,6 +81,11 @@ pub enum Operator {
     },
 }
 
+/// Has a command end, and not panic, when whoever reads its output (`| head`) has read enough.
+pub fn end_with_reader() {
+    crate::sys::default_signal(libc::SIGPIPE);
+}
+
 /// Does what the operator asks.
 pub async fn operate(command: Operator) -> anyhow::Result<ExitCode> {
     let host = HostClient::new(Http::new(&format!("unix:{}", host::SOCKET))?);

@@ -1,6 +1,7 @@
 //! The parts that run on a host of the lab or in a namespace, each saying what it measured as JSON on standard output.
 
 pub(crate) mod containers;
+pub(crate) mod dns;
 pub(crate) mod memory;
 pub(crate) mod router;
 pub(crate) mod traffic;
@@ -15,6 +16,8 @@ pub(crate) enum Inside {
         #[arg(long)]
         rounds: u32,
     },
+    /// The name server
+    Dns(dns::Args),
     /// The router and its peers
     Router(router::Args),
     /// The one end of a TCP load: answers
@@ -34,6 +37,7 @@ pub(crate) fn run(inside: &Inside) -> anyhow::Result<()> {
         Inside::Answer(args) => serde_json::to_string(&traffic::answer(args)?)?,
         Inside::Ask(args) => serde_json::to_string(&traffic::ask(args)?)?,
         Inside::Settled(args) => return traffic::settled(args),
+        Inside::Dns(args) => return dns::serve(args),
     };
     println!("{json}");
     Ok(())

@@ -1,14 +1,17 @@
 //! Asks upstream resolvers what is not ours.
 //!
 //! The client's message goes out as it came, under an id and from a port that nobody can guess; what comes back is
-//! taken when it comes from the upstream, has that id and repeats the question. Upstreams are asked in turn.
+//! taken when it comes from the upstream, has that id and repeats the question. Upstreams are asked in turn, and what
+//! they answer is kept for as long as they say.
 
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
-use std::time::Duration;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 use tokio::net::{TcpStream, UdpSocket};
 
+use super::cache::Cache;
 use super::zone::{MAX_UDP_PAYLOAD, Transport, failure};
 use super::{read_framed, write_framed};
 
@@ -60,23 +63,47 @@ impl Upstreams {
 #[derive(Debug)]
 pub struct Forwarder {
     upstreams: Upstreams,
+    cache: Mutex<Cache>,
+    began: Instant,
 }
 
 impl Forwarder {
     /// Asks these.
     pub fn new(upstreams: Upstreams) -> Self {
-        Self { upstreams }
+        Self {
+            upstreams,
+            cache: Mutex::default(),
+            began: Instant::now(),
+        }
     }
 
     /// The answer to a query of a client: an upstream's, or that nobody could answer.
     pub async fn answer(&self, query: &[u8], transport: Transport) -> Vec<u8> {
+        let end = question_end(query);
+        if let Some(kept) = end.and_then(|end| self.cache().get(query, end, self.now())) {
+            return fit(query, kept, transport);
+        }
         for upstream in std::iter::repeat_n(&self.upstreams.0, ROUNDS).flatten() {
             match ask(*upstream, query, transport).await {
-                Ok(answer) => return fit(query, answer, transport),
+                Ok(answer) => {
+                    if let Some(end) = end.filter(|end| question_end(&answer) == Some(*end)) {
+                        self.cache().put(query, end, &answer, self.now());
+                    }
+                    return fit(query, answer, transport);
+                }
                 Err(error) => tracing::debug!(%upstream, %error, "an upstream resolver did not answer"),
             }
         }
         failure(query)
+    }
+
+    fn cache(&self) -> MutexGuard<'_, Cache> {
+        self.cache.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Milliseconds since its start.
+    fn now(&self) -> u64 {
+        u64::try_from(self.began.elapsed().as_millis()).unwrap_or(u64::MAX)
     }
 }
 
@@ -154,7 +181,7 @@ fn answers(asked: &[u8], answer: &[u8]) -> bool {
 }
 
 /// Where the one question of a message ends.
-fn question_end(message: &[u8]) -> Option<usize> {
+pub(super) fn question_end(message: &[u8]) -> Option<usize> {
     if message.get(4..6)? != [0, 1] {
         return None;
     }

@@ -3,11 +3,12 @@
 //! - [`zone`]: what we answer (pure).
 //! - [`plain`], [`ready`]: the short way to the same answers, for queries as nearly all clients send them.
 //! - [`udp`]: the thread that takes them by the batch; [`limit`]: how many a client may ask.
-//! - [`forward`]: what others answer.
+//! - [`forward`]: what others answer, and [`cache`], what they have answered.
 //!
 //! Our own names are answered within the loop that receives, without waiting for anything. Forwarded queries run beside
 //! it, so many at a time; one more is refused at once rather than queued.
 
+mod cache;
 pub mod forward;
 mod limit;
 pub mod plain;
@@ -15,10 +16,12 @@ pub mod ready;
 mod udp;
 pub mod zone;
 
-use std::net::UdpSocket;
-use std::sync::Arc;
+use std::collections::HashMap;
+use std::net::{IpAddr, SocketAddr, UdpSocket};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use hickory_proto::rr::Name;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Semaphore;
@@ -26,6 +29,7 @@ use tokio::sync::Semaphore;
 use self::forward::Forwarder;
 pub use self::forward::Upstreams;
 use self::zone::{Reaction, Transport, react};
+use crate::state::State;
 use crate::view::View;
 
 /// Forwarded queries at a time.
@@ -45,6 +49,29 @@ pub struct Server {
     forwarder: Arc<Forwarder>,
     slots: Arc<Semaphore>,
     rate: u64,
+    names: Arc<Mutex<Names>>,
+}
+
+/// The names of instances by their addresses, as of an index of the registry: made when asked for.
+#[derive(Debug, Default)]
+struct Names {
+    index: u64,
+    by_address: HashMap<IpAddr, Vec<Name>>,
+}
+
+impl Names {
+    fn of(state: &State, index: u64) -> Self {
+        let mut by_address: HashMap<IpAddr, Vec<Name>> = HashMap::new();
+        for (service, of) in state.services() {
+            for instance in of.instances.values() {
+                let name = zone::instance_name(service, &instance.id);
+                if let (Some(name), Ok(addr)) = (name, instance.addr.parse::<SocketAddr>()) {
+                    by_address.entry(addr.ip().to_canonical()).or_default().push(name);
+                }
+            }
+        }
+        Self { index, by_address }
+    }
 }
 
 impl Server {
@@ -55,6 +82,7 @@ impl Server {
             forwarder: Arc::new(Forwarder::new(upstreams)),
             slots: Arc::new(Semaphore::new(MAX_FORWARDED)),
             rate: CLIENT_RATE,
+            names: Arc::default(),
         }
     }
 
@@ -66,8 +94,20 @@ impl Server {
 
     fn react(&self, query: &[u8], transport: Transport) -> Reaction {
         let index = self.view.applied();
-        self.view
-            .read(|state| react(query, transport, state, index, &mut rand::rng()))
+        let reaction = self
+            .view
+            .read(|state| react(query, transport, state, index, &mut rand::rng()));
+        let Reaction::Reverse(address) = reaction else {
+            return reaction;
+        };
+        let mut names = self.names.lock().unwrap_or_else(PoisonError::into_inner);
+        if names.index != index {
+            *names = self.view.read(|state| Names::of(state, index));
+        }
+        match names.by_address.get(&address) {
+            Some(names) => Reaction::Answer(zone::reverse(query, transport, names)),
+            None => Reaction::Forward,
+        }
     }
 
     /// Answers on an IPv4 UDP socket, until dropped.
@@ -107,7 +147,7 @@ impl Server {
                 return Ok(());
             };
             let answer = match self.react(&query, Transport::Tcp) {
-                Reaction::Drop => return Ok(()),
+                Reaction::Drop | Reaction::Reverse(_) => return Ok(()),
                 Reaction::Answer(answer) => answer,
                 Reaction::Forward => match self.slots.try_acquire() {
                     Ok(_slot) => self.forwarder.answer(&query, Transport::Tcp).await,

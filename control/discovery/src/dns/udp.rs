@@ -153,7 +153,7 @@ impl Batch {
             return;
         }
         match self.server.react(query, Transport::Udp) {
-            Reaction::Drop => {}
+            Reaction::Drop | Reaction::Reverse(_) => {}
             Reaction::Answer(answer) => {
                 let into = &mut self.answers[self.clients.len()];
                 into.clear();

@@ -8,6 +8,7 @@
 //! | `_svc._proto.discoverd` | SRV: its instances of that protocol, with their addresses |
 //! | `<id>.svc._i.discoverd` | A, AAAA: that instance |
 //! | `discoverd` | SOA |
+//! | below `in-addr.arpa`, `ip6.arpa` | PTR: the instances at that address; others' addresses are forwarded |
 //!
 //! Answers are shuffled and live zero seconds, but for virtual addresses, which stay as long as the service; over UDP
 //! there are no more than three. A name that is there but has no
@@ -17,8 +18,8 @@ use std::net::{IpAddr, SocketAddr};
 use std::str::FromStr as _;
 
 use flynn_api::discovery::{Instance, VirtualAddresses};
-use hickory_proto::op::{Edns, Message, MessageType, OpCode, ResponseCode};
-use hickory_proto::rr::rdata::{A, AAAA, SOA, SRV};
+use hickory_proto::op::{Edns, Message, MessageType, OpCode, Query, ResponseCode};
+use hickory_proto::rr::rdata::{A, AAAA, PTR, SOA, SRV};
 use hickory_proto::rr::{DNSClass, Name, RData, Record, RecordType};
 use rand::Rng;
 use rand::seq::SliceRandom as _;
@@ -54,6 +55,8 @@ pub enum Reaction {
     Answer(Vec<u8>),
     /// Ask an upstream: the name is not ours.
     Forward,
+    /// The name is asked for that has this address ([`reverse`]).
+    Reverse(IpAddr),
 }
 
 /// Decides about the bytes of a query, by `state`, which reflects the log up to `index`.
@@ -72,25 +75,15 @@ pub fn react(bytes: &[u8], transport: Transport, state: &State, index: u64, rng:
     };
     let labels = labels_of(question.name());
     let Some(ours) = ours(&labels) else {
-        return Reaction::Forward;
+        return match address_of(&labels) {
+            Some(address) if question.query_type() == RecordType::PTR => Reaction::Reverse(address),
+            _ => Reaction::Forward,
+        };
     };
-    let mut answer = Message::response(query.metadata.id, OpCode::Query);
-    answer.metadata.recursion_desired = query.metadata.recursion_desired;
-    answer.metadata.recursion_available = true;
-    answer.metadata.authoritative = true;
-    answer.add_query(question.clone());
-    let limit = match transport {
-        Transport::Udp => query.max_payload().min(MAX_UDP_PAYLOAD),
-        Transport::Tcp => u16::MAX,
-    };
-    if let Some(edns) = &query.edns {
-        let mut ours = Edns::new();
-        ours.set_max_payload(MAX_UDP_PAYLOAD);
-        answer.set_edns(ours);
-        if edns.version() > 0 {
-            answer.metadata.response_code = ResponseCode::BADVERS;
-            return finish(bytes, &answer, limit);
-        }
+    let (mut answer, limit) = begin(&query, question, transport);
+    if query.edns.as_ref().is_some_and(|edns| edns.version() > 0) {
+        answer.metadata.response_code = ResponseCode::BADVERS;
+        return finish(bytes, &answer, limit);
     }
     if question.query_class() != DNSClass::IN && question.query_class() != DNSClass::ANY {
         answer.metadata.response_code = ResponseCode::Refused;
@@ -111,6 +104,63 @@ pub fn react(bytes: &[u8], transport: Transport, state: &State, index: u64, rng:
         answer.authorities.extend(soa(index));
     }
     finish(bytes, &answer, limit)
+}
+
+/// An answer without records yet, and how long it may get.
+fn begin(query: &Message, question: &Query, transport: Transport) -> (Message, u16) {
+    let mut answer = Message::response(query.metadata.id, OpCode::Query);
+    answer.metadata.recursion_desired = query.metadata.recursion_desired;
+    answer.metadata.recursion_available = true;
+    answer.metadata.authoritative = true;
+    answer.add_query(question.clone());
+    if query.edns.is_some() {
+        let mut ours = Edns::new();
+        ours.set_max_payload(MAX_UDP_PAYLOAD);
+        answer.set_edns(ours);
+    }
+    let limit = match transport {
+        Transport::Udp => query.max_payload().min(MAX_UDP_PAYLOAD),
+        Transport::Tcp => u16::MAX,
+    };
+    (answer, limit)
+}
+
+/// Answers the question for an address's names with these.
+pub fn reverse(bytes: &[u8], transport: Transport, names: &[Name]) -> Vec<u8> {
+    let Ok(query) = Message::from_vec(bytes) else {
+        return bare(bytes, ResponseCode::FormErr);
+    };
+    let Some(question) = query.queries.first() else {
+        return bare(bytes, ResponseCode::FormErr);
+    };
+    let (mut answer, limit) = begin(&query, question, transport);
+    for name in names.iter().take(most(transport)) {
+        let pointer = RData::PTR(PTR(name.clone()));
+        answer
+            .answers
+            .push(Record::from_rdata(question.name().clone(), 0, pointer));
+    }
+    match finish(bytes, &answer, limit) {
+        Reaction::Answer(answer) => answer,
+        _ => bare(bytes, ResponseCode::ServFail),
+    }
+}
+
+/// The address that a name below `in-addr.arpa` or `ip6.arpa` stands for.
+fn address_of(labels: &[String]) -> Option<IpAddr> {
+    let labels: Vec<&str> = labels.iter().map(String::as_str).collect();
+    match labels.as_slice() {
+        [d, c, b, a, "in-addr", "arpa"] => format!("{a}.{b}.{c}.{d}").parse().map(IpAddr::V4).ok(),
+        [digits @ .., "ip6", "arpa"] if digits.len() == 32 => {
+            let mut digits = digits.iter().rev().map(|digit| match digit.as_bytes() {
+                [digit] => char::from(*digit).to_digit(16),
+                _ => None,
+            });
+            let bits = digits.try_fold(0_u128, |bits, digit| Some(bits << 4 | u128::from(digit?)));
+            bits.map(|bits| IpAddr::V6(bits.into()))
+        }
+        _ => None,
+    }
 }
 
 /// The labels of a name, in small letters.
@@ -251,7 +301,7 @@ fn place(name: &Name, service: &str, instance: &Instance) -> Option<(Record, Opt
 }
 
 /// The name of an instance.
-fn instance_name(service: &str, id: &str) -> Option<Name> {
+pub fn instance_name(service: &str, id: &str) -> Option<Name> {
     Name::from_labels([id.as_bytes(), service.as_bytes(), b"_i", ZONE.as_bytes()]).ok()
 }
 
