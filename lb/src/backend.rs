@@ -1,5 +1,6 @@
 //! Services and their instances: what can be sent to, how busy it is, and connections kept to it.
 
+use std::collections::BTreeSet;
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
@@ -142,6 +143,8 @@ pub struct Members {
     pub leader: Option<String>,
     /// Whether anybody has ever told of them.
     pub known: bool,
+    /// Addresses of instances that have not said goodbye, and whose registration ran out of late.
+    pub lost: BTreeSet<String>,
     backends: Vec<Arc<Backend>>,
     leading: Option<Arc<Backend>>,
 }
@@ -173,7 +176,13 @@ impl Service {
 
     /// These are its instances from now on. Backends that stay keep their connections and counts; requests under way
     /// at one that goes are finished.
-    pub fn set(&self, mut instances: Vec<Instance>, leader: Option<String>, cookie_key: &str) {
+    pub fn set(
+        &self,
+        mut instances: Vec<Instance>,
+        leader: Option<String>,
+        lost: BTreeSet<String>,
+        cookie_key: &str,
+    ) {
         instances.sort_by(|a, b| a.id.cmp(&b.id));
         let old = self.members();
         let backend = |instance: &Instance| {
@@ -197,6 +206,7 @@ impl Service {
             instances,
             leader,
             known: true,
+            lost,
             backends,
             leading,
         });
@@ -221,6 +231,7 @@ mod tests {
                 Instance::new("udp", "10.0.0.3:80", flynn_api::Meta::new()),
             ],
             Some(b.id.clone()),
+            BTreeSet::new(),
             "key",
         );
         let before = service.members();
@@ -229,7 +240,7 @@ mod tests {
             (2, 1)
         );
         let request = before.backends(true)[0].begin();
-        service.set(vec![b], None, "key");
+        service.set(vec![b], None, BTreeSet::new(), "key");
         let after = service.members();
         assert_eq!(after.backends(false)[0].load().in_flight, 1);
         assert!(after.backends(true).is_empty());

@@ -1,6 +1,6 @@
 //! What the parts of the router share: the table, the services, the certificates, the counters.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, PoisonError, RwLock};
 
 use flynn_api::route::{Route, RouteKind};
@@ -171,14 +171,15 @@ impl Router {
         true
     }
 
-    /// These are a service's instances from now on.
+    /// These are a service's instances from now on, and `lost` the addresses of those that died of late.
     pub fn set_instances(
         &self,
         service: &Service,
         instances: Vec<flynn_api::discovery::Instance>,
         leader: Option<String>,
+        lost: BTreeSet<String>,
     ) {
-        service.set(instances, leader, &self.cookie_key);
+        service.set(instances, leader, lost, &self.cookie_key);
         self.changed.notify_one();
     }
 }

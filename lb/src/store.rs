@@ -1,7 +1,7 @@
 //! The last good state on disk: from it the router serves at once when it starts, and for ever when those who tell
 //! it are away.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -68,7 +68,7 @@ impl Store {
         let mut services = saved.services;
         for service in router.services() {
             if let Some(saved) = services.remove(&service.name) {
-                router.set_instances(&service, saved.instances, saved.leader);
+                router.set_instances(&service, saved.instances, saved.leader, BTreeSet::new());
             }
         }
         tracing::info!(routes = router.routes().len(), "serving from the saved state");
@@ -133,6 +133,7 @@ mod tests {
             &first.services()[0],
             vec![instance.clone()],
             Some(instance.id.clone()),
+            BTreeSet::new(),
         );
         store.save(&first).unwrap();
         let mode = std::fs::metadata(&store.path).unwrap().permissions().mode();

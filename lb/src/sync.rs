@@ -3,7 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use flynn_api::Result;
 use flynn_api::client::Retry;
@@ -15,6 +15,7 @@ use tokio::sync::Notify;
 use tokio::task::JoinHandle;
 
 use crate::backend::Service;
+use crate::l4::plan::DRAIN;
 use crate::router::Router;
 use crate::store::Store;
 
@@ -113,15 +114,21 @@ impl Sync {
     async fn follow_instances(&self, service: &Service, retry: &mut Retry) -> Result<()> {
         let mut events = self.discovery.watch(&service.name).await?;
         let mut instances: BTreeMap<String, Instance> = BTreeMap::new();
+        let mut lost: BTreeMap<String, Instant> = BTreeMap::new();
         let (mut leader, mut current) = (None, false);
         while let Some(event) = events.next().await {
             let (_, event) = event?;
             match (event.kind, event.instance) {
                 (EventKind::Up | EventKind::Update, Some(instance)) => {
+                    lost.remove(&instance.addr);
                     instances.insert(instance.id.clone(), instance);
                 }
                 (EventKind::Down, Some(instance)) => {
                     instances.remove(&instance.id);
+                    if event.expired {
+                        lost.retain(|_, since| since.elapsed() < DRAIN);
+                        lost.insert(instance.addr, Instant::now());
+                    }
                 }
                 (EventKind::Leader, instance) => leader = instance.map(|instance| instance.id),
                 (EventKind::Current, _) => current = true,
@@ -130,8 +137,12 @@ impl Sync {
             // Until everything has been told, what was known before is the better knowledge.
             if current {
                 retry.reset();
-                self.router
-                    .set_instances(service, instances.values().cloned().collect(), leader.clone());
+                self.router.set_instances(
+                    service,
+                    instances.values().cloned().collect(),
+                    leader.clone(),
+                    lost.keys().cloned().collect(),
+                );
                 self.store.dirty.notify_one();
             }
         }

@@ -53,6 +53,9 @@ pub struct Backend {
     pub weight: u32,
     /// It keeps the connections that it has, and gets no more. Datagrams go to others at once.
     pub draining: bool,
+    /// It is dead, as far as is known: connections that nobody knows are not looked for there. What is known to be there
+    /// still goes there.
+    pub lost: bool,
 }
 
 /// VIPs with the backends that serve them. A VIP belongs to one service.

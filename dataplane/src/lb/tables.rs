@@ -232,7 +232,9 @@ impl Tables {
             Some(before) => before,
             None => self.read_ring(number)?,
         };
-        self.put_formers(number, &before, &ring, members)?;
+        let alive = service.backends.iter().zip(members);
+        let alive = alive.filter(|(backend, _)| !backend.lost).map(|(_, id)| *id);
+        self.put_formers(number, &before, &ring, &alive.collect())?;
         if before == ring {
             self.written.insert(number, ring);
             return Ok(());
@@ -269,9 +271,14 @@ impl Tables {
         Ok(ring)
     }
 
-    /// Writes who had the slots that others get now, before they get them. Those who are gone have no flows any more.
-    fn put_formers(&mut self, number: u16, before: &[u16], ring: &[u16], members: &[u16]) -> Result<()> {
-        let members: BTreeSet<u16> = members.iter().copied().collect();
+    /// Writes who had the slots that others get now, before they get them, of those who are `alive`.
+    fn put_formers(
+        &mut self,
+        number: u16,
+        before: &[u16],
+        ring: &[u16],
+        alive: &BTreeSet<u16>,
+    ) -> Result<()> {
         for nth in 0..RING_CHUNKS {
             let key = Chunk::key(number, nth);
             let known = match self.formers.get(&key, 0) {
@@ -286,7 +293,7 @@ impl Tables {
             let slots = part(before, nth).iter().zip(part(ring, nth));
             for (place, (before, now)) in slots.enumerate() {
                 let known = known.map_or([0; 2], |known| known.slots[place]);
-                wanted.slots[place] = formers(known, *before, *now, &members);
+                wanted.slots[place] = formers(known, *before, *now, alive);
             }
             let outcome = if known.unwrap_or(none) == wanted {
                 Ok(())
@@ -537,13 +544,13 @@ fn part(ring: &[u16], nth: u32) -> &[u16] {
     &ring[from..ring.len().min(from + CHUNK_SLOTS as usize)]
 }
 
-/// Who had a slot before the one who has it now, as far as they are still there: the latest first, each once.
-fn formers(known: Former, before: u16, now: u16, members: &BTreeSet<u16>) -> Former {
+/// Who had a slot before the one who has it now, of those who are alive: the latest first, each once.
+fn formers(known: Former, before: u16, now: u16, alive: &BTreeSet<u16>) -> Former {
     let mut formers = [0; 2];
     let mut places = formers.iter_mut();
     let mut last = 0;
     for one in [before, known[0], known[1]] {
-        if one != now && one != last && members.contains(&one) {
+        if one != now && one != last && alive.contains(&one) {
             let Some(place) = places.next() else { break };
             *place = one;
             last = one;
@@ -593,6 +600,7 @@ impl Backend {
             port,
             weight: 1,
             draining: false,
+            lost: false,
         }
     }
 }

@@ -103,11 +103,16 @@ pub(crate) fn a_connection_is_sought_where_its_slot_was() {
             inner(&bench.sent(&question4(Kind::Ack, 4003))).0,
             forward(TRIED, REMOTE)
         );
-        bench.set(turn(LOCAL.ipv4, &[]));
-        assert_eq!(
-            to(&bench.sent(&question4(Kind::Ack, 4004))),
-            IpAddr::from(LOCAL.ipv4)
-        );
+        // Nor has who is dead, though it is not gone yet.
+        let mut dead = turn(LOCAL.ipv4, &[REMOTE]);
+        dead.backends[1].lost = true;
+        for (port, service) in [(4004, dead), (4005, turn(LOCAL.ipv4, &[]))] {
+            bench.set(service);
+            assert_eq!(
+                to(&bench.sent(&question4(Kind::Ack, port))),
+                IpAddr::from(LOCAL.ipv4)
+            );
+        }
     });
 }
 

@@ -223,6 +223,7 @@ fn wanted(
             route,
             instances: &members.instances,
             leader: members.leader.as_deref(),
+            lost: &members.lost,
         })
         .collect();
     let is_container = |address: &SocketAddrV4| balancer.is_container(*address.ip()).unwrap_or(false);

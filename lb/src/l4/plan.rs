@@ -4,6 +4,7 @@
 //! - One that does not answer probes gets no new ones either, unless none of its service does: then it is more likely
 //!   that the probes are wrong than that all are dead.
 //! - One that drains and does not answer is gone.
+//! - One that died, as discoverd says, or does not answer, is nobody that a connection is looked for at.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr, SocketAddrV4};
@@ -37,6 +38,8 @@ struct Standing {
     weight: u32,
     /// Since when discoverd has it no more.
     gone: Option<Instant>,
+    /// Whether discoverd has it no more because nobody answered for it.
+    lost: bool,
     /// Probes that failed since the last one that did not.
     failures: u32,
 }
@@ -54,6 +57,8 @@ pub struct Wanted<'r> {
     pub instances: &'r [Instance],
     /// The id of the service's leader.
     pub leader: Option<&'r str>,
+    /// Addresses of instances that died of late.
+    pub lost: &'r BTreeSet<String>,
 }
 
 /// The key of a route by port.
@@ -117,16 +122,19 @@ impl Instances {
                 let fresh = Standing {
                     weight: *weight,
                     gone: None,
+                    lost: false,
                     failures: 0,
                 };
                 let standing = known.entry(*address).or_insert(fresh);
                 standing.weight = *weight;
                 standing.gone = None;
+                standing.lost = false;
             }
             known.retain(|address, standing| {
                 if !addresses.contains_key(address) {
                     // A leader that was deposed keeps nothing: what it has belongs to its successor.
                     let since = *standing.gone.get_or_insert(now);
+                    standing.lost = one.lost.contains(&address.to_string());
                     let over =
                         now.duration_since(since) >= DRAIN || one.route.leader || !one.route.drain_backends;
                     return !over && standing.failures < FAILURES;
@@ -189,6 +197,7 @@ impl Instances {
                     port: address.port(),
                     weight: standing.weight,
                     draining: standing.gone.is_some() || !all_fail && standing.failures >= FAILURES,
+                    lost: standing.lost || standing.failures >= FAILURES,
                 };
                 Service {
                     vips: addresses.iter().map(vip).collect(),
@@ -225,6 +234,7 @@ mod tests {
 
     struct Bench {
         known: Instances,
+        lost: BTreeSet<String>,
         start: Instant,
     }
 
@@ -232,6 +242,7 @@ mod tests {
         fn new() -> Self {
             Self {
                 known: Instances::default(),
+                lost: BTreeSet::new(),
                 start: Instant::now(),
             }
         }
@@ -241,6 +252,7 @@ mod tests {
                 route,
                 instances,
                 leader: instances.first().map(|instance| instance.id.as_str()),
+                lost: &self.lost,
             };
             let is_container = |address: &SocketAddrV4| address.ip().octets()[..2] == [100, 100];
             let now = self.start + Duration::from_secs(seconds);
@@ -355,6 +367,29 @@ mod tests {
         assert!(!bench.known.serves(&key));
         bench.at(1, &route(RouteKind::Tcp), &[]);
         assert!(bench.known.serves(&key), "nobody is no reason");
+    }
+
+    #[test]
+    fn nothing_is_looked_for_at_the_dead() {
+        let mut bench = Bench::new();
+        let tcp = route(RouteKind::Tcp);
+        bench.at(0, &tcp, &instances("tcp", &[2, 3, 4]));
+        bench.lost.insert("100.100.0.2:80".into());
+        assert_eq!(
+            bench.at(1, &tcp, &instances("tcp", &[4])),
+            [(2, true), (3, true), (4, false)]
+        );
+        let lost = |bench: &Bench| -> Vec<bool> {
+            let services = bench.known.services(&[], &[], false);
+            services[0].backends.iter().map(|backend| backend.lost).collect()
+        };
+        assert_eq!(
+            lost(&bench),
+            [true, false, false],
+            "one has died, one said goodbye"
+        );
+        bench.at(2, &tcp, &instances("tcp", &[2, 3, 4]));
+        assert_eq!(lost(&bench), [false; 3], "it was not dead");
     }
 
     #[test]

@@ -6,6 +6,7 @@
 #[path = "../../../dataplane/tests/support/mod.rs"]
 mod support;
 
+use std::collections::BTreeSet;
 use std::fs::File;
 use std::io::{Read as _, Write as _};
 use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
@@ -264,12 +265,12 @@ fn routes_by_port_lead_to_containers() {
         );
         router.set_routes(vec![route(RouteKind::Tcp, 3000), route(RouteKind::Udp, 3000)]);
         let service = Arc::clone(&router.services()[0]);
-        router.set_instances(&service, vec![instance(8080)], None);
+        router.set_instances(&service, vec![instance(8080)], None, BTreeSet::new());
         until("TCP", || tcp(&client, 3000).is_ok_and(|said| said == "first"));
         until("UDP", || udp(&client, 3000).is_ok_and(|said| said == "first"));
 
         // New connections go to the new instance; the old one is there for a while for those that it has.
-        router.set_instances(&service, vec![instance(8081)], None);
+        router.set_instances(&service, vec![instance(8081)], None, BTreeSet::new());
         until("the other instance", || {
             tcp(&client, 3000).is_ok_and(|said| said == "second")
         });

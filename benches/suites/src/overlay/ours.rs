@@ -119,6 +119,7 @@ fn balance(host: &OwnedFd, pins: &Pins, backend: Ipv4Addr) -> Result<()> {
             port: ROUTED,
             weight: 1,
             draining: false,
+            lost: false,
         }],
         ..lb::Service::default()
     };
