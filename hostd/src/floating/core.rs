@@ -8,7 +8,9 @@
 //! Of the hosts that are alive and eligible, the first in an order that is the same everywhere takes an address that
 //! nobody holds, and keeps it: one that comes back does not move what others have by now. Each take has a greater number
 //! than those before, and of two holders the one with the smaller number yields: connections have moved to the other.
-//! Heartbeats say who holds what by which number. A host is eligible once it has listened for [`SETTLE`]: it takes
+//! One who hears nobody, though there are several, is rather cut off itself than left over: what it takes has a number
+//! below that of those who had it, so that they have it still when it comes back. Heartbeats say who holds what by which
+//! number. A host is eligible once it has listened for [`SETTLE`]: it takes
 //! nothing before it can know who is there. One whose clock has jumped, because it was paused, begins anew.
 
 use std::cmp::Reverse;
@@ -325,6 +327,7 @@ impl Floating {
     }
 
     fn decide(&mut self, now: Duration, actions: &mut Actions) {
+        let cut_off = self.peers.len() > 1 && !self.peers.values().any(|peer| is_fresh(peer, now));
         let alive = self.alive(now);
         let eligible = self.is_eligible(now);
         let first = |address: AddressKey| {
@@ -343,12 +346,13 @@ impl Floating {
         for address in wanted {
             match self.held.get_mut(&address) {
                 None => {
-                    let take = self.takes.entry(address).or_default();
-                    *take = take.saturating_add(1);
+                    let greatest = self.takes.entry(address).or_default();
+                    let take = number_of_take(*greatest, cut_off);
+                    *greatest = take.max(*greatest);
                     let claim = Claim {
                         address: AddressKey::of(address),
                         host: self.own,
-                        take: *take,
+                        take,
                     };
                     let announced = now;
                     self.held.insert(address, Hold { announced, claim });
@@ -391,6 +395,16 @@ impl Floating {
             hears: hears.clone(),
             claims: claims.clone(),
         }));
+    }
+}
+
+/// The number of the next take. Those of hosts that hear others are even, and greater than all before; those of hosts
+/// that hear nobody are odd, and less than that of the last of the others.
+fn number_of_take(greatest: u64, cut_off: bool) -> u64 {
+    match (cut_off, greatest % 2) {
+        (false, rest) => greatest.saturating_add(2 - rest),
+        (true, 0) => greatest.saturating_sub(1),
+        (true, _) => greatest,
     }
 }
 

@@ -300,6 +300,16 @@ fn an_address_is_taken_over_within_a_second() {
         let Some(holder) = world.holders(address).first().copied() else {
             panic!("seed {seed}: nobody holds {address}");
         };
+        // What others hold, if there are others to hear of it.
+        let held = |world: &World| -> Vec<Vec<usize>> {
+            world
+                .addresses
+                .iter()
+                .map(|address| world.holders(*address))
+                .filter(|holders| *holders != [holder] && world.hosts.len() > 2)
+                .collect()
+        };
+        let of_others = held(&world);
         // Dead, or alive and cut off: the others cannot tell, and need not.
         let dies = world.rng.random_bool(0.5);
         if dies {
@@ -339,6 +349,13 @@ fn an_address_is_taken_over_within_a_second() {
             before.contains(&after[0]),
             "seed {seed}: {address} went from {before:?} to {after:?}"
         );
+        // It took them for its own while it heard nobody, but they stay where they were.
+        for holders in of_others {
+            assert!(
+                held(&world).contains(&holders),
+                "seed {seed}: what {holders:?} held has moved"
+            );
+        }
     }
     println!("the slowest took {slowest:?}");
 }
