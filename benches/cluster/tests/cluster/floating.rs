@@ -294,7 +294,8 @@ pub(crate) fn host_lost(cluster: &mut Cluster) -> Result<()> {
         !now.contains(&lost),
         "the host that came back has taken an address"
     );
-    std::thread::sleep(Duration::from_secs(5));
+    // Its balancer is there as well, and takes part.
+    reach(platform, &doors(platform, &[lost], PORT), &addresses(&left))?;
     let last = [busy.ask()?, idle.ask()?].concat();
     let broken = |seen: &[Seen]| seen.iter().filter(|seen| seen.broken.is_some()).count();
     ensure!(
