@@ -74,6 +74,10 @@ pub(crate) fn cargo() -> Command {
     let program = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
     let mut command = Command::new(program);
     command.current_dir(crate::workspace::root());
+    if std::env::var_os("CARGO_NET_RETRY").is_none() {
+        // Over a minute of tries, for whatever is built within builds as well.
+        command.env("CARGO_NET_RETRY", "10");
+    }
     if is_ci() {
         // Nothing there is built twice.
         command.env("CARGO_INCREMENTAL", "0");
@@ -87,7 +91,7 @@ pub(crate) fn is_ci() -> bool {
 }
 
 /// A command as a person would type it.
-fn shown(command: &Command) -> String {
+pub(crate) fn shown(command: &Command) -> String {
     let name = Path::new(command.get_program())
         .file_name()
         .unwrap_or_default()
@@ -98,7 +102,8 @@ fn shown(command: &Command) -> String {
         .join(" ")
 }
 
-fn not_started(command: &Command) -> String {
+/// What to say of a program that could not be started.
+pub(crate) fn not_started(command: &Command) -> String {
     let program = command.get_program().to_string_lossy().into_owned();
     format!("cannot start `{program}`; `cargo xtask setup` installs what is missing")
 }

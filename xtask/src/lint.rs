@@ -1,8 +1,9 @@
 //! `cargo xtask lint`: formatting, clippy, dependencies, floors.
 
 use crate::setup::{self, Need};
-use crate::{exec, floors, ui, workspace};
-use anyhow::{Result, bail};
+use crate::{exec, floors, tail, ui, workspace};
+use anyhow::{Error, Result, bail};
+use std::io::IsTerminal as _;
 use std::process::Command;
 
 type Check = fn() -> Result<()>;
@@ -12,13 +13,14 @@ pub(crate) fn run() -> Result<()> {
     setup::check(&[Need::Build, Need::Test])?;
     let failed = failures();
     if !failed.is_empty() {
-        bail!("not clean: {}", failed.join(", "));
+        let names: Vec<&str> = failed.iter().map(|(name, _)| *name).collect();
+        bail!("not clean: {}", names.join(", "));
     }
     Ok(())
 }
 
-/// Runs all checks and names those that fail.
-pub(crate) fn failures() -> Vec<&'static str> {
+/// Runs all checks and names those that fail, and why.
+pub(crate) fn failures() -> Vec<(&'static str, Error)> {
     let checks: [(&str, Check); 5] = [
         ("formatting", formatting),
         ("formatting of the eBPF programs", ebpf_formatting),
@@ -30,7 +32,7 @@ pub(crate) fn failures() -> Vec<&'static str> {
     for (name, check) in checks {
         if let Err(error) = ui::timed(&format!("Lint: {name}"), check) {
             ui::error(&error);
-            failed.push(name);
+            failed.push((name, error));
         }
     }
     failed
@@ -79,14 +81,21 @@ fn deny_command() -> Command {
 }
 
 fn clippy() -> Result<()> {
-    exec::run(exec::cargo().args([
-        "clippy",
-        "--locked",
-        "--workspace",
-        "--all-targets",
-        "--quiet",
-        "--",
-        "-D",
-        "warnings",
-    ]))
+    let colour = if std::io::stderr().is_terminal() {
+        "--color=always"
+    } else {
+        "--color=auto"
+    };
+    tail::run(
+        exec::cargo()
+            .args([
+                "clippy",
+                "--locked",
+                "--workspace",
+                "--all-targets",
+                "--quiet",
+                colour,
+            ])
+            .args(["--", "-D", "warnings"]),
+    )
 }

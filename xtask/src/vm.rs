@@ -12,6 +12,7 @@ mod kernel;
 mod report;
 
 use crate::setup::{self, Need};
+use crate::tail::Tail;
 use crate::tally::Tally;
 use crate::{exec, ui, workspace};
 use anyhow::{Context, Result, bail};
@@ -49,7 +50,7 @@ pub(crate) struct Args {
 /// Boots what was asked for and prints the counts.
 pub(crate) fn run(args: &Args) -> Result<()> {
     setup::provide(&[Need::Build, Need::Vm], args.yes)?;
-    let tally = test(&Selection {
+    let (tally, _) = test(&Selection {
         kernels: &args.kernels,
         long: args.long,
         filter: args.filter.as_deref(),
@@ -75,21 +76,28 @@ pub(crate) struct Selection<'s> {
     pub(crate) filter: Option<&'s str>,
 }
 
-/// Runs the tests in one machine after another. A kernel that cannot be had counts as one skipped test.
-pub(crate) fn test(selection: &Selection<'_>) -> Result<Tally> {
+/// Runs the tests in one machine after another. A kernel that cannot be had counts as one skipped test. With the counts
+/// comes the end of what the last machine with a failed test has said.
+pub(crate) fn test(selection: &Selection<'_>) -> Result<(Tally, Tail)> {
     let tests = build()?;
     let mut tally = Tally::default();
+    let mut tail = Tail::default();
     for (index, series) in kernel::SERIES.into_iter().enumerate() {
         if !selection.kernels.is_empty() && !selection.kernels.iter().any(|name| name == series.name) {
             continue;
         }
         match kernel::get(series) {
             Ok(kernel) => {
-                tally += ui::timed(&format!("Kernel tests under Linux {}", kernel.release), || {
-                    let all = selection.long || index == 0;
-                    let tests: Vec<&Test> = tests.iter().filter(|test| all || !test.long).collect();
-                    boot(&kernel, &tests, selection)
-                })?;
+                let (counts, said) =
+                    ui::timed(&format!("Kernel tests under Linux {}", kernel.release), || {
+                        let all = selection.long || index == 0;
+                        let tests: Vec<&Test> = tests.iter().filter(|test| all || !test.long).collect();
+                        boot(&kernel, &tests, selection)
+                    })?;
+                tally += counts;
+                if counts.failed > 0 {
+                    tail = said;
+                }
             }
             Err(error) => {
                 ui::note(&format!("Linux {} is skipped: {error:#}", series.name));
@@ -97,7 +105,7 @@ pub(crate) fn test(selection: &Selection<'_>) -> Result<Tally> {
             }
         }
     }
-    Ok(tally)
+    Ok((tally, tail))
 }
 
 /// A test program.
@@ -160,8 +168,8 @@ fn name_of(package_id: &str) -> &str {
     name.split('@').next().unwrap_or_default()
 }
 
-/// Boots one kernel, waits for its report and counts.
-fn boot(kernel: &Kernel, tests: &[&Test], selection: &Selection<'_>) -> Result<Tally> {
+/// Boots one kernel, waits for its report and counts. With the counts comes the report's end.
+fn boot(kernel: &Kernel, tests: &[&Test], selection: &Selection<'_>) -> Result<(Tally, Tail)> {
     let directory = workspace::target().join("vm").join(&kernel.release);
     let initramfs = initramfs::make(&directory, kernel, tests, selection)?;
     let report = directory.join("report");
@@ -184,7 +192,7 @@ fn boot(kernel: &Kernel, tests: &[&Test], selection: &Selection<'_>) -> Result<T
                 "{} passed, {} failed, {} skipped",
                 tally.passed, tally.failed, tally.skipped
             ));
-            Ok(tally)
+            Ok((tally, Tail::of(&text)))
         }
         outcome => {
             eprint!("{text}");

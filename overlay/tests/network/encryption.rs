@@ -368,6 +368,7 @@ pub(crate) fn balanced() {
                         port: server.local_addr().unwrap().port(),
                         weight: 1,
                         draining: false,
+                        lost: false,
                     }],
                     affinity: false,
                     first_host,
