@@ -136,15 +136,26 @@ pub(crate) fn hold(interval: Option<Duration>, count: usize, to: &[SocketAddr]) 
         .enable_all()
         .build()?;
     runtime.block_on(async {
-        let mut asks = Vec::new();
-        for to in to.iter().flat_map(|to| std::iter::repeat_n(*to, count)) {
-            let connection = Connection::open(to)
-                .await
-                .with_context(|| format!("a connection to {to}"))?;
-            let (ask, asked) = mpsc::channel(1);
-            tokio::spawn(connection.keep(interval, asked));
-            asks.push(ask);
+        let all = to.iter().flat_map(|to| std::iter::repeat_n(*to, count));
+        let opening: Vec<_> = all.map(|to| (to, tokio::spawn(Connection::open(to)))).collect();
+        let (mut asks, mut failed) = (Vec::new(), Vec::new());
+        for (to, opened) in opening {
+            match opened.await? {
+                Ok(connection) => {
+                    let (ask, asked) = mpsc::channel(1);
+                    tokio::spawn(connection.keep(interval, asked));
+                    asks.push(ask);
+                }
+                Err(error) => failed.push(format!("a connection to {to}: {error:#}")),
+            }
         }
+        ensure!(
+            failed.is_empty(),
+            "{} of {} are not opened: {}",
+            failed.len(),
+            failed.len() + asks.len(),
+            failed.join("; ")
+        );
         println!("ready");
         let mut lines = BufReader::new(tokio::io::stdin()).lines();
         while lines.next_line().await?.is_some() {
@@ -171,20 +182,19 @@ struct Connection {
 
 impl Connection {
     async fn open(to: SocketAddr) -> Result<Self> {
-        let opened = async {
-            let mut stream = TcpStream::connect(to).await?;
-            stream.set_nodelay(true)?;
-            let mut said = Vec::new();
-            while said.last() != Some(&b'\n') && said.len() < 100 {
-                said.push(stream.read_u8().await.context("the app says nothing")?);
-            }
-            let own = stream.local_addr()?;
-            let seen = Seen::new(to, own, std::str::from_utf8(&said)?)?;
-            Ok(Self { stream, seen })
-        };
-        tokio::time::timeout(PATIENCE, opened)
+        let mut stream = tokio::time::timeout(PATIENCE, TcpStream::connect(to))
             .await
-            .context("nobody answers")?
+            .context("nobody answers")??;
+        stream.set_nodelay(true)?;
+        let own = stream.local_addr()?;
+        let mut said = Vec::new();
+        while said.last() != Some(&b'\n') && said.len() < 100 {
+            let byte = tokio::time::timeout(PATIENCE, stream.read_u8()).await;
+            let byte = byte.with_context(|| format!("it is there, from {own}, but the app says nothing"))?;
+            said.push(byte.context("the app ends it")?);
+        }
+        let seen = Seen::new(to, own, std::str::from_utf8(&said)?)?;
+        Ok(Self { stream, seen })
     }
 
     /// Until nobody asks any more.
