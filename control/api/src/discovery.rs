@@ -13,7 +13,9 @@
 //! | `DELETE /services/{s}/instances/{id}` | deregisters |
 //! | `GET /services/{s}/instances` | `[`[`Instance`]`]`, or a stream |
 //! | `PUT`/`GET /services/{s}/leader` | the leading [`Instance`], or a stream; `PUT` only for `manual` services |
-//! | `GET /raft/leader`, `GET /raft/peers`, `PUT`/`DELETE /raft/peers/{addr}` | membership |
+//! | `GET /raft/leader`, `GET /raft/peers` | members as they are known there |
+//! | `GET /cluster/members`, `GET /cluster/status` | `[`[`MemberStatus`]`]` by the leader; [`OwnStatus`] |
+//! | `PUT /raft/peers/{p}/vote`, `DELETE /raft/peers/{p}` | [`Voting`]; takes a member out. `p`: address, host or id |
 //! | `POST /cluster/tokens`, `POST /cluster/join`, `POST /cluster/renew` | [`JoinToken`], [`JoinRequest`], [`RenewRequest`] |
 //! | `PUT`/`GET /cluster/virtual-networks` | [`VirtualNetworks`]; they can be set once |
 //! | `GET /ping`, `GET /.well-known/status` | is it there; [`Status`] |
@@ -184,6 +186,64 @@ pub struct Peer {
     pub voter: bool,
     /// Whether it leads.
     pub leader: bool,
+}
+
+/// What an operator wants of a member.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Voting {
+    /// The cluster decides whether it votes.
+    #[default]
+    Auto,
+    /// It is to vote rather than others.
+    Promoted,
+    /// It is not to vote.
+    Demoted,
+}
+
+/// How a member does, as the leader sees it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MemberStatus {
+    /// Who it is.
+    #[serde(flatten)]
+    pub peer: Peer,
+    /// Its host's id.
+    pub host: String,
+    /// Its host's tag `zone`; empty without one.
+    pub zone: String,
+    /// What the operator wants of it.
+    pub vote: Voting,
+    /// The Raft index that it has come to; `None` when no leader knows.
+    pub index: Option<u64>,
+    /// Entries of the log that it lacks.
+    pub lag: Option<u64>,
+    /// Milliseconds since its last sign of life.
+    pub silent_ms: Option<u64>,
+}
+
+/// How this discoverd itself does.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct OwnStatus {
+    /// Its Raft id.
+    pub id: u64,
+    /// `leader`, `candidate`, `follower` or `learner`.
+    pub state: String,
+    /// The Raft term.
+    pub term: u64,
+    /// Where the leader is.
+    pub leader: Option<String>,
+    /// The last entry of its log.
+    pub last_log: u64,
+    /// The last entry of which it knows that a majority has it.
+    pub committed: u64,
+    /// The last entry that its state reflects.
+    pub applied: u64,
+    /// The last entry in its snapshot.
+    pub snapshot: u64,
+    /// Bytes of its journal.
+    pub journal_bytes: u64,
+    /// Writes wait for room on its disk.
+    pub disk_full: bool,
 }
 
 /// The service whose instances are the hosts, and whose metadata holds the [`NetworkLeases`].

@@ -39,6 +39,7 @@ mod options;
 pub mod raft;
 pub mod state;
 pub mod view;
+pub mod voters;
 
 use std::net::SocketAddr;
 use std::time::{Duration, SystemTime};
@@ -75,6 +76,7 @@ pub async fn run(options: Options, shutdown: CancellationToken) -> anyhow::Resul
     let member = Member {
         addr: addr.to_string(),
         host: options.host_id.clone(),
+        ..Member::default()
     };
     tokio::spawn(belong(node.clone(), options.clone(), member));
     tokio::spawn({
@@ -134,11 +136,20 @@ async fn belong(node: Node, options: Options, member: Member) {
     {
         let change = MemberChange::Join {
             id: node.id(),
-            member,
+            member: member.clone(),
         };
-        while let Err(error) = members::change(&node, &change).await {
-            tracing::warn!(%error, "the cluster cannot be told of the new address yet");
-            tokio::time::sleep(ROUND).await;
+        let here = async {
+            while let Err(error) = members::change(&node, &change).await {
+                tracing::warn!(%error, "the cluster cannot be told of the new address yet");
+                tokio::time::sleep(ROUND).await;
+            }
+        };
+        // A learner hears of no leader as long as that one looks for it at the old address.
+        let others = peers.iter().filter(|peer| peer.id != node.id());
+        let others: Vec<String> = others.map(|peer| peer.addr.clone()).collect();
+        tokio::select! {
+            () = here => {}
+            () = members::join(&node, &others, &member) => {}
         }
     }
 }

@@ -1,11 +1,12 @@
-//! Who belongs to the cluster: joining, promoting, removing.
+//! Who belongs to the cluster: joining, voting, removing.
 //!
-//! A newcomer joins as a learner, which gets the log but has no vote. The leader makes learners voters two at a time, so
-//! that the number of voters stays odd, until there are [`MAX_VOTERS`].
+//! A newcomer joins as a learner, which gets the log but has no vote. Each second the leader has [`voters`] say who should
+//! vote, and makes one change at a time towards that.
 
 use std::collections::BTreeSet;
 use std::time::Duration;
 
+use flynn_api::discovery::{HOST_SERVICE, MemberStatus, Voting};
 use flynn_api::{Error, ErrorCode};
 use openraft::ChangeMembers;
 use openraft::async_runtime::WatchReceiver as _;
@@ -14,11 +15,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::node::{Forwarded, Node};
 use crate::raft::Member;
+use crate::voters::{self, Standing};
 
-/// More voters make writes slower and the cluster hardly safer.
-pub const MAX_VOTERS: usize = 5;
-/// A learner this many entries behind has caught up.
-const CAUGHT_UP: u64 = 100;
 /// How long a change of members may take.
 const TIMEOUT: Duration = Duration::from_secs(15);
 /// Between two looks at whether another change is through.
@@ -35,15 +33,17 @@ pub enum MemberChange {
         /// What to know of it.
         member: Member,
     },
-    /// The learner at this address becomes a voter.
-    Promote {
-        /// `address:1111`.
-        addr: String,
+    /// The operator says whether a member is to vote.
+    Vote {
+        /// Its address, host or id.
+        peer: String,
+        /// Whether.
+        vote: Voting,
     },
-    /// The member at this address goes.
+    /// A member goes.
     Remove {
-        /// `address:1111`.
-        addr: String,
+        /// Its address, host or id.
+        peer: String,
     },
 }
 
@@ -73,30 +73,30 @@ pub async fn change_here(node: &Node, change: &MemberChange) -> Result<Forwarded
     if node.leads().is_none() {
         return Ok(Forwarded::NotLeader);
     }
-    let (members, retain) = match change {
-        MemberChange::Join { id, member } => match known(node, *id) {
-            Some(known) if known == *member => return Ok(Forwarded::Taken(())),
-            Some(_) => (ChangeMembers::SetNodes([(*id, member.clone())].into()), true),
-            None => (ChangeMembers::AddNodes([(*id, member.clone())].into()), true),
-        },
-        MemberChange::Promote { addr } => (ChangeMembers::AddVoterIds([find(node, addr)?].into()), true),
-        MemberChange::Remove { addr } => {
-            let id = find(node, addr)?;
-            let voters = voters(node);
-            if voters.len() == 1 && voters.contains(&id) {
-                let message = format!("{addr} is the only voter: promote another member first");
-                return Err(Error::new(ErrorCode::Conflict, message));
-            }
-            if voters.contains(&id) {
-                (ChangeMembers::RemoveVoters([id].into()), false)
-            } else {
-                (ChangeMembers::RemoveNodes([id].into()), false)
-            }
+    match change {
+        MemberChange::Join { id, member } => {
+            let members = match known(node, *id) {
+                Some(known) if known.addr == member.addr && known.host == member.host => {
+                    return Ok(Forwarded::Taken(()));
+                }
+                Some(known) => {
+                    let (addr, host) = (member.addr.clone(), member.host.clone());
+                    ChangeMembers::SetNodes([(*id, Member { addr, host, ..known })].into())
+                }
+                None => ChangeMembers::AddNodes([(*id, member.clone())].into()),
+            };
+            carry_out(node, members).await
         }
-    };
+        MemberChange::Vote { peer, vote } => set_vote(node, peer, *vote).await,
+        MemberChange::Remove { peer } => remove(node, peer).await,
+    }
+}
+
+/// Puts a change to Raft, once no other is under way.
+async fn carry_out(node: &Node, members: ChangeMembers<u64, Member>) -> Result<Forwarded<()>, Error> {
     let deadline = tokio::time::Instant::now() + TIMEOUT;
     loop {
-        match submit(node, members.clone(), retain).await? {
+        match submit(node, members.clone()).await? {
             Submitted::Taken => return Ok(Forwarded::Taken(())),
             Submitted::NotLeader => return Ok(Forwarded::NotLeader),
             // A learner that is being made a voter, say.
@@ -110,6 +110,80 @@ pub async fn change_here(node: &Node, change: &MemberChange) -> Result<Forwarded
     }
 }
 
+async fn set_vote(node: &Node, peer: &str, vote: Voting) -> Result<Forwarded<()>, Error> {
+    let id = find(node, peer)?;
+    let (Some(member), Some(mut standings)) = (known(node, id), node.standings()) else {
+        return Ok(Forwarded::NotLeader);
+    };
+    let configs = configs(node);
+    let present = configs.last().cloned().unwrap_or_default();
+    for standing in standings.iter_mut().filter(|standing| standing.id == id) {
+        standing.vote = vote;
+    }
+    // A change that is under way is not waited for: what comes of it is `present`.
+    let next = voters::next(
+        &standings,
+        std::slice::from_ref(&present),
+        node.id(),
+        node.rules(),
+    );
+    let next = next.unwrap_or(present);
+    let refused = |why: &str| Err(Error::conflict(format!("{peer} {why}")));
+    match vote {
+        Voting::Promoted if !next.contains(&id) => {
+            return refused(
+                "cannot vote now: it must be well and have the log, and all votes may be those of members that were \
+                 promoted before; `flynn-host list` shows it",
+            );
+        }
+        Voting::Demoted if next.contains(&id) => {
+            return refused(
+                "cannot lose its vote: too few of the others are well. Bring another host in first, and wait until \
+                 `flynn-host list` shows that it has the log",
+            );
+        }
+        _ => {}
+    }
+    let node_of = ChangeMembers::SetNodes([(id, Member { vote, ..member })].into());
+    carry_out(
+        node,
+        ChangeMembers::Batch(vec![node_of, ChangeMembers::ReplaceAllVoters(next)]),
+    )
+    .await
+}
+
+async fn remove(node: &Node, peer: &str) -> Result<Forwarded<()>, Error> {
+    let id = find(node, peer)?;
+    let Some(standings) = node.standings() else {
+        return Ok(Forwarded::NotLeader);
+    };
+    let configs = configs(node);
+    let present = configs.last().cloned().unwrap_or_default();
+    if configs.iter().any(|voters| voters.contains(&id)) {
+        let next = voters::without(&standings, &present, node.id(), node.rules(), id);
+        let next = next.ok_or_else(|| {
+            let message = format!(
+                "without {peer} no majority would be left: of the other voters too few are well, and no other member is. \
+                 Bring another host in first, and wait until `flynn-host list` shows that it has the log"
+            );
+            Error::new(ErrorCode::Conflict, message)
+        })?;
+        if id == node.id() {
+            // Whoever leads next takes it out.
+            if next.iter().any(|other| present.contains(other)) {
+                hand_over(node).await;
+            } else {
+                carry_out(node, ChangeMembers::ReplaceAllVoters(next)).await?;
+            }
+            return Ok(Forwarded::NotLeader);
+        }
+        if let Forwarded::NotLeader = carry_out(node, ChangeMembers::ReplaceAllVoters(next)).await? {
+            return Ok(Forwarded::NotLeader);
+        }
+    }
+    carry_out(node, ChangeMembers::RemoveNodes([id].into())).await
+}
+
 /// What came of a change that was put to Raft.
 enum Submitted {
     Taken,
@@ -118,9 +192,9 @@ enum Submitted {
     Busy,
 }
 
-async fn submit(node: &Node, members: ChangeMembers<u64, Member>, retain: bool) -> Result<Submitted, Error> {
+async fn submit(node: &Node, members: ChangeMembers<u64, Member>) -> Result<Submitted, Error> {
     use ClientWriteError::{ChangeMembershipError as Refused, ForwardToLeader};
-    match node.raft.change_membership(members, retain).await {
+    match node.raft.change_membership(members, true).await {
         Ok(_) => Ok(Submitted::Taken),
         Err(RaftError::APIError(ForwardToLeader(_))) => Ok(Submitted::NotLeader),
         Err(RaftError::APIError(Refused(ChangeMembershipError::InProgress(_)))) => Ok(Submitted::Busy),
@@ -139,64 +213,108 @@ fn known(node: &Node, id: u64) -> Option<Member> {
     metrics.membership_config.membership().get_node(&id).cloned()
 }
 
-fn voters(node: &Node) -> BTreeSet<u64> {
+/// The voters: two sets while they change.
+pub(crate) fn configs(node: &Node) -> Vec<BTreeSet<u64>> {
     let metrics = node.raft.server_metrics();
     let metrics = metrics.borrow_watched();
-    metrics.membership_config.membership().voter_ids().collect()
+    metrics.membership_config.membership().get_joint_config().clone()
 }
 
-fn find(node: &Node, addr: &str) -> Result<u64, Error> {
-    let peers = node.peers();
-    let peer = peers.iter().find(|peer| peer.addr == addr);
-    peer.map(|peer| peer.id)
-        .ok_or_else(|| Error::not_found("member", addr))
-}
-
-/// Which learners become voters, given how many voters there are and which learners have caught up.
-pub fn promotions(voters: usize, caught_up: &[u64]) -> Vec<u64> {
-    let target = (voters + caught_up.len()).min(MAX_VOTERS);
-    let target = if target.is_multiple_of(2) {
-        target - usize::from(target > 0)
-    } else {
-        target
-    };
-    caught_up
-        .iter()
-        .copied()
-        .take(target.saturating_sub(voters))
-        .collect()
-}
-
-/// If this member leads, makes voters of learners that have caught up, where that is called for.
-pub async fn reconcile(node: &Node) -> Result<(), Error> {
-    let learners = {
-        let metrics = node.raft.metrics();
-        let metrics = metrics.borrow_watched();
-        let Some(replication) = &metrics.replication else {
-            return Ok(());
-        };
-        let membership = metrics.membership_config.membership();
-        let caught_up = |id: &u64| {
-            let matched = replication
-                .get(id)
-                .and_then(|matched| matched.as_ref().map(|matched| matched.index));
-            let last = metrics.last_log_index.unwrap_or(0);
-            matched.is_some_and(|matched| matched + CAUGHT_UP >= last)
-        };
-        let learners: Vec<u64> = membership.learner_ids().filter(caught_up).collect();
-        promotions(membership.voter_ids().count(), &learners)
-    };
-    if learners.is_empty() {
-        return Ok(());
+/// A member by its address, its host or its id.
+fn find(node: &Node, peer: &str) -> Result<u64, Error> {
+    let metrics = node.raft.server_metrics();
+    let metrics = metrics.borrow_watched();
+    let membership = metrics.membership_config.membership();
+    let id = peer.parse().ok();
+    let mut found = membership
+        .nodes()
+        .filter(|(known, member)| member.addr == peer || member.host == peer || Some(**known) == id);
+    match (found.next(), found.next()) {
+        (Some((id, _)), None) => Ok(*id),
+        (None, _) => Err(Error::not_found("member", peer)),
+        (Some(_), Some(_)) => Err(Error::conflict(format!(
+            "{peer} has several members: name one by its address or id (`flynn-host list --json`)"
+        ))),
     }
-    tracing::info!(?learners, "learners that have caught up become voters");
-    submit(
-        node,
-        ChangeMembers::AddVoterIds(learners.into_iter().collect()),
-        true,
-    )
-    .await
-    .map(drop)
+}
+
+/// If this member leads, makes the next change that is called for. To be called each second.
+pub async fn reconcile(node: &Node) -> Result<(), Error> {
+    let Some(standings) = node.standings() else {
+        return Ok(());
+    };
+    let configs = configs(node);
+    if let Some(next) = voters::next(&standings, &configs, node.id(), node.rules()) {
+        let (from, to) = (configs.last(), &next);
+        tracing::info!(?from, ?to, "the voters change");
+        return submit(node, ChangeMembers::ReplaceAllVoters(next))
+            .await
+            .map(drop);
+    }
+    match moved_zone(node) {
+        Some((id, member)) => submit(node, ChangeMembers::SetNodes([(id, member)].into()))
+            .await
+            .map(drop),
+        None => Ok(()),
+    }
+}
+
+/// A member whose host has another tag `zone` than is known, with that. A host that is away keeps its zone.
+fn moved_zone(node: &Node) -> Option<(u64, Member)> {
+    let metrics = node.raft.server_metrics();
+    let metrics = metrics.borrow_watched();
+    let members = metrics.membership_config.membership();
+    node.view.read(|state| {
+        let hosts = state.service(HOST_SERVICE)?;
+        members.nodes().find_map(|(id, member)| {
+            let host = |instance: &&flynn_api::discovery::Instance| {
+                instance.meta.get("id").is_some_and(|id| *id == member.host)
+            };
+            let meta = &hosts.instances.values().find(host)?.meta;
+            let zone = meta.get("zone").cloned().unwrap_or_default();
+            let moved = Member {
+                zone,
+                ..member.clone()
+            };
+            (moved != *member).then_some((*id, moved))
+        })
+    })
+}
+
+/// The members and how they do: what the leader says, and what is known here if none answers.
+pub async fn status(node: &Node) -> Vec<MemberStatus> {
+    if node.leads().is_none()
+        && let Some((id, member)) = node.leader()
+        && let Ok(Ok(Forwarded::Taken(all))) = tokio::time::timeout(
+            Duration::from_secs(2),
+            node.call::<Forwarded<Vec<MemberStatus>>>(id, &member, "member-status", &()),
+        )
+        .await
+    {
+        return all;
+    }
+    status_here(node)
+}
+
+/// [`status`] as it is known here.
+pub fn status_here(node: &Node) -> Vec<MemberStatus> {
+    let standings = node.standings().unwrap_or_default();
+    let last = node.raft.metrics().borrow_watched().last_log_index.unwrap_or(0);
+    let all = node.peers().into_iter().map(|peer| {
+        let member = known(node, peer.id).unwrap_or_default();
+        let standing: Option<&Standing> = standings.iter().find(|standing| standing.id == peer.id);
+        let lag = standing.and_then(|standing| standing.lag);
+        MemberStatus {
+            host: member.host,
+            zone: member.zone,
+            vote: member.vote,
+            index: lag.map(|lag| last.saturating_sub(lag)),
+            lag,
+            silent_ms: standing.map(|standing| standing.silent),
+            peer,
+        }
+    });
+    all.collect()
 }
 
 /// Asks the members at `addrs` to take this one in, until one of them does.
@@ -247,21 +365,5 @@ pub async fn hand_over(node: &Node) {
                 "the lead is handed over",
             )
             .await;
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_number_of_voters_stays_odd() {
-        assert!(promotions(1, &[2]).is_empty());
-        assert_eq!(promotions(1, &[2, 3]), [2, 3]);
-        assert_eq!(promotions(2, &[3]), [3]);
-        assert!(promotions(3, &[4]).is_empty());
-        assert_eq!(promotions(3, &[4, 5, 6, 7]), [4, 5]);
-        assert!(promotions(5, &[6, 7]).is_empty());
-        assert!(promotions(0, &[]).is_empty());
     }
 }

@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::Context as _;
-use flynn_api::discovery::{Instance, Peer};
+use flynn_api::discovery::{Instance, OwnStatus, Peer};
 use flynn_api::{Error, ErrorCode};
 use openraft::errors::{ClientWriteError, LinearizableReadError, RaftError};
 use openraft::raft::ReadPolicy;
@@ -26,11 +26,14 @@ use crate::raft::snapshot::SnapshotFile;
 use crate::raft::{Member, Raft, Timing};
 use crate::state::State;
 use crate::view::View;
+use crate::voters::{Rules, Standing};
 
 /// How long a write may take until its outcome is given up on.
 const WRITE_TIMEOUT: Duration = Duration::from_secs(10);
 /// A log longer than this is cut short.
 const MAX_LOG_BYTES: u64 = 32 << 20;
+/// A member this many entries behind has caught up.
+const CAUGHT_UP: u64 = 100;
 /// How long a read waits for the leader.
 const READ_TIMEOUT: Duration = Duration::from_secs(5);
 
@@ -46,6 +49,8 @@ pub struct Node {
     log: LogStore,
     claims: Arc<Mutex<Claims>>,
     liveness: Arc<Mutex<Liveness>>,
+    watch: Arc<Mutex<Watch>>,
+    rules: Rules,
     began: Instant,
     /// Told from those of other starts.
     session: u64,
@@ -59,6 +64,14 @@ impl std::fmt::Debug for Node {
             .field("id", &self.id)
             .finish_non_exhaustive()
     }
+}
+
+/// Since when the leader has seen what it sees.
+#[derive(Debug, Default)]
+struct Watch {
+    term: u64,
+    began: u64,
+    well: std::collections::BTreeMap<u64, u64>,
 }
 
 /// What the leader says to a forwarded call.
@@ -95,6 +108,13 @@ impl Node {
                 silence: millis(timing.silence),
                 lease: millis(timing.lease),
             }))),
+            watch: Arc::default(),
+            rules: Rules {
+                silence: millis(timing.silence),
+                replace: millis(timing.replace),
+                settle: millis(timing.settle),
+                lag: CAUGHT_UP,
+            },
             began: Instant::now(),
             session: rand::random_range(1..1_u64 << 48),
             _lock: Arc::new(lock),
@@ -349,6 +369,86 @@ impl Node {
     /// Milliseconds since this member's start.
     pub fn now(&self) -> u64 {
         millis(self.began.elapsed())
+    }
+
+    /// What counts as well, and as lost.
+    pub fn rules(&self) -> Rules {
+        self.rules
+    }
+
+    /// If this member leads, how all do. Signs of life are beats and answers to what is replicated; a new leader gives
+    /// everybody the full time. To be called each second, for whoever is well between two calls has been well all along.
+    pub fn standings(&self) -> Option<Vec<Standing>> {
+        let term = self.leads()?;
+        let metrics = self.raft.metrics();
+        let metrics = metrics.borrow_watched();
+        let (replication, acks) = (metrics.replication.as_ref()?, metrics.heartbeat.as_ref()?);
+        let members = metrics.membership_config.membership();
+        let ids: Vec<u64> = members.nodes().map(|(id, _)| *id).collect();
+        let (now, ages) = (self.now(), self.ages(&ids));
+        let mut watch = self.watch.lock().unwrap_or_else(PoisonError::into_inner);
+        if watch.term != term {
+            *watch = Watch {
+                term,
+                began: now,
+                ..Watch::default()
+            };
+        }
+        let last = metrics.last_log_index.unwrap_or(0);
+        let standing = |(id, member): (&u64, &Member)| {
+            let beat = ages.get(id).copied();
+            let ack = acks
+                .get(id)
+                .and_then(|ack| ack.as_ref())
+                .map(|ack| millis(openraft::Instant::elapsed(&**ack)));
+            let well = |age: Option<u64>| age.is_some_and(|age| age <= self.rules.silence);
+            let own = *id == self.id;
+            if own || (well(beat) && well(ack)) {
+                watch.well.entry(*id).or_insert(now);
+            } else {
+                watch.well.remove(id);
+            }
+            let led = now.saturating_sub(watch.began);
+            let silent = beat.into_iter().chain(ack).fold(led, u64::min);
+            let matched = replication.get(id).and_then(|matched| matched.as_ref());
+            let zone = match (member.zone.as_str(), member.host.as_str()) {
+                ("", "") => format!("member {id}"),
+                ("", host) => format!("host {host}"),
+                (zone, _) => format!("zone {zone}"),
+            };
+            Standing {
+                id: *id,
+                zone,
+                vote: member.vote,
+                silent: if own { 0 } else { silent },
+                well: watch.well.get(id).map(|since| now.saturating_sub(*since)),
+                lag: if own {
+                    Some(0)
+                } else {
+                    matched.map(|matched| last.saturating_sub(matched.index))
+                },
+            }
+        };
+        Some(members.nodes().map(standing).collect())
+    }
+
+    /// How this member does.
+    pub fn own_status(&self) -> OwnStatus {
+        let metrics = self.raft.metrics();
+        let metrics = metrics.borrow_watched();
+        let index = |id: Option<crate::raft::LogId>| id.map_or(0, |id| id.index);
+        OwnStatus {
+            id: self.id,
+            state: format!("{:?}", metrics.state).to_lowercase(),
+            term: metrics.current_term,
+            leader: self.leader().map(|(_, member)| member.addr),
+            last_log: metrics.last_log_index.unwrap_or(0),
+            committed: index(metrics.cluster_committed),
+            applied: index(metrics.last_applied),
+            snapshot: index(metrics.snapshot),
+            journal_bytes: self.log.bytes(),
+            disk_full: self.log.disk_is_full(),
+        }
     }
 
     fn claims(&self) -> std::sync::MutexGuard<'_, Claims> {

@@ -2,6 +2,7 @@
 
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
+use std::time::Duration;
 
 use anyhow::{Context as _, bail};
 use flynn_api::discovery::PORT;
@@ -33,7 +34,7 @@ pub struct Options {
     pub api_port: u16,
     /// The port of DNS.
     pub dns_port: u16,
-    /// Times and sizes that members keep to.
+    /// Times and sizes that members keep to (`DISCOVERD_REPLACE_AFTER=seconds`: until a silent voter is replaced; 60).
     pub timing: Timing,
 }
 
@@ -69,6 +70,16 @@ impl Options {
                 Upstreams::of_resolv_conf(&std::fs::read_to_string("/etc/resolv.conf").unwrap_or_default())
             }
         };
+        let mut timing = Timing::default();
+        if let Some(seconds) = find("DISCOVERD_REPLACE_AFTER") {
+            let seconds = seconds
+                .parse()
+                .ok()
+                .filter(|seconds| (15..=86_400).contains(seconds));
+            timing.replace = Duration::from_secs(
+                seconds.context("DISCOVERD_REPLACE_AFTER must be a number of seconds from 15 to 86400")?,
+            );
+        }
         let host_ip = need("HOST_IP")?;
         let host_ip = host_ip
             .parse()
@@ -85,7 +96,7 @@ impl Options {
             upstreams,
             api_port: PORT,
             dns_port: DNS_PORT,
-            timing: Timing::default(),
+            timing,
         })
     }
 }
@@ -137,6 +148,7 @@ mod tests {
             ("HOST_IP", "x"),
             ("DISCOVERD_INIT", "maybe"),
             ("DNS_UPSTREAMS", "dns.example"),
+            ("DISCOVERD_REPLACE_AFTER", "1"),
         ] {
             let wrong = [&[(name, value)], &base[..]].concat();
             let error = format!("{:#}", options(&wrong).unwrap_err());

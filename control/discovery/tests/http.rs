@@ -171,7 +171,9 @@ fn every_route_asks() {
             ("PUT", "/services/flynn-host/leader"),
             ("GET", "/raft/leader"),
             ("GET", "/raft/peers"),
-            ("PUT", "/raft/peers/x"),
+            ("GET", "/cluster/members"),
+            ("GET", "/cluster/status"),
+            ("PUT", "/raft/peers/x/vote"),
             ("DELETE", "/raft/peers/x"),
             ("POST", "/raft/members"),
             ("POST", "/raft/1/append"),
@@ -186,7 +188,8 @@ fn every_route_asks() {
                     json!({ "id": "x", "addr": "10.0.0.1:1", "proto": "tcp" })
                 }
                 (_, "/cluster/renew") => json!({ "csr": "x" }),
-                (_, "/raft/members") => json!({ "promote": { "addr": "x" } }),
+                (_, "/raft/members") => json!({ "remove": { "peer": "x" } }),
+                (_, path) if path.ends_with("vote") => json!("promoted"),
                 _ => body.clone(),
             };
             let request = http::Request::builder().method(method).uri(path);

@@ -5,8 +5,8 @@ use serde::de::DeserializeOwned;
 
 use super::{EventStream, Http, encode};
 use crate::discovery::{
-    Event, Instance, JoinRequest, JoinToken, Peer, RenewRequest, ServiceConfig, ServiceInfo, ServiceMeta,
-    SignedIdentity, VirtualNetworks,
+    Event, Instance, JoinRequest, JoinToken, MemberStatus, OwnStatus, Peer, RenewRequest, ServiceConfig,
+    ServiceInfo, ServiceMeta, SignedIdentity, VirtualNetworks, Voting,
 };
 use crate::{Error, ErrorCode, Result};
 
@@ -194,7 +194,23 @@ impl DiscoveryClient {
         self.http.get("/raft/peers").await
     }
 
-    /// Takes a member (`address:1111`) out.
+    /// Members, and how they do.
+    pub async fn members(&self) -> Result<Vec<MemberStatus>> {
+        self.http.get("/cluster/members").await
+    }
+
+    /// How the discoverd that answers does.
+    pub async fn own_status(&self) -> Result<OwnStatus> {
+        self.http.get("/cluster/status").await
+    }
+
+    /// Says whether a member (its address, host or id) is to vote.
+    pub async fn set_vote(&self, member: &str, vote: Voting) -> Result<()> {
+        let path = format!("/raft/peers/{}/vote", encode(member));
+        self.http.put(&path, &vote).await
+    }
+
+    /// Takes a member (its address, host or id) out.
     pub async fn remove_peer(&self, addr: &str) -> Result<()> {
         self.http.delete(&format!("/raft/peers/{}", encode(addr))).await
     }

@@ -5,8 +5,8 @@ use std::time::Duration;
 use axum::Extension;
 use axum::extract::{Path, State};
 use flynn_api::discovery::{
-    self, CA_SERVICE, ClusterCa, HOST_SERVICE, JoinRequest, JoinToken, NetworkLeases, RenewRequest,
-    SignedIdentity,
+    self, CA_SERVICE, ClusterCa, HOST_SERVICE, JoinRequest, JoinToken, MemberStatus, NetworkLeases,
+    OwnStatus, RenewRequest, SignedIdentity, Voting,
 };
 use flynn_api::server::{Json, Peer, StrictJson};
 use flynn_api::tls::{Ca, PeerIdentity};
@@ -46,22 +46,39 @@ pub(super) async fn leader(
         .ok_or_else(|| Error::unavailable("discoverd has no leader at present"))
 }
 
-pub(super) async fn promote(
+pub(super) async fn members(
     State((node, door)): App,
     Extension(peer): From,
-    Path(addr): Path<String>,
+) -> Result<Json<Vec<MemberStatus>>, Error> {
+    door.check(&peer, &Action::ReadMembers)?;
+    Ok(Json(members::status(&node).await))
+}
+
+pub(super) async fn own_status(
+    State((node, door)): App,
+    Extension(peer): From,
+) -> Result<Json<OwnStatus>, Error> {
+    door.check(&peer, &Action::ReadMembers)?;
+    Ok(Json(node.own_status()))
+}
+
+pub(super) async fn set_vote(
+    State((node, door)): App,
+    Extension(from): From,
+    Path(peer): Path<String>,
+    Json(vote): Json<Voting>,
 ) -> Result<(), Error> {
-    door.check(&peer, &Action::ChangeMembers)?;
-    members::change(&node, &MemberChange::Promote { addr }).await
+    door.check(&from, &Action::ChangeMembers)?;
+    members::change(&node, &MemberChange::Vote { peer, vote }).await
 }
 
 pub(super) async fn remove(
     State((node, door)): App,
-    Extension(peer): From,
-    Path(addr): Path<String>,
+    Extension(from): From,
+    Path(peer): Path<String>,
 ) -> Result<(), Error> {
-    door.check(&peer, &Action::ChangeMembers)?;
-    members::change(&node, &MemberChange::Remove { addr }).await
+    door.check(&from, &Action::ChangeMembers)?;
+    members::change(&node, &MemberChange::Remove { peer }).await
 }
 
 pub(super) async fn make_token(

@@ -7,7 +7,7 @@ mod services;
 
 use axum::extract::State;
 use axum::response::{IntoResponse as _, Response};
-use axum::routing::{get, post, put};
+use axum::routing::{delete, get, post, put};
 use axum::{Extension, Router};
 use flynn_api::server::{Json, Peer};
 use flynn_api::{Error, discovery};
@@ -46,10 +46,10 @@ pub fn router(node: Node, door: Door) -> Router {
         )
         .route("/raft/leader", get(cluster::leader))
         .route("/raft/peers", get(cluster::peers))
-        .route(
-            "/raft/peers/{addr}",
-            put(cluster::promote).delete(cluster::remove),
-        );
+        .route("/raft/peers/{peer}", delete(cluster::remove))
+        .route("/raft/peers/{peer}/vote", put(cluster::set_vote))
+        .route("/cluster/members", get(cluster::members))
+        .route("/cluster/status", get(cluster::own_status));
     if door == Door::Cluster {
         routes = routes
             .route("/cluster/tokens", post(cluster::make_token))

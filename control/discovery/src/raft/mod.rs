@@ -15,7 +15,7 @@ pub mod snapshot;
 use std::sync::Arc;
 use std::time::Duration;
 
-use flynn_api::discovery::TTL_SECS;
+use flynn_api::discovery::{TTL_SECS, Voting};
 use openraft::{Config, SnapshotPolicy};
 use serde::{Deserialize, Serialize};
 
@@ -52,6 +52,12 @@ pub struct Member {
     /// The host it runs on.
     #[serde(default)]
     pub host: String,
+    /// The host's tag `zone`: what fails together; empty without one.
+    #[serde(default)]
+    pub zone: String,
+    /// What the operator wants of it.
+    #[serde(default)]
+    pub vote: Voting,
 }
 
 /// Times and sizes that members keep to.
@@ -69,6 +75,10 @@ pub struct Timing {
     pub beat: Duration,
     /// A member without a beat for this long is gone, if its host does not answer either.
     pub silence: Duration,
+    /// A voter without a sign of life for this long is replaced, if a learner is well.
+    pub replace: Duration,
+    /// A learner that is well for this long may become a voter.
+    pub settle: Duration,
 }
 
 impl Default for Timing {
@@ -80,6 +90,8 @@ impl Default for Timing {
             lease: Duration::from_secs(TTL_SECS),
             beat: Duration::from_millis(300),
             silence: Duration::from_millis(1400),
+            replace: Duration::from_mins(1),
+            settle: Duration::from_secs(2),
         }
     }
 }

@@ -15,7 +15,7 @@ use crate::claims::Beat;
 use crate::command::Command;
 use crate::http::auth::{Action, Door};
 use crate::members::{self, MemberChange};
-use crate::node::Node;
+use crate::node::{Forwarded, Node};
 
 /// The longest call between members: a snapshot.
 const MAX_CALL: usize = 1 << 30;
@@ -88,6 +88,10 @@ async fn call(
         "members" => {
             let change: MemberChange = parse(&body)?;
             Ok(Json(members::change_here(&node, &change).await?).into_response())
+        }
+        "member-status" => {
+            let all = node.leads().map(|_| members::status_here(&node));
+            Ok(Json(all.map_or(Forwarded::NotLeader, Forwarded::Taken)).into_response())
         }
         "beat" => {
             let beat: Beat = parse(&body)?;

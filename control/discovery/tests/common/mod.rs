@@ -48,6 +48,8 @@ pub fn timing() -> Timing {
         lease: Duration::from_mins(1),
         beat: Duration::from_millis(100),
         silence: Duration::from_millis(1400),
+        settle: Duration::from_millis(100),
+        ..Timing::default()
     }
 }
 
