@@ -5,13 +5,14 @@
 //!
 //! - [`row`]: what a measurement comes to; [`samples`]: taking turns and medians
 //! - [`suites`]: which suites there are; [`spine`]: one host with the platform; [`overlay`]: the cluster
-//!   network; [`dns`]: names
+//!   network; [`dns`]: names; [`discovery`]: the registry
 //! - [`l4`]: TCP and UDP routes in the kernel
 //! - [`inside`]: the parts that run on a host of the lab, or in a container's network
 //!
 //! Invariants: we and the peer are measured in one run, in turns, several times, and medians are compared. A row that
 //! cannot be taken is there all the same and says why. No row asserts: goals are told, not enforced.
 
+mod discovery;
 mod dns;
 mod inside;
 mod l4;

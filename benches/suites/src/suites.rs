@@ -1,7 +1,7 @@
 //! Which suites there are.
 
 use crate::row::Row;
-use crate::{dns, l4, overlay, services, spine};
+use crate::{discovery, dns, l4, overlay, services, spine};
 
 /// A suite.
 #[derive(Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
@@ -12,6 +12,8 @@ pub(crate) enum Suite {
     Overlay,
     /// Virtual addresses of services: what they cost, and what ten thousand of them cost
     Services,
+    /// The registry: writes and linearizable reads
+    Discovery,
     /// Names: what answering them costs
     Dns,
     /// TCP and UDP routes in the kernel: the program, forwarding beside peers, Maglev
@@ -44,6 +46,7 @@ impl Suite {
             Self::Spine => spine::run(thoroughness),
             Self::Overlay => overlay::run(thoroughness),
             Self::Services => services::run(thoroughness),
+            Self::Discovery => discovery::run(thoroughness),
             Self::Dns => dns::run(thoroughness),
             Self::L4 => l4::run(thoroughness),
         }

@@ -85,6 +85,7 @@ const PACKAGES: &[(&str, &str, Need)] = &[
     ("haproxy", "a peer of the benchmarks", Need::Bench),
     ("knot", "a peer of the benchmarks", Need::Bench),
     ("unbound", "a peer of the benchmarks", Need::Bench),
+    ("etcd-server", "a peer of the benchmarks", Need::Bench),
     ("dnsperf", "makes load for benchmarks", Need::Bench),
     ("wrk", "makes load for benchmarks", Need::Bench),
     ("iperf3", "makes load for benchmarks", Need::Bench),

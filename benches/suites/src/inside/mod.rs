@@ -1,6 +1,7 @@
 //! The parts that run on a host of the lab or in a namespace, each saying what it measured as JSON on standard output.
 
 pub(crate) mod containers;
+pub(crate) mod discoverd;
 pub(crate) mod dns;
 pub(crate) mod memory;
 pub(crate) mod router;
@@ -16,6 +17,8 @@ pub(crate) enum Inside {
         #[arg(long)]
         rounds: u32,
     },
+    /// A member of a discovery cluster
+    Discoverd(discoverd::Args),
     /// The name server
     Dns(dns::Args),
     /// The router and its peers
@@ -37,6 +40,7 @@ pub(crate) fn run(inside: &Inside) -> anyhow::Result<()> {
         Inside::Answer(args) => serde_json::to_string(&traffic::answer(args)?)?,
         Inside::Ask(args) => serde_json::to_string(&traffic::ask(args)?)?,
         Inside::Settled(args) => return traffic::settled(args),
+        Inside::Discoverd(args) => return discoverd::serve(args),
         Inside::Dns(args) => return dns::serve(args),
     };
     println!("{json}");
