@@ -1,11 +1,16 @@
 //! The certificates of this host and of the platform's jobs on it: where they are kept, and how they are had.
 
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
+use anyhow::Context as _;
+use flynn_api::client::Http;
 use flynn_api::client::discovery::DiscoveryClient;
-use flynn_api::discovery::RenewRequest;
+use flynn_api::discovery::{self, RenewRequest};
 use flynn_api::tls::{Identity, KeyRequest, TlsError};
 use flynn_api::{Error, Result};
+
+use crate::config::{HostConfig, Overrides};
 
 /// The host's own, below its state directory: `ca.pem`, `cert.pem`, `key.pem` ([`Identity`]).
 pub fn host_dir(state: &Path) -> PathBuf {
@@ -15,6 +20,20 @@ pub fn host_dir(state: &Path) -> PathBuf {
 /// Those of a system app's jobs, mounted read-only into them as `/etc/flynn/tls`.
 pub fn app_dir(state: &Path, app: &str) -> PathBuf {
     host_dir(state).join("apps").join(app)
+}
+
+/// This host's discoverd, spoken to as this host.
+///
+/// # Errors
+/// The host has no configuration that can be read, or no certificate.
+pub(crate) fn discoverd(state: &Path) -> anyhow::Result<DiscoveryClient> {
+    let config = HostConfig::load(state, &Overrides::default())?;
+    let identity = Identity::load(&host_dir(state))
+        .context("this host is in no cluster yet: run flynn-host bootstrap or flynn-host join")?;
+    let http = Http::new(&format!("https://{}:{}", config.address, discovery::PORT))?;
+    Ok(DiscoveryClient::new(
+        http.identity(&identity)?.timeout(Duration::from_secs(10)),
+    ))
 }
 
 /// Sees to it that a system app's certificate is there: discoverd's leader signs it when it is not.

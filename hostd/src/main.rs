@@ -8,7 +8,7 @@ use std::process::ExitCode;
 use clap::{Args, Parser, Subcommand};
 use flynn_api::Meta;
 use flynn_hostd::bootstrap::{self, join, remove};
-use flynn_hostd::commands::{self, Operator};
+use flynn_hostd::commands::{self, Operator, members};
 use flynn_hostd::config::{HostConfig, Overrides};
 use flynn_hostd::encryption::Mode;
 use flynn_hostd::{daemon, floating, supervisor};
@@ -52,6 +52,8 @@ enum Command {
     Floating(floating::command::Args),
     /// Show the version
     Version,
+    #[command(flatten)]
+    Members(members::Command),
     #[command(flatten)]
     Operator(Operator),
 }
@@ -140,6 +142,7 @@ fn run(command: Command) -> anyhow::Result<ExitCode> {
         Command::Download(args) => runtime(bootstrap::download(&args))?,
         Command::Floating(args) => runtime(floating::command::run(&args))?,
         Command::Version => println!("{}", env!("CARGO_PKG_VERSION")),
+        Command::Members(command) => runtime(members::run(&command))?,
         Command::Operator(command) => return runtime(commands::operate(command)),
     }
     Ok(ExitCode::SUCCESS)

@@ -1,6 +1,7 @@
 //! The operator's commands: they speak to the daemon of this host over its socket.
 
 mod attach;
+pub mod members;
 mod network;
 mod run;
 mod show;

@@ -1,5 +1,7 @@
 //! Answers as people read them.
 
+use std::time::Duration;
+
 use comfy_table::{Table, presets};
 use flynn_api::host::{ActiveJob, HostStatus, Volume, label};
 use jiff::Timestamp;
@@ -48,7 +50,12 @@ fn address(job: &ActiveJob) -> String {
 
 /// How long ago, in the largest unit that fits.
 pub(super) fn age(then: Timestamp, now: Timestamp) -> String {
-    let seconds = now.duration_since(then).as_secs().max(0);
+    within(now.duration_since(then).try_into().unwrap_or_default())
+}
+
+/// How long, in the largest unit that fits.
+pub(super) fn within(time: Duration) -> String {
+    let seconds = time.as_secs();
     match seconds {
         0..120 => format!("{seconds}s"),
         120..7200 => format!("{}m", seconds / 60),

@@ -2,22 +2,16 @@
 
 use std::collections::BTreeMap;
 use std::io::Read as _;
-use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::path::PathBuf;
 
 use anyhow::Context as _;
 use base64::Engine as _;
 use flynn_api::ErrorCode;
-use flynn_api::client::Http;
 use flynn_api::client::discovery::DiscoveryClient;
-use flynn_api::discovery::{
-    self, FLOATING_SERVICE, FloatingAddresses, HOST_SERVICE, ServiceConfig, ServiceMeta,
-};
-use flynn_api::tls::Identity;
+use flynn_api::discovery::{FLOATING_SERVICE, FloatingAddresses, HOST_SERVICE, ServiceConfig, ServiceMeta};
 use serde::Serialize;
 
 use super::{Address, core};
-use crate::config::{HostConfig, Overrides};
 use crate::identities;
 
 /// The name in the host's own instance under which it says what it holds.
@@ -62,7 +56,7 @@ struct Line {
 
 /// Does it.
 pub async fn run(args: &Args) -> anyhow::Result<()> {
-    let client = client(&args.state)?;
+    let client = identities::discoverd(&args.state)?;
     match args.action {
         Action::Add { address } => change(&client, |there| add(there, address)).await?,
         Action::Remove { address } => change(&client, |there| remove(there, address)).await?,
@@ -83,16 +77,6 @@ pub async fn run(args: &Args) -> anyhow::Result<()> {
         println!("{:<40} {hosts}", line.address);
     }
     Ok(())
-}
-
-fn client(state: &Path) -> anyhow::Result<DiscoveryClient> {
-    let config = HostConfig::load(state, &Overrides::default())?;
-    let identity = Identity::load(&identities::host_dir(state))
-        .context("this host is in no cluster yet: run flynn-host bootstrap or flynn-host join")?;
-    let http = Http::new(&format!("https://{}:{}", config.address, discovery::PORT))?;
-    Ok(DiscoveryClient::new(
-        http.identity(&identity)?.timeout(Duration::from_secs(10)),
-    ))
 }
 
 /// Changes the document by compare-and-swap, again when somebody else was faster.

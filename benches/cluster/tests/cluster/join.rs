@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use flynn_api::discovery::{Instance, Peer};
+use flynn_api::discovery::{Instance, MemberStatus, OwnStatus, Peer};
 use flynn_cluster_tests::{FLYNN_HOST, IMAGES, Platform, until};
 use serde::de::DeserializeOwned;
 
@@ -75,6 +75,48 @@ pub(crate) fn joins(cluster: &mut Cluster) -> Result<()> {
 }
 
 /// Runs `flynn-host` on a host.
+/// Each host can tell who the members are, how it does itself, and where the hosts are.
+pub(crate) fn listed(cluster: &mut Cluster) -> Result<()> {
+    let platform = cluster.platform()?;
+    for host in MEMBERS {
+        until(
+            LIMIT,
+            &format!("host {host} lists all as voters with the log"),
+            || {
+                let members: Vec<MemberStatus> =
+                    serde_json::from_str(&flynn_host(platform, host, &["list", "--json"])?)?;
+                let well =
+                    |member: &&MemberStatus| member.peer.voter && member.lag.is_some_and(|lag| lag < 100);
+                let leaders = members.iter().filter(|member| member.peer.leader).count();
+                ensure!(
+                    members.len() == MEMBERS.len()
+                        && members.iter().filter(well).count() == MEMBERS.len()
+                        && leaders == 1,
+                    "{members:?}"
+                );
+                Ok(Some(()))
+            },
+        )?;
+        let status: OwnStatus =
+            serde_json::from_str(&flynn_host(platform, host, &["discoverd", "status", "--json"])?)?;
+        ensure!(
+            ["leader", "follower"].contains(&status.state.as_str()) && status.applied > 0,
+            "{status:?}"
+        );
+        let hosts: Vec<Instance> = serde_json::from_str(&flynn_host(
+            platform,
+            host,
+            &["discover", "flynn-host", "--json"],
+        )?)?;
+        ensure!(hosts.len() == MEMBERS.len(), "{hosts:?}");
+    }
+    let refused = flynn_host(platform, 1, &["demote", "nobody"])
+        .err()
+        .context("nobody was demoted")?;
+    ensure!(format!("{refused:#}").contains("nobody"), "{refused:#}");
+    Ok(())
+}
+
 pub(crate) fn flynn_host(platform: &Platform, host: u8, args: &[&str]) -> Result<String> {
     let output = platform.lab().host(host).exec(FLYNN_HOST, args.iter().copied())?;
     let said = String::from_utf8_lossy(&output.stderr);

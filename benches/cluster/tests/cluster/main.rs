@@ -60,6 +60,7 @@ const TESTS: &[(&str, Test)] = &[
     ("a_full_disk_is_said_and_passes", faults::full_disk),
     ("the_app_answers_again_after_a_power_cut", faults::power_cut),
     ("hosts_join_with_tokens", join::joins),
+    ("members_are_listed_by_each_host", join::listed),
     ("every_pair_of_containers_reaches_each_other", network::reaches),
     ("forged_packets_are_dropped_and_counted", network::forged),
     ("isolation_holds_across_hosts", network::isolated),
