@@ -8,7 +8,7 @@
 //! Of the hosts that are alive and eligible, the first in an order that is the same everywhere takes an address that
 //! nobody holds, and keeps it: one that comes back does not move what others have by now. Each take has a greater number
 //! than those before, and of two holders the one with the smaller number yields: connections have moved to the other.
-//! One who hears nobody that is eligible, though there are several, is rather cut off itself than left over: what it
+//! One who has heard nobody of late, though there are several, is rather cut off itself than left over: what it
 //! takes has a number below that of those who had it, so that they have it still when it comes back. Heartbeats say who
 //! holds what by which number; a take is told at once, so that the next is greater. A host is eligible once it has listened for [`SETTLE`]: it takes
 //! nothing before it can know who is there. One whose clock has jumped, because it was paused, begins anew.
@@ -406,7 +406,7 @@ impl Floating {
 }
 
 /// The number of the next take. Those of hosts that hear others are even, and greater than all before; those of hosts
-/// that hear nobody eligible are odd, and less than that of the last of the others.
+/// that hear nobody are odd, and less than that of the last of the others.
 fn number_of_take(greatest: u64, cut_off: bool) -> u64 {
     match (cut_off, greatest % 2) {
         (false, rest) => greatest.saturating_add(2 - rest),
