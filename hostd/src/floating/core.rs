@@ -8,9 +8,9 @@
 //! Of the hosts that are alive and eligible, the first in an order that is the same everywhere takes an address that
 //! nobody holds, and keeps it: one that comes back does not move what others have by now. Each take has a greater number
 //! than those before, and of two holders the one with the smaller number yields: connections have moved to the other.
-//! One who has heard nobody of late, though there are several, is rather cut off itself than left over: what it
-//! takes has a number below that of those who had it, so that they have it still when it comes back. Heartbeats say who
-//! holds what by which number; a take is told at once, so that the next is greater. A host is eligible once it has listened for [`SETTLE`]: it takes
+//! One who hears nobody, though there are several, is rather cut off itself than left over: what it takes has a number
+//! below that of those who had it, so that they have it still when it comes back. Heartbeats say who holds what by which
+//! number. A host is eligible once it has listened for [`SETTLE`]: it takes
 //! nothing before it can know who is there. One whose clock has jumped, because it was paused, begins anew.
 
 use std::cmp::Reverse;
@@ -226,7 +226,7 @@ impl Floating {
             .sent
             .last_key_value()
             .is_none_or(|(_, sent)| now.saturating_sub(*sent) >= BEAT);
-        if due || !actions.take.is_empty() {
+        if due {
             self.beat(now, &mut actions);
         }
         actions
@@ -271,9 +271,6 @@ impl Floating {
             }
         }
         self.decide(now, &mut actions);
-        if !actions.take.is_empty() {
-            self.beat(now, &mut actions);
-        }
         actions
     }
 
@@ -330,11 +327,7 @@ impl Floating {
     }
 
     fn decide(&mut self, now: Duration, actions: &mut Actions) {
-        let heard = self
-            .peers
-            .values()
-            .any(|peer| peer.eligible && is_fresh(peer, now));
-        let cut_off = self.peers.len() > 1 && !heard;
+        let cut_off = self.peers.len() > 1 && !self.peers.values().any(|peer| is_fresh(peer, now));
         let alive = self.alive(now);
         let eligible = self.is_eligible(now);
         let first = |address: AddressKey| {
