@@ -27,20 +27,27 @@ const POLL: Duration = Duration::from_secs(10);
 pub(crate) struct Feed {
     database: Database,
     sender: broadcast::Sender<Arc<Event>>,
+    /// What comes after this event is broadcast.
+    from: i64,
 }
 
 impl Feed {
-    /// A feed that is silent until [`Feed::run`].
-    pub(crate) fn new(database: Database) -> Self {
-        Self {
+    /// A feed of what comes after the events that are there now. Silent until [`Feed::run`].
+    ///
+    /// Where it begins is settled here, before anyone can subscribe, and not once it listens: an event in between
+    /// would never reach a subscription that has read the database before it.
+    pub(crate) async fn new(database: Database) -> Result<Self> {
+        let from = events::newest(&database.client().await?).await?;
+        Ok(Self {
             database,
             sender: broadcast::channel(BACKLOG).0,
-        }
+            from,
+        })
     }
 
     /// Listens for ever; reconnects when the database goes away, and catches up by id.
     pub(crate) async fn run(self) {
-        let mut last = None;
+        let mut last = self.from;
         loop {
             if let Err(why) = self.listen(&mut last).await {
                 tracing::warn!(%why, "the stream of events broke off; connecting again");
@@ -49,11 +56,12 @@ impl Feed {
         }
     }
 
-    async fn listen(&self, last: &mut Option<i64>) -> anyhow::Result<()> {
+    /// Relays events until the connection breaks off. `last` is the last one that has been broadcast.
+    async fn listen(&self, last: &mut i64) -> anyhow::Result<()> {
         let (client, mut connection) = self.database.config().connect(NoTls).await?;
         let heard = Arc::new(Notify::new());
         let notify = Arc::clone(&heard);
-        let driver = tokio::spawn(async move {
+        let mut driver = tokio::spawn(async move {
             while let Some(message) = poll_fn(|cx| connection.poll_message(cx)).await {
                 if let AsyncMessage::Notification(_) = message? {
                     notify.notify_one();
@@ -65,20 +73,17 @@ impl Feed {
             client
                 .batch_execute(&format!("LISTEN {}", events::CHANNEL))
                 .await?;
-            let mut from = match *last {
-                Some(last) => last,
-                None => events::newest(&self.database.client().await?).await?,
-            };
             loop {
-                *last = Some(from);
-                from = self.relay(from).await?;
-                *last = Some(from);
-                if tokio::time::timeout(POLL, heard.notified()).await.is_err() {
+                // Once more after each silence as well: whatever was not heard is found.
+                *last = self.relay(*last).await?;
+                tokio::select! {
+                    () = heard.notified() => {}
+                    ended = &mut driver => {
+                        ended??;
+                        anyhow::bail!("the connection was closed");
+                    }
                     // Silence may mean that nothing happens, or that the connection is dead.
-                    client.batch_execute("").await?;
-                }
-                if driver.is_finished() {
-                    anyhow::bail!("the connection was closed");
+                    () = tokio::time::sleep(POLL) => client.batch_execute("").await?,
                 }
             }
         }

@@ -53,11 +53,14 @@ impl Controller {
             .migrate()
             .await
             .context("the database cannot be brought up to date")?;
+        let feed = Feed::new(database.clone())
+            .await
+            .context("where the events begin cannot be read")?;
         let listener = Listener::tcp(options.listen)
             .await
             .with_context(|| format!("cannot listen on {}: is the port in use?", options.listen))?;
         let shared = Shared {
-            feed: Feed::new(database.clone()),
+            feed,
             database,
             hosts,
             keys: options.keys,

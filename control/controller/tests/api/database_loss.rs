@@ -5,12 +5,11 @@ use std::time::Duration;
 use flynn_api::ErrorCode;
 use flynn_api::client::controller::EventFilter;
 use flynn_api::controller::{App, JobState};
-use futures::StreamExt as _;
 use tokio_postgres::NoTls;
 
 use crate::common::cluster::Cluster;
 use crate::common::controller::{job, options_on, start, start_with};
-use crate::common::{eventually, trial};
+use crate::common::{eventually, next, trial};
 
 pub(crate) fn trials() -> Vec<libtest_mimic::Trial> {
     vec![
@@ -34,7 +33,10 @@ async fn goes_and_comes_back() {
     };
     let mut stream = client.event_stream(&filter, None).await.unwrap();
     running.app("before").await;
-    assert_eq!(stream.next().await.unwrap().unwrap().1.data["name"], "before");
+    assert_eq!(
+        next(&mut stream, "the first event").await.1.data["name"],
+        "before"
+    );
 
     cluster.kill();
     let refused = client
@@ -67,14 +69,9 @@ async fn goes_and_comes_back() {
         client.create_app(&wish).await.ok()
     })
     .await;
-    let next = tokio::time::timeout(Duration::from_secs(20), stream.next())
-        .await
-        .expect("the stream goes on");
-    assert_eq!(
-        next.unwrap().unwrap().1.data["name"],
-        "after",
-        "nothing lost, nothing twice"
-    );
+    let event = next(&mut stream, "the stream goes on").await.1;
+    assert_eq!(event.data["name"], "after", "nothing lost, nothing twice");
+    drop(stream);
     assert_eq!(
         client.app("shop").await.unwrap().id,
         app.id,

@@ -5,7 +5,7 @@ use flynn_api::controller::{App, Deployment, Formation, Job, JobState, Processes
 use futures::StreamExt as _;
 
 use crate::common::controller::{Running, job, start, start_with};
-use crate::common::{eventually, trial};
+use crate::common::{eventually, soon, trial};
 
 pub(crate) fn trials() -> Vec<libtest_mimic::Trial> {
     vec![
@@ -134,7 +134,7 @@ async fn complete() {
     }
     assert_eq!(finished(&running, &deployment).await.status, "complete");
     let mut seen = Vec::new();
-    while let Some(event) = events.next().await {
+    while let Some(event) = soon("the stream's end, after its steps", events.next()).await {
         let event = event.unwrap().1;
         seen.push(event.job_state.map_or(event.status, |state| format!("{state:?}")));
     }

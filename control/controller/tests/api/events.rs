@@ -2,16 +2,20 @@
 
 use flynn_api::ErrorCode;
 use flynn_api::client::controller::EventFilter;
-use flynn_api::controller::{App, EventKind, Formation, Processes};
-use futures::StreamExt as _;
+use flynn_api::controller::{EventKind, Formation, Processes};
 
-use crate::common::controller::{start, start_with};
-use crate::common::{eventually, trial};
+use crate::common::controller::{options, start, start_with};
+use crate::common::gate::Gate;
+use crate::common::{eventually, next, trial};
 
 pub(crate) fn trials() -> Vec<libtest_mimic::Trial> {
     vec![
         trial("events_are_filtered_and_carry_no_secret", filters),
         trial("a_stream_resumes_without_gap_or_duplicate", resume),
+        trial(
+            "a_stream_misses_nothing_while_the_controller_does_not_listen",
+            deaf,
+        ),
         trial("a_stream_cannot_resume_where_events_are_gone", horizon),
         trial("history_stays_within_its_bounds", bounds),
         trial("formations_come_whole_and_then_as_they_change", formations),
@@ -71,43 +75,40 @@ async fn filters() {
     running.stop().await;
 }
 
-async fn resume() {
-    let running = start().await;
-    let filter = EventFilter {
+fn of_apps() -> EventFilter {
+    EventFilter {
         object_types: vec!["app"],
         ..EventFilter::default()
+    }
+}
+
+async fn resume() {
+    let running = start().await;
+    let write = async |writer: usize| {
+        for n in 0..40 {
+            running.app(&format!("app-{writer}-{n}")).await;
+        }
     };
-    let writers = (0..4).map(|writer| {
-        let client = running.client.clone();
-        tokio::spawn(async move {
-            for n in 0..40 {
-                let app = App {
-                    name: format!("app-{writer}-{n}"),
-                    ..App::default()
-                };
-                client.create_app(&app).await.unwrap();
-            }
-        })
-    });
-    let writers: Vec<_> = writers.collect();
     // The reader hangs up again and again, and goes on after the last event that it has seen.
-    let (mut seen, mut last) = (Vec::new(), 0);
-    while seen.len() < 160 {
-        let mut stream = running.client.event_stream(&filter, Some(last)).await.unwrap();
-        for _ in 0..=(seen.len() % 23) {
-            let (id, event) = stream.next().await.unwrap().unwrap();
-            assert_eq!(id.unwrap(), event.id.to_string());
-            assert!(event.id > last, "in order");
-            last = event.id;
-            seen.push(event.object_id);
-            if seen.len() == 160 {
-                break;
+    let read = async {
+        let (mut seen, mut last) = (Vec::new(), 0);
+        while seen.len() < 160 {
+            let mut stream = running.client.event_stream(&of_apps(), Some(last)).await.unwrap();
+            for _ in 0..=(seen.len() % 23) {
+                let what = format!("the next of 160 events, after {} up to the id {last}", seen.len());
+                let (id, event) = next(&mut stream, &what).await;
+                assert_eq!(id.unwrap(), event.id.to_string());
+                assert!(event.id > last, "in order");
+                last = event.id;
+                seen.push(event.object_id);
+                if seen.len() == 160 {
+                    break;
+                }
             }
         }
-    }
-    for writer in writers {
-        writer.await.unwrap();
-    }
+        seen
+    };
+    let (seen, ..) = tokio::join!(read, write(0), write(1), write(2), write(3));
     let mut distinct = seen.clone();
     distinct.sort();
     distinct.dedup();
@@ -116,16 +117,45 @@ async fn resume() {
     let past = EventFilter {
         past: true,
         count: Some(3),
-        ..filter
+        ..of_apps()
     };
     let mut stream = running.client.event_stream(&past, None).await.unwrap();
     let mut ids = Vec::new();
     for _ in 0..3 {
-        ids.push(stream.next().await.unwrap().unwrap().1.object_id);
+        ids.push(next(&mut stream, "an event of the past").await.1.object_id);
     }
     assert_eq!(ids, seen[157..], "the last three of the past, in order");
     let late = running.app("late").await;
-    assert_eq!(stream.next().await.unwrap().unwrap().1.object_id, late.id);
+    assert_eq!(
+        next(&mut stream, "a new event after the past").await.1.object_id,
+        late.id
+    );
+    drop(stream);
+    running.stop().await;
+}
+
+/// A reader that has read all there is depends on what the controller hears. Nothing may fall between, neither when
+/// the controller begins to listen late nor when its connection breaks.
+async fn deaf() {
+    let mut options = options().await;
+    let mut gate = Gate::before(&mut options);
+    let running = start_with(options).await;
+    running.app("before").await;
+    let mut stream = running.client.event_stream(&of_apps(), Some(0)).await.unwrap();
+    let mut name = async |what: &str| next(&mut stream, what).await.1.data["name"].clone();
+    assert_eq!(name("what was there").await, "before");
+    gate.holds().await;
+    running.app("unheard").await;
+    gate.open();
+    assert_eq!(name("what came before the controller listened").await, "unheard");
+    running.app("heard").await;
+    assert_eq!(name("what the controller hears").await, "heard");
+    gate.shut();
+    gate.holds().await;
+    running.app("unheard-again").await;
+    gate.open();
+    assert_eq!(name("what came while it did not listen").await, "unheard-again");
+    drop(stream);
     running.stop().await;
 }
 
@@ -196,10 +226,10 @@ async fn formations() {
         .events::<flynn_api::controller::ExpandedFormation>("/formations?current=true")
         .await
         .unwrap();
-    let mut next = async || stream.next().await.unwrap().unwrap().1;
-    let first = [next().await, next().await];
+    let mut formation = async |what: &str| next(&mut stream, what).await.1;
+    let first = [formation("the first").await, formation("the second").await];
     assert_eq!(first.map(|formation| formation.app.name), ["one", "two"]);
-    assert_eq!(next().await.app.id, "", "the end of what was there");
+    assert_eq!(formation("the end of what was there").await.app.id, "");
     let put = async |count: u32| {
         let formation = Formation {
             app_id: one.id.clone(),
@@ -210,7 +240,7 @@ async fn formations() {
         client.put_formation(&formation).await.unwrap();
     };
     put(5).await;
-    let changed = next().await;
+    let changed = formation("the change").await;
     assert_eq!((changed.app.name.as_str(), changed.processes["web"]), ("one", 5));
     assert_eq!(
         (
@@ -220,14 +250,15 @@ async fn formations() {
         (1, "s3cret-value")
     );
     client.delete_formation(&two.id, &two_release.id).await.unwrap();
-    let gone = next().await;
+    let gone = formation("the deletion").await;
     assert!(gone.deleted && gone.release.id == two_release.id && gone.processes.is_empty());
     client.delete_app("one").await.unwrap();
-    assert!(next().await.deleted);
+    assert!(formation("what goes with its app").await.deleted);
     let active = eventually("nothing is wanted", || async {
         let active = client.active_formations().await.unwrap();
         active.is_empty().then_some(active)
     });
     active.await;
+    drop(stream);
     running.stop().await;
 }

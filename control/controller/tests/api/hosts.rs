@@ -9,7 +9,7 @@ use flynn_api::{Env, Error, ErrorCode};
 use futures::StreamExt as _;
 
 use crate::common::controller::{job, start_with};
-use crate::common::{eventually, host, trial};
+use crate::common::{eventually, host, next, trial};
 
 pub(crate) fn trials() -> Vec<libtest_mimic::Trial> {
     vec![
@@ -302,8 +302,8 @@ async fn log() {
         ..LogOptions::default()
     };
     let mut lines = client.log("shop", &follow).await.unwrap();
-    let mut next = async || lines.next().await.unwrap().unwrap().1;
-    assert_eq!(next().await.msg, "line 5");
+    let mut line = async |what: &str| next(&mut lines, what).await.1;
+    assert_eq!(line("the last of the past").await.msg, "line 5");
     let quiet = LogOptions {
         follow: true,
         lines: Some(0),
@@ -313,20 +313,20 @@ async fn log() {
     // The same second again, and one later: neither is mistaken for what was read before.
     host.say(&jobs[0].id, 4, "same second");
     host.say(&jobs[0].id, 7, "later");
-    assert_eq!(next().await.msg, "same second");
+    assert_eq!(line("of a time seen before").await.msg, "same second");
     assert_eq!(
-        new_lines.next().await.unwrap().unwrap().1.msg,
-        "same second",
-        "nothing of the past"
+        next(&mut new_lines, "nothing of the past").await.1.msg,
+        "same second"
     );
-    assert_eq!(next().await.msg, "later");
+    assert_eq!(line("of a later time").await.msg, "later");
     let new = job(&app, &release, "web", JobState::Up);
     host.say(&new.id, 8, "from a new job");
     client.put_job(&new).await.unwrap();
-    let line = next().await;
+    let line = line("of a job that came later").await;
     assert_eq!(
         (line.msg.as_str(), line.job_id.as_str()),
         ("from a new job", new.id.as_str())
     );
+    drop((lines, new_lines));
     running.stop().await;
 }

@@ -2,7 +2,14 @@
 
 pub(crate) mod cluster;
 pub(crate) mod controller;
+pub(crate) mod gate;
 pub(crate) mod host;
+
+use std::time::Duration;
+
+use flynn_api::client::EventStream;
+use futures::StreamExt as _;
+use serde::de::DeserializeOwned;
 
 /// The test, or the reason why this machine cannot run it.
 pub(crate) fn trial<F>(name: &str, test: fn() -> F) -> libtest_mimic::Trial
@@ -21,8 +28,8 @@ where
             .build();
         let runtime = runtime.expect("a runtime");
         runtime.block_on(async {
-            let timeout = std::time::Duration::from_mins(1);
-            tokio::time::timeout(timeout, test())
+            // Each wait has a limit of its own, which says what it waits for.
+            tokio::time::timeout(Duration::from_mins(3), test())
                 .await
                 .expect("the test hangs");
         });
@@ -40,7 +47,25 @@ pub(crate) async fn eventually<T, F: Future<Output = Option<T>>>(
         if let Some(found) = probe().await {
             return found;
         }
-        tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+        tokio::time::sleep(Duration::from_millis(20)).await;
     }
     panic!("waited in vain: {what}");
+}
+
+/// Waits for what must come.
+pub(crate) async fn soon<T>(what: &str, coming: impl Future<Output = T>) -> T {
+    tokio::time::timeout(Duration::from_secs(30), coming)
+        .await
+        .unwrap_or_else(|_| panic!("waited in vain: {what}"))
+}
+
+/// The next event of a stream.
+pub(crate) async fn next<T: DeserializeOwned>(
+    stream: &mut EventStream<T>,
+    what: &str,
+) -> (Option<String>, T) {
+    let event = soon(what, stream.next()).await;
+    event
+        .unwrap_or_else(|| panic!("the stream ended: {what}"))
+        .unwrap_or_else(|why| panic!("{why}: {what}"))
 }
