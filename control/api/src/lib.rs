@@ -40,3 +40,7 @@ pub type Env = std::collections::BTreeMap<String, String>;
 
 /// Free-form labels of an object.
 pub type Meta = std::collections::BTreeMap<String, String>;
+
+/// Between the comments of a stream of events in which nothing happens.
+#[cfg(any(feature = "client", feature = "server"))]
+const HEARTBEAT: std::time::Duration = std::time::Duration::from_secs(15);

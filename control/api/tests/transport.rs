@@ -11,7 +11,7 @@ use flynn_api::tls::{Ca, ClientAuth, PeerIdentity, install_provider, joining_cli
 use flynn_api::{Error, ErrorCode};
 use futures::StreamExt as _;
 use hyper_util::rt::TokioIo;
-use tokio::io::AsyncWriteExt as _;
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 
 async fn echo(mut request: axum::extract::Request) -> axum::response::Response {
     let upgrade = hyper::upgrade::on(&mut request);
@@ -106,6 +106,35 @@ async fn plain() {
     server.await.unwrap().unwrap();
     let error = Http::new(&base).unwrap().get::<()>("/who").await.unwrap_err();
     assert!(error.retry && error.message.contains("refused"), "{error}");
+}
+
+/// A server that goes without a word (its host lost its power) is noticed; one with nothing to tell is not taken for it.
+#[tokio::test]
+async fn silence() {
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let base = format!("http://{}", listener.local_addr().unwrap());
+    let server = tokio::spawn(async move {
+        let (mut connection, _) = listener.accept().await.unwrap();
+        connection.read_u8().await.unwrap();
+        let head = "HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\n\r\n";
+        connection.write_all(head.as_bytes()).await.unwrap();
+        for _ in 0..10 {
+            connection.write_all(b":\n\n").await.unwrap();
+            tokio::time::sleep(std::time::Duration::from_secs(15)).await;
+        }
+        connection.write_all(b"data: 7\n\n").await.unwrap();
+        connection
+    });
+    let mut events = Http::new(&base).unwrap().events::<u32>("/").await.unwrap();
+    tokio::time::pause();
+    assert_eq!(events.next().await.unwrap().unwrap(), (None, 7));
+    let _open = server.await.unwrap();
+    let gone = events.next().await.unwrap().unwrap_err();
+    assert!(
+        gone.retry && gone.message.contains("nothing came for 45 s"),
+        "{gone}"
+    );
+    assert!(events.next().await.is_none());
 }
 
 #[tokio::test]

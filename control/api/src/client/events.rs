@@ -4,21 +4,27 @@ use std::collections::VecDeque;
 use std::marker::PhantomData;
 use std::pin::Pin;
 use std::task::{Context, Poll, ready};
+use std::time::Duration;
 
 use futures::Stream;
 use hyper::body::{Body as _, Incoming};
 use serde::de::DeserializeOwned;
+use tokio::time::{Instant, Sleep, sleep};
 
-use crate::{Error, Result};
+use crate::{Error, HEARTBEAT, Result};
 
 /// The longest event that is taken.
 const MAX_EVENT: usize = 16 << 20;
+/// How long a server may be silent, its comments included, before it is taken for gone.
+const SILENCE: Duration = HEARTBEAT.saturating_mul(3);
 
 /// A stream of events: the id, if the event has one, and its data.
 ///
-/// It ends when the server closes the connection; an item that is an error is the last.
+/// It ends when the server closes the connection; an item that is an error is the last. A server that has gone without
+/// a word is such an error as well: it would have sent a comment.
 pub struct EventStream<T> {
     body: Incoming,
+    silence: Pin<Box<Sleep>>,
     parser: Parser,
     done: bool,
     data: PhantomData<fn() -> T>,
@@ -28,6 +34,7 @@ impl<T> EventStream<T> {
     pub(super) fn new(body: Incoming) -> Self {
         Self {
             body,
+            silence: Box::pin(sleep(SILENCE)),
             parser: Parser::default(),
             done: false,
             data: PhantomData,
@@ -50,9 +57,16 @@ impl<T: DeserializeOwned> Stream for EventStream<T> {
             if this.done {
                 return Poll::Ready(None);
             }
-            match ready!(Pin::new(&mut this.body).poll_frame(cx)) {
+            let Poll::Ready(frame) = Pin::new(&mut this.body).poll_frame(cx) else {
+                ready!(this.silence.as_mut().poll(cx));
+                this.done = true;
+                let message = format!("the stream broke off: nothing came for {} s", SILENCE.as_secs());
+                return Poll::Ready(Some(Err(Error::unavailable(message))));
+            };
+            match frame {
                 None => this.done = true,
                 Some(Ok(frame)) => {
+                    this.silence.as_mut().reset(Instant::now() + SILENCE);
                     let fits = frame.data_ref().is_none_or(|bytes| this.parser.push(bytes));
                     if !fits {
                         this.done = true;

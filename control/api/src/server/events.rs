@@ -1,7 +1,6 @@
 //! Server-Sent Events.
 
 use std::convert::Infallible;
-use std::time::Duration;
 
 use axum::response::sse::{Event, KeepAlive, Sse};
 use axum::response::{IntoResponse as _, Response};
@@ -9,6 +8,8 @@ use futures::{Stream, StreamExt as _};
 use http::HeaderMap;
 use http::header::ACCEPT;
 use serde::Serialize;
+
+use crate::HEARTBEAT;
 
 /// Whether the client asks for a stream of events.
 pub fn wants_events(headers: &HeaderMap) -> bool {
@@ -19,7 +20,7 @@ pub fn wants_events(headers: &HeaderMap) -> bool {
 }
 
 /// Answers with a stream of events: an id, where resumption is possible, and the data. Ends with the stream.
-/// A comment every 15 s keeps the connection alive and finds out that the client has gone.
+/// A comment every 15 s keeps the connection alive, and each side finds out by it that the other has gone.
 pub fn events<T: Serialize>(stream: impl Stream<Item = (Option<String>, T)> + Send + 'static) -> Response {
     let stream = stream.map(|(id, data)| {
         let event = id.map_or_else(Event::default, |id| Event::default().id(id));
@@ -30,6 +31,6 @@ pub fn events<T: Serialize>(stream: impl Stream<Item = (Option<String>, T)> + Se
         Ok::<_, Infallible>(event)
     });
     Sse::new(stream)
-        .keep_alive(KeepAlive::new().interval(Duration::from_secs(15)))
+        .keep_alive(KeepAlive::new().interval(HEARTBEAT))
         .into_response()
 }
