@@ -630,6 +630,9 @@ pub struct Flow {
     pub local: std::net::SocketAddr,
     /// The other.
     pub remote: std::net::SocketAddr,
+    /// Where the client sent it to, if it came by a route by port and is balanced in the kernel.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub route: Option<std::net::SocketAddr>,
     /// The smoothed round-trip time, in microseconds.
     pub rtt_us: u32,
     /// Segments that the container sent again.

@@ -1,23 +1,25 @@
 //! The load balancer for TCP and UDP: packets to an address and a port ([`Vip`]) go to one of a service's containers.
 //!
 //! **In**: the services ([`Balancer::set`]), all at once and as they should be. **Out**: what went where ([`Traffic`],
-//! [`Event`], [`Flow`]).
+//! [`Event`], [`flows`]).
 //!
 //! - Nothing is attached while there are no services.
 //! - Which backend a flow gets follows from the flow and the backends' addresses, ports and weights alone: hosts that
 //!   are told the same decide the same.
 //! - The maps of the overlay, which say where containers are, are only read.
 
+mod flows;
 pub mod maglev;
 mod tables;
 mod xdp;
 
 use std::{
-    net::{IpAddr, Ipv4Addr, SocketAddr},
+    net::{IpAddr, Ipv4Addr},
     path::Path,
 };
 
 use aya::{TestRun, TestRunOptions};
+pub use flows::{Flow, flows};
 use flynn_abi::lb::VipTraffic;
 pub use flynn_abi::lb::{Event, FLOOD, FLOWS, RING_SLOTS};
 use rustix::net::{AddressFamily, SocketType, netdevice::name_to_index, socket};
@@ -73,17 +75,6 @@ pub struct Service {
 
 /// What came for a VIP.
 pub type Traffic = VipTraffic;
-
-/// A flow that a container of this host serves.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Flow {
-    /// Whose it is.
-    pub client: SocketAddr,
-    /// What the client sends to.
-    pub vip: Vip,
-    /// Who answers.
-    pub backend: SocketAddr,
-}
 
 /// The interface that clients' packets come by.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -254,11 +245,6 @@ impl Balancer {
     /// How often what happened.
     pub fn events(&self) -> Result<Vec<(Event, u64)>> {
         self.tables.events()
-    }
-
-    /// So many of the flows that containers of this host serve, in no order.
-    pub fn flows(&self, most: usize) -> Result<Vec<Flow>> {
-        self.tables.flows(most)
     }
 
     /// What a classifier would do with a frame, as [`crate::Dataplane::dry_run`].

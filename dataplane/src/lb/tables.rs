@@ -14,13 +14,13 @@ use flynn_abi::{
     Endpoint, Ipv4, Ipv6, Mac,
     lb::{
         self, CHUNK_SLOTS, Chunk, Config, Cpu, Event, Former, Formers, MAX_BACKENDS, MAX_SERVICES, MAX_VIPS,
-        Port, RING_CHUNKS, RING_SLOTS, Translation, TranslationKey, VipKey4, VipKey6, VipTraffic,
+        Port, RING_CHUNKS, RING_SLOTS, VipKey4, VipKey6, VipTraffic,
     },
 };
 
 use rustix::net::{AddressFamily, SocketType, netdevice::index_to_name, socket};
 
-use super::{Backend, Flow, Service, Traffic, Uplink, Vip, maglev};
+use super::{Backend, Service, Traffic, Uplink, Vip, maglev};
 use crate::{
     Protocol,
     error::{Error, Refusal, Result},
@@ -46,7 +46,6 @@ pub(super) struct Tables {
     backends: Array<MapData, lb::Backend>,
     traffic: PerCpuArray<MapData, VipTraffic>,
     cpu: PerCpuArray<MapData, Cpu>,
-    established: KernelMap<MapData, TranslationKey, Translation>,
     network: Array<MapData, flynn_abi::Config>,
     endpoints: KernelMap<MapData, Ipv4, Endpoint>,
     hosts: KernelMap<MapData, Ipv4, flynn_abi::Host>,
@@ -70,7 +69,6 @@ impl Tables {
             backends: take(object, "lb_backends")?,
             traffic: take(object, "lb_traffic")?,
             cpu: take(object, "lb_cpu")?,
-            established: take(object, "lb_established")?,
             network: take(object, "config")?,
             endpoints: take(object, "endpoints4")?,
             hosts: take(object, "hosts4")?,
@@ -509,33 +507,6 @@ impl Tables {
         };
         read().map_err(Error::kernel("reading the load balancer's counters"))
     }
-
-    pub(super) fn flows(&self, most: usize) -> Result<Vec<Flow>> {
-        let read = || -> Result<_, Refusal> {
-            let mut flows = Vec::new();
-            for entry in self.established.iter().take(most) {
-                let (key, value) = entry?;
-                let address = |wide: Ipv6| {
-                    if key.version == 4 {
-                        IpAddr::V4(wide.last().into())
-                    } else {
-                        IpAddr::V6(wide.into())
-                    }
-                };
-                flows.push(Flow {
-                    client: (address(key.client), u16::from_be_bytes(value.client_port)).into(),
-                    vip: Vip {
-                        address: address(value.vip),
-                        port: u16::from_be_bytes(value.port),
-                        protocol: protocol(key.protocol),
-                    },
-                    backend: (IpAddr::V4(key.container.into()), u16::from_be_bytes(key.port)).into(),
-                });
-            }
-            Ok(flows)
-        };
-        read().map_err(Error::kernel("reading the load balancer's flows"))
-    }
 }
 
 /// The slots of a ring that are in its nth part.
@@ -584,7 +555,7 @@ impl Vip {
     }
 }
 
-fn protocol(number: u8) -> Protocol {
+pub(super) fn protocol(number: u8) -> Protocol {
     if number == Protocol::Udp.number() {
         Protocol::Udp
     } else {

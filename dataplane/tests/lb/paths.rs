@@ -1,20 +1,23 @@
 //! Where packets go, and what they are like there.
 
-use std::{net::Ipv4Addr, num::NonZeroU64};
+use std::{
+    net::{Ipv4Addr, SocketAddrV4},
+    num::NonZeroU64,
+};
 
 use flynn_dataplane::{
-    Attachment, DropReason, Host, Limits, Outcome, Program,
-    lb::{Event, Service},
+    Attachment, DropReason, Host, Limits, Outcome, Program, Protocol,
+    lb::{Event, Flow, Service, flows},
 };
 use proptest::{prelude::*, sample::Index, test_runner::TestRunner};
 
 use crate::{
     bench::{
         BACKEND_PORT, Bench, CLIENT4, CLIENT6, GATEWAY, LOCAL, PORT, REMOTE, ROUTER_MAC, UPLINK, UPLINK_MAC,
-        US, VIP4, VIP6, host, service,
+        US, VIP4, VIP6, host, service, vip,
     },
     frames::{Kind, check, ends, error4, error6, forward, frame, inner, question4, question6, tunnelled},
-    support::alone,
+    support::{alone, pins},
 };
 
 pub(crate) fn what_is_not_for_a_vip_goes_on() {
@@ -192,9 +195,13 @@ pub(crate) fn answers_go_back_as_asked() {
             "what the client sends has to fit into the tunnel"
         );
         bench.sent(&tunnelled(forward(0, LOCAL.ipv4), &question4(Kind::Ack, 4000)));
-        let flows = bench.balancer.flows(10).unwrap();
-        assert_eq!(flows.len(), 1, "established");
-        assert_eq!(flows[0].client, (CLIENT4, 4000).into());
+        let expected = Flow {
+            client: (CLIENT4, 4000).into(),
+            vip: vip(VIP4, Protocol::Tcp),
+            backend: SocketAddrV4::new(LOCAL.ipv4, BACKEND_PORT),
+            seen: (CLIENT4, 4000).into(),
+        };
+        assert_eq!(flows(&pins(bpffs), 10).unwrap(), [expected], "established");
         assert_eq!(
             ends(&bench.answered(&reply4(Kind::Ack, 4000))).0,
             (VIP4.into(), PORT)

@@ -51,7 +51,7 @@ enum View {
         /// Only those that came to this service
         #[arg(long)]
         service: Option<String>,
-        /// Only those with this address at either end
+        /// Only those with this address at either end, or sent to it as a route's
         #[arg(long)]
         address: Option<IpAddr>,
     },
@@ -80,7 +80,10 @@ pub(super) async fn run(host: &HostClient, args: &Args) -> anyhow::Result<()> {
                 && service
                     .as_ref()
                     .is_none_or(|service| flow.service.as_ref() == Some(service))
-                && address.is_none_or(|address| [flow.local.ip(), flow.remote.ip()].contains(&address))
+                && address.is_none_or(|address| {
+                    let route = flow.route.is_some_and(|route| route.ip() == address);
+                    route || [flow.local.ip(), flow.remote.ip()].contains(&address)
+                })
         });
         if args.json {
             return print_json(&flows);
@@ -317,6 +320,7 @@ fn flows_table(flows: &[Flow]) -> String {
     let mut table = table(&[
         "LOCAL",
         "REMOTE",
+        "CAME BY",
         "APP",
         "TYPE",
         "SERVICE",
@@ -329,6 +333,7 @@ fn flows_table(flows: &[Flow]) -> String {
         table.add_row([
             flow.local.to_string(),
             flow.remote.to_string(),
+            flow.route.map_or_else(String::new, |route| route.to_string()),
             flow.app.clone(),
             flow.process_type.clone(),
             flow.service.clone().unwrap_or_default(),

@@ -7,11 +7,12 @@ use std::process::{ChildStdout, Command, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
+use flynn_api::host::Flow;
 use flynn_cluster_tests::connections::{ECHO, Seen};
 use flynn_cluster_tests::{PROGRAM, Platform, traffic, until};
 use serde_json::json;
 
-use crate::containers::{Container, Running, containers_on, spread};
+use crate::containers::{Container, Running, ask, containers_on, spread};
 use crate::fixture::{Cluster, MEMBERS, STRANGER};
 
 const LIMIT: Duration = Duration::from_mins(2);
@@ -143,6 +144,24 @@ pub(crate) fn reach(platform: &Platform, doors: &[SocketAddr], wanted: &BTreeSet
     )
 }
 
+/// Each connection is one of the live flows of its container's host, with where the client sent it.
+fn are_shown(platform: &Platform, connections: &[Seen]) -> Result<()> {
+    let mut flows = Vec::new();
+    for host in MEMBERS {
+        flows.extend(ask::<Vec<Flow>>(platform, host, "/host/network/flows")?);
+    }
+    for seen in connections {
+        let shown = |flow: &&Flow| flow.route == Some(seen.to) && flow.remote == seen.client;
+        let flow = flows.iter().find(shown);
+        let flow = flow.with_context(|| format!("{seen:?} is none of {flows:?}"))?;
+        ensure!(
+            flow.app == APP && flow.local.port() == PORT,
+            "{flow:?} is {seen:?}"
+        );
+    }
+    Ok(())
+}
+
 pub(crate) fn lead(cluster: &mut Cluster) -> Result<()> {
     const SPREAD: u16 = 3100;
     const STICKY: u16 = 3101;
@@ -178,6 +197,7 @@ pub(crate) fn lead(cluster: &mut Cluster) -> Result<()> {
     let mut held = Held::open(platform, 50, 10, &spread_doors)?;
     let before = held.whole()?;
     ensure!(backends(&before).len() > 2, "they are not spread: {before:?}");
+    are_shown(platform, &before)?;
     let (platform, containers) = scaled(cluster, 9)?;
     reach(platform, &spread_doors, &addresses(&containers))?;
     held.whole()?;

@@ -1,13 +1,38 @@
 //! Live TCP connections of this host's containers, and what they add up to for each service.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
+use std::net::{Ipv4Addr, SocketAddr};
 
 use flynn_api::Result;
 use flynn_api::host::{Flow, Job, label};
+use flynn_dataplane::Protocol;
 
+use super::PINS;
 use super::sockets::{self, Connection};
 use crate::daemon::Daemon;
 use crate::prepare;
+
+/// So many connections of the load balancer's are looked at.
+const MOST_BALANCED: usize = 20_000;
+
+/// A connection to a container: the container's address, its port, and the client as the container sees it.
+type Balanced = (Ipv4Addr, u16, SocketAddr);
+
+/// Where clients sent the connections to that the load balancer gave to containers of this host.
+fn routes() -> HashMap<Balanced, SocketAddr> {
+    let flows = flynn_dataplane::lb::flows(PINS.as_ref(), MOST_BALANCED).unwrap_or_else(|error| {
+        tracing::debug!(%error, "the load balancer's connections cannot be looked at");
+        Vec::new()
+    });
+    let tcp = flows
+        .into_iter()
+        .filter(|flow| flow.vip.protocol == Protocol::Tcp);
+    tcp.map(|flow| {
+        let vip = SocketAddr::new(flow.vip.address, flow.vip.port);
+        ((*flow.backend.ip(), flow.backend.port(), flow.seen), vip)
+    })
+    .collect()
+}
 
 /// A service's connections now.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
@@ -47,6 +72,7 @@ fn flow(job: &Job, ports: &[u16], connection: &Connection) -> Flow {
         service: service.map(|service| service.name.clone()),
         local: connection.local,
         remote: connection.remote,
+        route: None,
         rtt_us: connection.rtt_us,
         retransmits: connection.retransmits,
         tx_bytes: connection.sent_bytes,
@@ -57,8 +83,9 @@ fn flow(job: &Job, ports: &[u16], connection: &Connection) -> Flow {
 impl Daemon {
     /// What `GET /host/network/flows` shows. A container that ends meanwhile has none.
     pub(crate) async fn flows(&self) -> Result<Vec<Flow>> {
+        let routes = routes();
         let mut flows = Vec::new();
-        for (_, id) in self.table.addresses() {
+        for (address, id) in self.table.addresses() {
             let Some(entry) = self.table.get(&id) else {
                 continue;
             };
@@ -77,7 +104,14 @@ impl Daemon {
                 connections
                     .iter()
                     .filter(|connection| !connection.local.ip().is_loopback())
-                    .map(|connection| flow(&entry.job, &ports, connection)),
+                    .map(|connection| {
+                        let balanced = (address, connection.local.port(), connection.remote);
+                        let route = routes.get(&balanced).copied();
+                        Flow {
+                            route,
+                            ..flow(&entry.job, &ports, connection)
+                        }
+                    }),
             );
         }
         Ok(flows)
