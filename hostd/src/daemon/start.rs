@@ -31,6 +31,10 @@ impl Daemon {
         if let Some(there) = self.table.get(&job.id) {
             return already(&there, &job);
         }
+        // A host that has just joined gets its network in a moment: the same job may be put again.
+        if !job.config.host_network {
+            self.network_for_jobs()?;
+        }
         disk::check(self.paths.state())?;
         let status = Status::new(Timestamp::now(), boot_id());
         let id = job.id.clone();
@@ -285,9 +289,15 @@ impl Daemon {
     }
 }
 
+/// What is said to whoever puts a job that is here: the same as the first time.
 fn already(there: &Entry, job: &Job) -> Result<()> {
     if *there.job == *job {
-        return Ok(());
+        return match &there.status.error {
+            Some(why) if there.status.state == JobState::Failed && there.status.started_at.is_none() => {
+                Err(Error::conflict(format!("the job could not be started: {why}")))
+            }
+            _ => Ok(()),
+        };
     }
     Err(Error::new(
         ErrorCode::ObjectExists,

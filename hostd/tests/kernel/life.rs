@@ -140,6 +140,8 @@ pub(crate) async fn refuses_bad_jobs() {
     unknown.artifacts[0].manifest.as_mut().unwrap().rootfs[0].layers[0].id = flynn_api::Digest::of(b"none");
     let error = host.api.add_job(&unknown).await.unwrap_err();
     assert!(error.message.contains("not on this host"), "{error}");
+    let error = host.api.add_job(&unknown).await.unwrap_err();
+    assert!(error.message.contains("not on this host"), "again: {error}");
 
     let mut networked = host.job("true");
     networked.config.host_network = false;

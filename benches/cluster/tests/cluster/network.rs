@@ -82,20 +82,31 @@ pub(crate) fn forged(cluster: &mut Cluster) -> Result<()> {
 
 /// Kills the daemon and every process of the platform that each host has for itself.
 fn kill_daemons(platform: &Platform) -> Result<()> {
-    for host in MEMBERS {
-        let processes: Vec<(String, u32)> = jobs(platform, host)?
-            .iter()
-            .filter(|job| ["discoverd", "router", "scheduler"].contains(&app_of(job)))
-            .filter_map(|job| Some((app_of(job).to_owned(), job.pid?)))
-            .collect();
-        ensure!(processes.len() >= 3, "host {host} has only {processes:?}");
+    let processes = until(LIMIT, "each host has all of them", || {
+        MEMBERS
+            .map(|host| Ok((host, own_processes(platform, host)?)))
+            .into_iter()
+            .collect::<Result<Vec<_>>>()
+            .map(Some)
+    })?;
+    for (host, processes) in processes {
         let host = platform.lab().host(host);
         host.kill(platform.daemon())?;
-        for (_, pid) in processes {
+        for pid in processes {
             host.signal_process(pid, 9)?;
         }
     }
     Ok(())
+}
+
+fn own_processes(platform: &Platform, host: u8) -> Result<Vec<u32>> {
+    let processes: Vec<(String, u32)> = jobs(platform, host)?
+        .iter()
+        .filter(|job| ["discoverd", "router", "scheduler"].contains(&app_of(job)))
+        .filter_map(|job| Some((app_of(job).to_owned(), job.pid?)))
+        .collect();
+    ensure!(processes.len() >= 3, "host {host} has only {processes:?}");
+    Ok(processes.into_iter().map(|(_, pid)| pid).collect())
 }
 
 fn start_daemons(platform: &Platform) -> Result<()> {
