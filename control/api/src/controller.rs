@@ -437,6 +437,9 @@ pub enum EventKind {
     Route,
     /// Route gone.
     RouteDeletion,
+    /// Of a newer version.
+    #[serde(other)]
+    Other,
 }
 
 /// Something that changed in the controller. Secrets in `data` are redacted.

@@ -134,6 +134,9 @@ pub enum EventKind {
     Service,
     /// The service is there no more. Only where all services are watched.
     ServiceGone,
+    /// Of a newer version.
+    #[serde(other)]
+    Other,
 }
 
 /// A change of a service.

@@ -393,6 +393,9 @@ pub enum JobEventKind {
     Error,
     /// Forgotten: its directory is gone.
     Cleanup,
+    /// Of a newer version.
+    #[serde(other)]
+    Other,
 }
 
 /// The stream that a line came from.

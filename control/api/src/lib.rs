@@ -3,7 +3,7 @@
 //! No other crate defines a type that goes over the wire between components. The types keep Flynn's JSON, so that
 //! Flynn's clients work unchanged; what is new is added beside it. Unknown fields are ignored when one component
 //! reads another's answer (clusters of mixed versions), and refused where a person's input arrives
-//! (`server::StrictJson`).
+//! (`server::StrictJson`). For the same reason no event ends the stream of a reader that does not know its kind.
 //!
 //! - [`controller`], [`discovery`], [`host`], [`image`], [`network`], [`receive`], [`route`], [`sirenia`]: the types, one module per API.
 //! - [`error`]: the one error body; [`spec`]: the jobs of a formation; [`virtual_address`]: what a service's number comes to.

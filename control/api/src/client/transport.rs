@@ -29,6 +29,10 @@ pub type Upgraded = TokioIo<hyper::upgrade::Upgraded>;
 /// The longest answer that is read whole.
 const MAX_ANSWER: usize = 64 << 20;
 
+/// How long an idle connection is kept for another call. Servers close theirs after 30 s: it must not be taken up in
+/// that very moment.
+const IDLE: Duration = Duration::from_secs(15);
+
 /// Calls one server. Cheap to clone; connections are kept alive and shared between clones.
 #[derive(Clone)]
 pub struct Http {
@@ -285,7 +289,7 @@ impl Http {
 fn pool(connector: Connector) -> Client<Connector, Body> {
     Client::builder(TokioExecutor::new())
         .pool_timer(TokioTimer::new())
-        .pool_idle_timeout(Duration::from_secs(30))
+        .pool_idle_timeout(IDLE)
         .pool_max_idle_per_host(8)
         .build(connector)
 }

@@ -78,8 +78,9 @@ async fn filter(c: &impl deadpool_postgres::GenericClient, query: &Listing) -> R
     };
     let kind = |word: &str| {
         let unknown =
-            |_| Error::invalid_field("object_types", format!("there are no events of type {word:?}"));
-        of_word::<EventKind>(word).map_err(unknown)
+            || Error::invalid_field("object_types", format!("there are no events of type {word:?}"));
+        let kind = of_word::<EventKind>(word)?;
+        (kind != EventKind::Other).then_some(kind).ok_or_else(unknown)
     };
     let kinds = query.object_types.as_deref().unwrap_or_default();
     let kinds = kinds

@@ -16,6 +16,7 @@ pub(crate) fn trials() -> Vec<libtest_mimic::Trial> {
             "a_stream_misses_nothing_while_the_controller_does_not_listen",
             deaf,
         ),
+        trial("events_of_a_newer_version_stop_no_stream", newer),
         trial("a_stream_cannot_resume_where_events_are_gone", horizon),
         trial("history_stays_within_its_bounds", bounds),
         trial("formations_come_whole_and_then_as_they_change", formations),
@@ -155,6 +156,38 @@ async fn deaf() {
     running.app("unheard-again").await;
     gate.open();
     assert_eq!(name("what came while it did not listen").await, "unheard-again");
+    drop(stream);
+    running.stop().await;
+}
+
+/// While the cluster is upgraded, a newer controller writes to the same database.
+async fn newer() {
+    let running = start().await;
+    let filter = EventFilter::default();
+    let mut stream = running.client.event_stream(&filter, None).await.unwrap();
+    let (client, connection) = running
+        .options
+        .database
+        .connect(tokio_postgres::NoTls)
+        .await
+        .unwrap();
+    tokio::spawn(connection);
+    client
+        .batch_execute("INSERT INTO events (object_type, object_id, data) VALUES ('wish', 'x', '{}')")
+        .await
+        .unwrap();
+    let app = running.app("shop").await;
+    let unknown = next(&mut stream, "an event of an unknown type").await.1;
+    assert_eq!(
+        (unknown.object_type, unknown.object_id.as_str()),
+        (EventKind::Other, "x")
+    );
+    assert_eq!(next(&mut stream, "the event after it").await.1.object_id, app.id);
+    assert_eq!(
+        running.client.events(&filter).await.unwrap().len(),
+        3,
+        "with its route's"
+    );
     drop(stream);
     running.stop().await;
 }

@@ -352,7 +352,7 @@ impl Cluster {
 
     /// Waits until something holds.
     pub(crate) async fn wait(&self, what: &str, mut holds: impl FnMut(&Self) -> bool) {
-        let deadline = tokio::time::Instant::now() + Duration::from_secs(20);
+        let deadline = tokio::time::Instant::now() + Duration::from_mins(1);
         while !holds(self) {
             if tokio::time::Instant::now() > deadline {
                 let calls = self.calls.lock().unwrap().clone();

@@ -5,6 +5,7 @@ use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::{LazyLock, Mutex};
+use std::time::{Duration, Instant};
 
 use tokio_postgres::NoTls;
 
@@ -122,7 +123,9 @@ impl Cluster {
         ]);
         *server = Some(postgres.spawn().unwrap());
         drop(server);
-        for _ in 0..500 {
+        // After a kill it looks through its log first.
+        let patience = Instant::now() + Duration::from_mins(1);
+        while Instant::now() < patience {
             let ready = command("pg_isready")
                 .args(["-q", "-h"])
                 .arg(self.dir.path())
@@ -131,7 +134,7 @@ impl Cluster {
             if ready.success() {
                 return;
             }
-            std::thread::sleep(std::time::Duration::from_millis(20));
+            std::thread::sleep(Duration::from_millis(20));
         }
         panic!("PostgreSQL did not start");
     }
