@@ -151,12 +151,12 @@ fn are_shown(platform: &Platform, connections: &[Seen]) -> Result<()> {
         flows.extend(ask::<Vec<Flow>>(platform, host, "/host/network/flows")?);
     }
     for seen in connections {
-        let shown = |flow: &&Flow| flow.route == Some(seen.to) && flow.remote == seen.client;
+        let shown = |flow: &&Flow| flow.remote == seen.client && flow.local.port() == PORT;
         let flow = flows.iter().find(shown);
-        let flow = flow.with_context(|| format!("{seen:?} is none of {flows:?}"))?;
+        let flow = flow.with_context(|| format!("{seen:?} is none of {} flows", flows.len()))?;
         ensure!(
-            flow.app == APP && flow.local.port() == PORT,
-            "{flow:?} is {seen:?}"
+            flow.app == APP && flow.route == Some(seen.to),
+            "{seen:?} is {flow:?}"
         );
     }
     Ok(())
