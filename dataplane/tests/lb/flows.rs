@@ -1,9 +1,12 @@
 //! Which backend a flow has, and for how long.
 
-use std::net::{IpAddr, Ipv4Addr};
+use std::{
+    collections::BTreeSet,
+    net::{IpAddr, Ipv4Addr},
+};
 
 use flynn_dataplane::{
-    Protocol,
+    DropReason, Protocol,
     lb::{Backend, Event, Mode, Service},
 };
 
@@ -143,6 +146,64 @@ pub(crate) fn affinity_is_by_client() {
         let next = backends(&bench, Kind::Syn, 3000..3050);
         assert!(next[0] != first[0] && next.iter().all(|backend| *backend == next[0]));
         assert_eq!(backends(&bench, Kind::Ack, 1000..1050), first, "connections stay");
+    });
+}
+
+/// A client that uses one port for one VIP after the other finds its backend each time.
+pub(crate) fn a_port_is_free_again_when_its_connection_is_over() {
+    alone(|bpffs| {
+        let bench = Bench::new(bpffs);
+        let question = |vip: u8, kind| {
+            let vip = Ipv4Addr::new(192, 0, 2, vip);
+            let question = frame(kind, (CLIENT4.into(), 4000), (vip.into(), PORT), 10);
+            tunnelled(forward(0, LOCAL.ipv4), &question)
+        };
+        let ask = |vip, kind| ends(&bench.sent(&question(vip, kind))).0.1;
+        let answer = |vip: u8, port, kind| {
+            let answer = frame(
+                kind,
+                (LOCAL.ipv4.into(), BACKEND_PORT),
+                (CLIENT4.into(), port),
+                10,
+            );
+            let vip = Ipv4Addr::new(192, 0, 2, vip);
+            assert_eq!(
+                ends(&bench.answered(&answer)),
+                ((vip.into(), PORT), (CLIENT4.into(), 4000))
+            );
+        };
+        for vip in 1..50 {
+            assert_eq!(ask(vip, Kind::Syn), 4000, "nobody else has it");
+            answer(vip, 4000, Kind::SynAck);
+            assert_eq!(ask(vip, Kind::Ack), 4000);
+            // One ends it at once, or both in either order.
+            match vip % 4 {
+                0 => drop(ask(vip, Kind::Rst)),
+                1 => answer(vip, 4000, Kind::Rst),
+                2 => {
+                    ask(vip, Kind::Fin);
+                    answer(vip, 4000, Kind::Fin);
+                }
+                _ => {
+                    answer(vip, 4000, Kind::Fin);
+                    ask(vip, Kind::Fin);
+                }
+            }
+            // What is still under way finds its way.
+            assert_eq!(ask(vip, Kind::Ack), 4000);
+            answer(vip, 4000, Kind::Ack);
+        }
+        assert_eq!(bench.event(Event::PortTranslated), 0);
+
+        // One half is open, and one has begun anew on the ports that it had: they are somebody's.
+        ask(100, Kind::Syn);
+        ask(100, Kind::Fin);
+        assert_ne!(ask(101, Kind::Syn), 4000);
+        answer(100, 4000, Kind::Fin);
+        ask(100, Kind::Syn);
+        let ports: BTreeSet<u16> = (100..104).map(|vip| ask(vip, Kind::Syn)).collect();
+        assert_eq!(ports.len(), 4, "each has its own");
+        bench.drops(DropReason::PortsTaken, &question(104, Kind::Syn));
     });
 }
 

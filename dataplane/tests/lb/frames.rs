@@ -12,6 +12,8 @@ pub(crate) enum Kind {
     Syn,
     SynAck,
     Ack,
+    Fin,
+    Rst,
     Udp,
 }
 
@@ -71,6 +73,8 @@ pub(crate) fn build(
             .unwrap()
             .write(&mut frame, &payload),
         Kind::Ack => ip.tcp(from, to, 1, 1000).ack(2).write(&mut frame, &payload),
+        Kind::Fin => ip.tcp(from, to, 1, 1000).ack(2).fin().write(&mut frame, &payload),
+        Kind::Rst => ip.tcp(from, to, 1, 1000).rst().write(&mut frame, &payload),
         Kind::Udp => ip.udp(from, to).write(&mut frame, &payload),
     }
     .unwrap();

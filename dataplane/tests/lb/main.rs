@@ -41,6 +41,10 @@ fn main() {
             ),
             ("affinity_is_by_client", flows::affinity_is_by_client),
             (
+                "a_port_is_free_again_when_its_connection_is_over",
+                flows::a_port_is_free_again_when_its_connection_is_over,
+            ),
+            (
                 "two_vips_and_one_port_of_a_client",
                 flows::two_vips_and_one_port_of_a_client,
             ),

@@ -230,13 +230,34 @@ pub struct Translation {
     /// The client's port as the client knows it. It differs from the key's where the same port of the client reaches
     /// the same backend through two VIPs.
     pub client_port: Port,
-    /// Bits of this type's constants.
+    /// Bits of this type's constants; above [`Translation::SEEN`], for datagrams, the second (of 2^30 ns, since boot) in
+    /// which there was one.
     pub flags: u32,
 }
 
 impl Translation {
     /// What the client sends comes through a tunnel, and must leave room for it.
     pub const TUNNELLED: u32 = 1;
+    /// The client sends no more.
+    pub const CLIENT_ENDED: u32 = 2;
+    /// The backend sends no more.
+    pub const BACKEND_ENDED: u32 = 4;
+    /// How many bits are flags.
+    pub const SEEN: u32 = 8;
+    /// Seconds without a datagram after which the flow counts as over.
+    pub const SILENCE: u32 = 60;
+
+    /// Whether nobody needs it any more: another flow may have its place.
+    pub const fn is_over(&self, protocol: u8, now: u32) -> bool {
+        const ENDED: u32 = Translation::CLIENT_ENDED | Translation::BACKEND_ENDED;
+        const UDP: u8 = 17;
+        if protocol == UDP {
+            let since = now.wrapping_sub(self.flags >> Self::SEEN) << Self::SEEN >> Self::SEEN;
+            since > Self::SILENCE
+        } else {
+            self.flags & ENDED == ENDED
+        }
+    }
 }
 
 /// What went to a VIP: a value of the per-CPU array `lb_traffic`.
@@ -358,3 +379,23 @@ const _: () = assert!(size_of::<VipTraffic>() == 24);
 const _: () = assert!(size_of::<Cpu>() == 8 + 8 * MAX_EVENTS);
 const _: () = assert!(size_of::<Tunnelled>() == 8);
 const _: () = assert!(Event::ALL.len() <= MAX_EVENTS);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn datagrams_are_over_after_a_silence() {
+        const UDP: u8 = 17;
+        // The clock's upper bits do not count.
+        for second in [100, 0x00ff_fff0, 0x1234_5678] {
+            let flow = Translation {
+                flags: second << Translation::SEEN | Translation::TUNNELLED,
+                ..Translation::default()
+            };
+            assert!(!flow.is_over(UDP, second));
+            assert!(!flow.is_over(UDP, second + Translation::SILENCE));
+            assert!(flow.is_over(UDP, second + Translation::SILENCE + 1));
+        }
+    }
+}

@@ -13,7 +13,7 @@ use crate::{
     headers::{ETHERNET, Ethernet, ICMP, Icmp, Ports, TCP, Tcp, UDP},
     maps, neighbour,
     translate::{self, Checksum},
-    tunnel,
+    translations, tunnel,
 };
 
 #[inline(always)]
@@ -48,7 +48,7 @@ fn answer<F: Family>(ctx: &TcContext, config: &Config) -> Decision {
     }
 }
 
-/// What the flow is outside.
+/// What the flow of a packet with these flags of TCP is outside.
 #[inline(always)]
 fn translation<F: Family>(
     protocol: u8,
@@ -56,6 +56,7 @@ fn translation<F: Family>(
     port: Port,
     client: F::Address,
     client_port: Port,
+    flags: u8,
 ) -> Option<Translation> {
     let key = TranslationKey {
         client: F::wide(client),
@@ -66,10 +67,7 @@ fn translation<F: Family>(
         version: F::VERSION,
         reserved: 0,
     };
-    let found = maps::established(&key).or_else(|| maps::open(&key))?;
-    // SAFETY: should the entry be given to another flow while it is read, this packet gets that flow's address, and
-    // nobody takes it.
-    Some(unsafe { *found })
+    translations::answered(&key, flags)
 }
 
 #[inline(always)]
@@ -83,14 +81,15 @@ fn reply<F: Family>(
     let Some(&Ports { source, destination }) = ctx.at::<Ports>(F::TRANSPORT) else {
         return Ok(TC_ACT_UNSPEC);
     };
-    let Some(outside) = translation::<F>(protocol, container, source, client, destination) else {
+    let flags = match ctx.at::<Tcp>(F::TRANSPORT) {
+        Some(tcp) if protocol == TCP => tcp.flags,
+        _ => 0,
+    };
+    let Some(outside) = translation::<F>(protocol, container, source, client, destination, flags) else {
         return Ok(TC_ACT_UNSPEC);
     };
     let checksum = Checksum::of::<F>(protocol);
-    let accepts = protocol == TCP
-        && ctx
-            .at::<Tcp>(F::TRANSPORT)
-            .is_some_and(|tcp| tcp.flags & (Tcp::SYN | Tcp::ACK) == Tcp::SYN | Tcp::ACK);
+    let accepts = flags & (Tcp::SYN | Tcp::ACK) == Tcp::SYN | Tcp::ACK;
     if accepts && outside.flags & Translation::TUNNELLED != 0 {
         translate::clamp::<F>(ctx, tunnel::room(config, true), checksum)?;
     }
@@ -124,7 +123,7 @@ fn refusal<F: Family>(
     let Some(&Ports { source, destination }) = ctx.at::<Ports>(at) else {
         return Ok(TC_ACT_UNSPEC);
     };
-    let Some(outside) = translation::<F>(protocol, container, destination, client, source) else {
+    let Some(outside) = translation::<F>(protocol, container, destination, client, source, 0) else {
         return Ok(TC_ACT_UNSPEC);
     };
     F::error_address(ctx, F::SOURCE, container, F::narrow(outside.vip))?;

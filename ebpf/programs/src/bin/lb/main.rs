@@ -24,6 +24,7 @@ mod seek;
 mod select;
 mod too_big;
 mod translate;
+mod translations;
 mod tunnel;
 mod uplink;
 mod xdp;

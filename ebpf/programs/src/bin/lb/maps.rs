@@ -149,6 +149,12 @@ pub(crate) fn established_insert(key: &TranslationKey, value: &Translation) -> b
 }
 
 #[inline(always)]
+pub(crate) fn established_remove(key: &TranslationKey) {
+    // One that is gone already is what is wanted.
+    let _ = ESTABLISHED.remove(key);
+}
+
+#[inline(always)]
 pub(crate) fn count_traffic(vip: u16, bytes: u32) {
     if let Some(traffic) = TRAFFIC.get_ptr_mut(u32::from(vip)) {
         // SAFETY: this CPU's own slot, and programs are not preempted by one another on it.

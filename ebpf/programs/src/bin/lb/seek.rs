@@ -9,14 +9,14 @@
 use aya_ebpf::programs::TcContext;
 use flynn_abi::{
     DropReason, Endpoint, Ipv4,
-    lb::{Backend, Port, TranslationKey, Tunnelled, Vip},
+    lb::{Backend, Port, Translation, TranslationKey, Tunnelled, Vip},
 };
 
 use crate::{
     context::Context,
     family::Family,
     headers::{ETHERNET, TCP, Tcp},
-    maps, select,
+    maps, select, translations,
 };
 
 /// Where a connection is looked for next.
@@ -59,7 +59,13 @@ pub(crate) fn elsewhere<F: Family>(ctx: &TcContext, at: Tunnelled) -> Result<Opt
     let (client, address) = (F::source(header), F::destination(header));
     let tcp = ctx.at::<Tcp>(F::TRANSPORT).ok_or(DropReason::Truncated)?;
     let (flags, client_port, port) = (tcp.flags, tcp.ports.source, tcp.ports.destination);
-    if flags & Tcp::SYN != 0 || is_known::<F>(client, client_port, at.address, at.port) {
+    let flow = Translation {
+        vip: F::wide(address),
+        port,
+        client_port,
+        ..Translation::default()
+    };
+    if flags & Tcp::SYN != 0 || is_known::<F>(client, &flow, at.address, at.port) {
         return Ok(None);
     }
     let Some(vip) = F::vip(address, port, TCP) else {
@@ -88,7 +94,7 @@ pub(crate) fn elsewhere<F: Family>(ctx: &TcContext, at: Tunnelled) -> Result<Opt
         // know of it either.
         if used & Backend::USED == 0
             || service != vip.service
-            || is_here(address) && !is_known::<F>(client, client_port, address, port)
+            || is_here(address) && !is_known::<F>(client, &flow, address, port)
         {
             continue;
         }
@@ -98,18 +104,17 @@ pub(crate) fn elsewhere<F: Family>(ctx: &TcContext, at: Tunnelled) -> Result<Opt
     Ok(None)
 }
 
-/// Whether a container of this host has the connection, or another one from the client's port, by another VIP: then it
-/// has this one by another port, if at all.
+/// Whether a container of this host has the connection.
 #[inline(always)]
-fn is_known<F: Family>(client: F::Address, client_port: Port, container: Ipv4, port: Port) -> bool {
-    let key = TranslationKey {
+fn is_known<F: Family>(client: F::Address, flow: &Translation, container: Ipv4, port: Port) -> bool {
+    let mut key = TranslationKey {
         client: F::wide(client),
         container,
-        client_port,
+        client_port: flow.client_port,
         port,
         protocol: TCP,
         version: F::VERSION,
         reserved: 0,
     };
-    maps::established(&key).is_some() || maps::open(&key).is_some()
+    translations::is_known(&mut key, flow)
 }
