@@ -29,6 +29,8 @@ pub mod virtual_address;
 pub mod client;
 #[cfg(feature = "server")]
 pub mod server;
+#[cfg(any(feature = "client", feature = "server"))]
+mod tcp;
 #[cfg(feature = "tls")]
 pub mod tls;
 

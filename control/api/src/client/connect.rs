@@ -17,6 +17,8 @@ use tokio::net::{TcpStream, UnixStream};
 use tokio_rustls::TlsConnector;
 use tokio_rustls::client::TlsStream;
 
+use crate::tcp::tune;
+
 /// How long a connection may take to open.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 
@@ -86,7 +88,7 @@ async fn tcp(host: &str, port: u16) -> io::Result<TcpStream> {
         host
     };
     let stream = TcpStream::connect((host, port)).await?;
-    stream.set_nodelay(true)?;
+    tune(&stream)?;
     Ok(stream)
 }
 

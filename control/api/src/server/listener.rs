@@ -20,6 +20,7 @@ use tokio_rustls::TlsAcceptor;
 use tokio_util::sync::CancellationToken;
 use tower::ServiceExt as _;
 
+use crate::tcp::tune;
 use crate::tls::PeerIdentity;
 
 /// Connections at a time.
@@ -156,7 +157,7 @@ fn start(
         let serve = async {
             match connection {
                 Accepted::Tcp(stream, addr) => {
-                    stream.set_nodelay(true)?;
+                    tune(&stream)?;
                     let peer = Peer {
                         addr: Some(addr),
                         ..Peer::default()
@@ -164,7 +165,7 @@ fn start(
                     serve_connection(TokioIo::new(stream), peer, router, watcher).await;
                 }
                 Accepted::Tls(stream, addr, acceptor) => {
-                    stream.set_nodelay(true)?;
+                    tune(&stream)?;
                     let stream = tokio::time::timeout(HEAD_TIMEOUT, acceptor.accept(stream)).await??;
                     let certificate = stream
                         .get_ref()
