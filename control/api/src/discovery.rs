@@ -4,7 +4,7 @@
 //! | --- | --- |
 //! | `PUT /services/{s}` | makes a service ([`ServiceConfig`]); 409 `object_exists` when it is there |
 //! | `GET /services` | names |
-//! | `GET /services` with `Accept: text/event-stream` | [`Event`]s of all services, without metadata: first what is there, //! `current`, then changes. A stream that has ended is begun anew: there is no resuming |
+//! | `GET /services` with `Accept: text/event-stream` | [`Event`]s of all services, without metadata: first what is there, `current`, then changes |
 //! | `DELETE /services/{s}` | removes it |
 //! | `GET /services/{s}` with `Accept: text/event-stream` | [`Event`]s: the present state, `current`, then changes |
 //! | `GET /services/{s}` | [`ServiceInfo`] |
@@ -19,10 +19,23 @@
 //! | `POST /cluster/tokens`, `POST /cluster/join`, `POST /cluster/renew` | [`JoinToken`], [`JoinRequest`], [`RenewRequest`] |
 //! | `PUT`/`GET /cluster/virtual-networks` | [`VirtualNetworks`]; they can be set once |
 //! | `GET /ping`, `GET /.well-known/status` | is it there; [`Status`] |
+//!
+//! Every host answers every call. Writes find their way to the leader. Reads are answered by the host that is asked, as
+//! fresh as `?consistency=` wants it ([`Consistency`]): metadata, leaders and virtual networks are `linearizable` unless
+//! asked otherwise, all else is `local`. Each answer names in the header `X-Flynn-Index` the Raft index that it reflects,
+//! or, after a write, that it was written at.
+//!
+//! Changes in a stream carry an id ([`Position`]), and now and then comes an id without an event. With the last id as
+//! `Last-Event-ID` or `?since=`, a stream resumes behind it, at any host: changes, in order and each once, with a
+//! `current` where it has caught up. Hosts keep some thousands of changes; what can no longer be told in full is answered
+//! with 410 (`gone`): begin anew, without an id.
+
+mod reads;
 
 use serde::{Deserialize, Serialize};
 
 use crate::Meta;
+pub use crate::discovery::reads::{Consistency, INDEX_HEADER, Position};
 pub use crate::virtual_address::{VirtualAddresses, VirtualNetworks};
 
 /// The port of discoverd.

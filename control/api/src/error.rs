@@ -22,6 +22,8 @@ pub enum ErrorCode {
     Conflict,
     /// The caller's precondition (generation, index) does not hold.
     PreconditionFailed,
+    /// It was there and is no more: what follows from it must be begun anew.
+    Gone,
     /// The caller is not known.
     Unauthorized,
     /// The caller is known but may not do this.
@@ -45,6 +47,7 @@ impl ErrorCode {
             Self::NotFound => StatusCode::NOT_FOUND,
             Self::ObjectExists | Self::Conflict => StatusCode::CONFLICT,
             Self::PreconditionFailed => StatusCode::PRECONDITION_FAILED,
+            Self::Gone => StatusCode::GONE,
             Self::Unauthorized => StatusCode::UNAUTHORIZED,
             Self::Forbidden => StatusCode::FORBIDDEN,
             Self::LimitExceeded => StatusCode::PAYLOAD_TOO_LARGE,
@@ -62,6 +65,7 @@ impl ErrorCode {
             404 => Self::NotFound,
             408 | 504 => Self::Timeout,
             409 => Self::Conflict,
+            410 => Self::Gone,
             412 => Self::PreconditionFailed,
             413 | 429 | 507 => Self::LimitExceeded,
             502 | 503 => Self::Unavailable,
@@ -132,6 +136,19 @@ impl Error {
     /// Something that is needed is not there now.
     pub fn unavailable(message: impl Into<String>) -> Self {
         Self::new(ErrorCode::Unavailable, message)
+    }
+
+    /// The same, but the call may have been done although it failed.
+    #[must_use]
+    pub fn or_done(mut self) -> Self {
+        self.detail = Some(serde_json::json!({ "outcome": "unknown" }));
+        self
+    }
+
+    /// Whether the call may have been done although it failed.
+    pub fn may_be_done(&self) -> bool {
+        let unknown = |detail: &serde_json::Value| detail["outcome"] == "unknown";
+        self.code == ErrorCode::Timeout || self.detail.as_ref().is_some_and(unknown)
     }
 
     /// A fault of the platform. The caller logs the cause; the message stays general.

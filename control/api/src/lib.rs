@@ -45,4 +45,4 @@ pub type Meta = std::collections::BTreeMap<String, String>;
 
 /// Between the comments of a stream of events in which nothing happens.
 #[cfg(any(feature = "client", feature = "server"))]
-const HEARTBEAT: std::time::Duration = std::time::Duration::from_secs(15);
+pub const HEARTBEAT: std::time::Duration = std::time::Duration::from_secs(15);

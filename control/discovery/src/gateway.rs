@@ -96,7 +96,7 @@ fn subnet(node: &Node, host_id: &str) -> Option<Subnet> {
 pub async fn run(node: Node, gateway: Gateway, shutdown: CancellationToken) {
     let mut serving: Option<(Subnet, CancellationToken)> = None;
     while !shutdown.is_cancelled() {
-        let watch = node.view.watch(HOST_SERVICE);
+        let watch = node.view.watch(HOST_SERVICE, None);
         let present = subnet(&node, &gateway.host_id);
         if serving.as_ref().map(|(subnet, _)| *subnet) != present {
             if let Some((_, stop)) = serving.take() {
@@ -110,8 +110,8 @@ pub async fn run(node: Node, gateway: Gateway, shutdown: CancellationToken) {
         }
         let changed = async {
             match watch {
-                Some(mut watch) => drop(watch.changes.recv().await),
-                None => tokio::time::sleep(Duration::from_secs(1)).await,
+                Ok(mut watch) => drop(watch.changes.recv().await),
+                Err(_) => tokio::time::sleep(Duration::from_secs(1)).await,
             }
         };
         tokio::select! {

@@ -9,7 +9,7 @@
 //!                        │                               │                     │
 //!                      http ────────────────────────── http                   dns
 //!                        │                               │                     │
-//!   raft/rpc ──────────  node: write, barrier, register, watch ──────────────  view
+//!   raft/rpc ──────────  node: write, read, register, watch ─────────────────  view
 //!                        │                                                     │
 //!            raft: journal, snapshot, network ── command ──▶ state (pure) ─────┘
 //! ```
@@ -31,15 +31,19 @@ pub mod claims;
 pub mod command;
 pub mod dns;
 pub mod gateway;
+pub mod gather;
+pub mod history;
 pub mod http;
 pub mod liveness;
 pub mod members;
 pub mod node;
 mod options;
 pub mod raft;
+pub mod reads;
 pub mod state;
 pub mod view;
 pub mod voters;
+pub mod writes;
 
 use std::net::SocketAddr;
 use std::time::{Duration, SystemTime};

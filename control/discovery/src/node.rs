@@ -1,8 +1,8 @@
 //! This member: writes that find their way to the leader, reads that are as fresh as asked, heartbeats.
 //!
-//! Whoever calls need not know who leads. A command or a heartbeat goes to the leader, wherever that is; reads are
-//! answered from this host's [`View`], after [`Node::barrier`] where they must not be stale. The HTTP API therefore works
-//! alike on every host.
+//! Whoever calls need not know who leads. A command goes to the leader, wherever that is ([`crate::writes`]); reads are
+//! answered from this host's [`View`], after [`Node::ready_for`] where they must not be stale. The HTTP API therefore
+//! works alike on every host.
 
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -11,31 +11,27 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use anyhow::Context as _;
 use flynn_api::discovery::{Instance, OwnStatus, Peer};
 use flynn_api::{Error, ErrorCode};
-use openraft::errors::{ClientWriteError, LinearizableReadError, RaftError};
-use openraft::raft::ReadPolicy;
 use openraft::{ServerState, async_runtime::WatchReceiver as _};
 use serde::{Deserialize, Serialize};
 
 use crate::claims::{Beat, Claims, Heard, Told};
-use crate::command::{Command, Outcome};
+use crate::command::Command;
 use crate::liveness::{Liveness, Times};
 use crate::raft::log::LogStore;
 use crate::raft::machine::Machine;
 use crate::raft::network::Dialer;
 use crate::raft::snapshot::SnapshotFile;
 use crate::raft::{Member, Raft, Timing};
+use crate::reads::Questions;
 use crate::state::State;
 use crate::view::View;
 use crate::voters::{Rules, Standing};
+use crate::writes::{WRITE_TIMEOUT, Writes};
 
-/// How long a write may take until its outcome is given up on.
-const WRITE_TIMEOUT: Duration = Duration::from_secs(10);
 /// A log longer than this is cut short.
 const MAX_LOG_BYTES: u64 = 32 << 20;
 /// A member this many entries behind has caught up.
 const CAUGHT_UP: u64 = 100;
-/// How long a read waits for the leader.
-const READ_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// A member of the cluster. Cheap to clone.
 #[derive(Clone)]
@@ -50,6 +46,8 @@ pub struct Node {
     claims: Arc<Mutex<Claims>>,
     liveness: Arc<Mutex<Liveness>>,
     watch: Arc<Mutex<Watch>>,
+    pub(crate) questions: Questions,
+    pub(crate) writes: Writes,
     rules: Rules,
     began: Instant,
     /// Told from those of other starts.
@@ -75,7 +73,7 @@ struct Watch {
 }
 
 /// What the leader says to a forwarded call.
-#[derive(Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Forwarded<T> {
     /// It was taken.
@@ -109,6 +107,8 @@ impl Node {
                 lease: millis(timing.lease),
             }))),
             watch: Arc::default(),
+            questions: Questions::default(),
+            writes: Writes::default(),
             rules: Rules {
                 silence: millis(timing.silence),
                 replace: millis(timing.replace),
@@ -179,104 +179,6 @@ impl Node {
         membership.nodes().map(peer).collect()
     }
 
-    /// Has `command` committed and applied, here too, and gives its index.
-    pub async fn write(&self, command: Command) -> Result<u64, Error> {
-        let deadline = tokio::time::Instant::now() + WRITE_TIMEOUT;
-        let late = || {
-            let message =
-                "the write was not confirmed in time, and may or may not have happened: read, then repeat it";
-            Error::new(ErrorCode::Timeout, message)
-        };
-        let write = async {
-            loop {
-                match self.write_here(&command).await? {
-                    Forwarded::Taken(outcome) => break Ok(outcome),
-                    Forwarded::NotLeader => {}
-                }
-                if let Some((id, member)) = self.leader().filter(|(id, _)| *id != self.id) {
-                    match self.call(id, &member, "write", &command).await {
-                        Ok(Forwarded::Taken(outcome)) => break Ok(outcome),
-                        Ok(Forwarded::NotLeader) => {}
-                        // It may be dead, and another be elected soon.
-                        Err(error) if error.code == ErrorCode::Unavailable && command.may_repeat() => {}
-                        Err(error) => break Err(error),
-                    }
-                }
-                self.election(deadline).await?;
-            }
-        };
-        match tokio::time::timeout_at(deadline, write)
-            .await
-            .map_err(|_| late())??
-        {
-            Outcome::Refused(error) => Err(error),
-            Outcome::Done { index } => {
-                // So that whoever wrote here can read it here.
-                tokio::time::timeout_at(deadline, self.view.reached(index))
-                    .await
-                    .map_err(|_| late())?;
-                Ok(index)
-            }
-        }
-    }
-
-    /// Writes if this member leads.
-    pub async fn write_here(&self, command: &Command) -> Result<Forwarded<Outcome>, Error> {
-        if self.leads().is_none() {
-            return Ok(Forwarded::NotLeader);
-        }
-        if self.log.disk_is_full() {
-            let message =
-                "the disk of the leading discoverd is full: make room on the volume of its job, then repeat";
-            return Err(Error::new(ErrorCode::LimitExceeded, message));
-        }
-        match self.raft.client_write(command.clone()).await {
-            Ok(response) => Ok(Forwarded::Taken(response.data)),
-            Err(RaftError::APIError(ClientWriteError::ForwardToLeader(_))) => Ok(Forwarded::NotLeader),
-            Err(RaftError::APIError(error)) => Err(Error::new(ErrorCode::Timeout, error.to_string())),
-            Err(RaftError::Fatal(error)) => {
-                Err(Error::unavailable(format!("this discoverd is stopping: {error}")))
-            }
-        }
-    }
-
-    /// Returns once whatever was written before the call, anywhere, can be read here.
-    pub async fn barrier(&self) -> Result<(), Error> {
-        let deadline = tokio::time::Instant::now() + READ_TIMEOUT;
-        let wait = async {
-            loop {
-                match self.read_index().await? {
-                    Forwarded::Taken(index) => break Ok(index),
-                    Forwarded::NotLeader => {}
-                }
-                if let Some((id, member)) = self.leader().filter(|(id, _)| *id != self.id) {
-                    match self.call(id, &member, "read-index", &()).await {
-                        Ok(Forwarded::Taken(index)) => break Ok(index),
-                        // It may be dead, and another be elected soon.
-                        Ok(Forwarded::NotLeader) | Err(_) => {}
-                    }
-                }
-                self.election(deadline).await?;
-            }
-        };
-        let late = |_| Error::unavailable("no majority of discoverd answers: what is read might be old");
-        let index: u64 = tokio::time::timeout_at(deadline, wait).await.map_err(late)??;
-        tokio::time::timeout_at(deadline, self.view.reached(index))
-            .await
-            .map_err(late)
-    }
-
-    /// The index that a reader must have reached, if this member leads.
-    pub async fn read_index(&self) -> Result<Forwarded<u64>, Error> {
-        match self.raft.get_read_linearizer(ReadPolicy::ReadIndex).await {
-            Ok(linearizer) => Ok(Forwarded::Taken(linearizer.read_log_id().index())),
-            Err(RaftError::APIError(LinearizableReadError::ForwardToLeader(_))) => Ok(Forwarded::NotLeader),
-            Err(error) => Err(Error::unavailable(format!(
-                "the leader cannot reach a majority: {error}"
-            ))),
-        }
-    }
-
     /// Registers an instance, or keeps it alive if it is there just so. This member answers for it from then on, for a
     /// lease.
     pub async fn register(&self, service: &str, instance: Instance) -> Result<(), Error> {
@@ -304,11 +206,9 @@ impl Node {
     }
 
     /// Deregisters an instance.
-    pub async fn deregister(&self, service: String, id: String) -> Result<(), Error> {
+    pub async fn deregister(&self, service: String, id: String) -> Result<u64, Error> {
         self.claims().gone(&service, &id);
-        self.write(Command::DeleteInstance { service, id })
-            .await
-            .map(drop)
+        self.write(Command::DeleteInstance { service, id }).await
     }
 
     /// The next beat to a voter that was told `told`, and what it will have been told by it.
@@ -498,6 +398,34 @@ impl Node {
     ) -> Result<T, Error> {
         let http = self.dialer.dial(&member.addr)?.timeout(WRITE_TIMEOUT);
         http.post(&format!("/raft/{id}/{what}"), body).await
+    }
+
+    /// Calls the leader, which is given up on when it is known to lead no more; `None` when no other member leads.
+    pub(crate) async fn call_leader<T: serde::de::DeserializeOwned>(
+        &self,
+        what: &str,
+        body: &impl Serialize,
+        patience: Duration,
+    ) -> Option<Result<T, Error>> {
+        let (id, member) = self.leader().filter(|(id, _)| *id != self.id)?;
+        let late = || Error::new(ErrorCode::Timeout, "the leading discoverd does not answer").or_done();
+        tokio::select! {
+            answer = tokio::time::timeout(patience, self.call(id, &member, what, body)) => {
+                Some(answer.unwrap_or_else(|_| Err(late())))
+            }
+            () = self.deposed(id) => Some(Err(late())),
+        }
+    }
+
+    /// Returns once the member `id` is not known here as the leader any more.
+    async fn deposed(&self, id: u64) {
+        let mut metrics = self.raft.server_metrics();
+        while metrics.borrow_watched().current_leader == Some(id) && metrics.changed().await.is_ok() {}
+    }
+
+    /// Whether writes wait for room on this member's disk.
+    pub fn disk_is_full(&self) -> bool {
+        self.log.disk_is_full()
     }
 
     /// Waits a moment for a leader to appear.

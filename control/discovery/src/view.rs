@@ -1,19 +1,22 @@
 //! This host's view of the registry: the state as far as the log was applied here, and those who watch it.
 //!
 //! Reading takes a lock for as long as the reader looks and never waits for disk or network. A watcher gets the present
-//! state and every later change: both are taken under the same lock, so nothing is lost or told twice. A watcher that
-//! does not keep up is cut off, and begins anew when it comes back.
+//! state, or, when it resumes, what it has missed ([`History`]), and every later change: both are taken under the same
+//! lock, so nothing is lost or told twice. A watcher that does not keep up is cut off, and resumes when it comes back.
 
 use std::collections::HashMap;
-use std::sync::{Arc, PoisonError, RwLock};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
-use flynn_api::discovery::{Event, EventKind};
+use flynn_api::discovery::{Event, Position};
+use flynn_api::{Error, ErrorCode};
 use tokio::sync::{mpsc, watch};
 
 use crate::command::{Command, Outcome};
+use crate::history::{Change, History};
 use crate::state::State;
 
-/// Events that may wait for one watcher.
+/// Changes that may wait for one watcher.
 const QUEUE: usize = 1024;
 /// The same for one who watches all services.
 const QUEUE_OF_ALL: usize = 16 << 10;
@@ -27,32 +30,36 @@ const MAX_WATCHERS: usize = 20_000;
 pub struct View {
     inner: RwLock<Inner>,
     applied: watch::Sender<u64>,
+    cut_off: AtomicU64,
 }
 
 #[derive(Debug, Default)]
 struct Inner {
     state: State,
-    watchers: HashMap<String, Vec<mpsc::Sender<Arc<Event>>>>,
+    /// What the state reflects.
+    index: u64,
+    history: History,
+    watchers: HashMap<String, Vec<mpsc::Sender<Arc<Change>>>>,
 }
 
-/// A watch of all services.
+/// A watch: of one service (whose present state is its events), or of all ([`State::everything`] tells of it).
 #[derive(Debug)]
-pub struct WatchOfAll {
-    /// The state when the watch began: [`State::everything`] tells of it.
-    pub present: State,
-    /// Its index.
+pub struct Watch<P> {
+    /// What is told first.
+    pub begin: Begin<P>,
+    /// The index that this brings the watcher to.
     pub index: u64,
-    /// What came after, but for metadata. Ends when the watcher was too slow.
-    pub changes: mpsc::Receiver<Arc<Event>>,
+    /// What came after. Ends when the watcher was too slow.
+    pub changes: mpsc::Receiver<Arc<Change>>,
 }
 
-/// A watch of one service.
+/// How a watch begins.
 #[derive(Debug)]
-pub struct Watch {
-    /// The state when the watch began, ending with `current`.
-    pub present: Vec<Event>,
-    /// What came after. Ends when the watcher was too slow.
-    pub changes: mpsc::Receiver<Arc<Event>>,
+pub enum Begin<P> {
+    /// With what is there.
+    Anew(P),
+    /// With what was missed.
+    Missed(Vec<Arc<Change>>),
 }
 
 impl Default for View {
@@ -60,6 +67,7 @@ impl Default for View {
         Self {
             inner: RwLock::default(),
             applied: watch::Sender::new(0),
+            cut_off: AtomicU64::new(0),
         }
     }
 }
@@ -67,7 +75,21 @@ impl Default for View {
 impl View {
     /// Looks at the state. `look` must be quick.
     pub fn read<T>(&self, look: impl FnOnce(&State) -> T) -> T {
-        look(&self.inner.read().unwrap_or_else(PoisonError::into_inner).state)
+        look(&self.inner().state)
+    }
+
+    /// [`View::read`], and the index that the state reflects.
+    pub fn read_at<T>(&self, look: impl FnOnce(&State) -> T) -> (u64, T) {
+        let inner = self.inner();
+        (inner.index, look(&inner.state))
+    }
+
+    fn inner(&self) -> RwLockReadGuard<'_, Inner> {
+        self.inner.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn inner_mut(&self) -> RwLockWriteGuard<'_, Inner> {
+        self.inner.write().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The index of the last entry that was applied.
@@ -88,96 +110,136 @@ impl View {
     /// Applies the command at `index` and tells the watchers.
     pub fn apply(&self, index: u64, command: &Command) -> Outcome {
         let outcome = {
-            let mut inner = self.inner.write().unwrap_or_else(PoisonError::into_inner);
+            let mut inner = self.inner_mut();
             let (outcome, events) = inner.state.apply(index, command);
-            for event in events {
-                inner.tell(event);
-            }
+            inner.index = index;
+            let cut_off = inner.tell(index, events);
+            self.cut_off.fetch_add(cut_off, Ordering::Relaxed);
             outcome
         };
-        self.advance(index);
+        self.applied.send_replace(index);
         outcome
     }
 
     /// The entry at `index` was applied and changed nothing here.
     pub fn advance(&self, index: u64) {
+        self.inner_mut().index = index;
         self.applied.send_replace(index);
     }
 
-    /// Takes over a snapshot. Watchers are cut off, for what happened in between is not known.
+    /// Takes over a snapshot. Watchers are cut off, for what happened in between is not known here.
     pub fn replace(&self, index: u64, state: State) {
-        {
-            let mut inner = self.inner.write().unwrap_or_else(PoisonError::into_inner);
-            *inner = Inner {
-                state,
-                ..Inner::default()
-            };
-        }
-        self.advance(index);
+        *self.inner_mut() = Inner {
+            state,
+            index,
+            history: History::from(index),
+            watchers: HashMap::new(),
+        };
+        self.applied.send_replace(index);
     }
 
     /// Cuts all watchers off.
     pub fn disconnect(&self) {
-        self.inner
-            .write()
-            .unwrap_or_else(PoisonError::into_inner)
-            .watchers
-            .clear();
+        self.inner_mut().watchers.clear();
     }
 
-    /// Watches a service, which need not be there yet. `None` when there are too many watchers.
-    pub fn watch(&self, service: &str) -> Option<Watch> {
-        let (sender, changes) = mpsc::channel(QUEUE);
-        let mut inner = self.inner.write().unwrap_or_else(PoisonError::into_inner);
+    /// Watchers that there are, those that have just left included.
+    pub fn watchers(&self) -> usize {
+        self.inner().watchers.values().map(Vec::len).sum()
+    }
+
+    /// Watchers that were cut off because they were too slow.
+    pub fn cut_off(&self) -> u64 {
+        self.cut_off.load(Ordering::Relaxed)
+    }
+
+    /// Watches a service, which need not be there yet: from now on, or from where an earlier watch has come to. Fails when
+    /// that is too long ago ([`ErrorCode::Gone`]), or when there are too many watchers.
+    pub fn watch(&self, service: &str, since: Option<Position>) -> Result<Watch<Vec<Event>>, Error> {
+        self.enter(service, QUEUE, since, |state| state.present(service))
+    }
+
+    /// [`View::watch`] of all services.
+    pub fn watch_all(&self, since: Option<Position>) -> Result<Watch<State>, Error> {
+        self.enter(ALL, QUEUE_OF_ALL, since, State::clone)
+    }
+
+    fn enter<P>(
+        &self,
+        service: &str,
+        queue: usize,
+        since: Option<Position>,
+        present: impl FnOnce(&State) -> P,
+    ) -> Result<Watch<P>, Error> {
+        let (sender, changes) = mpsc::channel(queue);
+        let mut inner = self.inner_mut();
+        let begin = match since {
+            None => Begin::Anew(present(&inner.state)),
+            Some(since) => {
+                let missed = inner.history.after(since).ok_or_else(|| gone(since))?;
+                let service = (service != ALL).then_some(service);
+                Begin::Missed(
+                    missed
+                        .filter(|change| change.concerns(service))
+                        .cloned()
+                        .collect(),
+                )
+            }
+        };
         inner.enter(service, sender)?;
-        let mut present = inner.state.present(service);
-        present.push(Event::new(service, EventKind::Current, self.applied()));
-        Some(Watch { present, changes })
-    }
-
-    /// Watches all services. `None` when there are too many watchers.
-    pub fn watch_all(&self) -> Option<WatchOfAll> {
-        let (sender, changes) = mpsc::channel(QUEUE_OF_ALL);
-        let mut inner = self.inner.write().unwrap_or_else(PoisonError::into_inner);
-        inner.enter(ALL, sender)?;
-        Some(WatchOfAll {
-            present: inner.state.clone(),
-            index: self.applied(),
+        Ok(Watch {
+            begin,
+            index: inner.index,
             changes,
         })
     }
 }
 
+/// A watch cannot go on from there.
+pub fn gone(since: Position) -> Error {
+    let message = format!(
+        "the changes since {since} are not all known here any more: begin anew, without since and Last-Event-ID"
+    );
+    Error::new(ErrorCode::Gone, message)
+}
+
 impl Inner {
-    fn enter(&mut self, service: &str, sender: mpsc::Sender<Arc<Event>>) -> Option<()> {
+    fn enter(&mut self, service: &str, sender: mpsc::Sender<Arc<Change>>) -> Result<(), Error> {
         if self.watchers.values().map(Vec::len).sum::<usize>() >= MAX_WATCHERS {
             self.watchers.retain(|_, watchers| {
                 watchers.retain(|watcher| !watcher.is_closed());
                 !watchers.is_empty()
             });
             if self.watchers.values().map(Vec::len).sum::<usize>() >= MAX_WATCHERS {
-                return None;
+                let message = "there are too many watchers: close some";
+                return Err(Error::new(ErrorCode::LimitExceeded, message));
             }
         }
         let watchers = self.watchers.entry(service.to_owned()).or_default();
         watchers.retain(|watcher| !watcher.is_closed());
         watchers.push(sender);
-        Some(())
+        Ok(())
     }
 
-    fn tell(&mut self, event: Event) {
-        let event = Arc::new(event);
-        // Who watches one service knows nothing of numbers; who watches all is told no metadata, for it may be secret.
-        let of_one = !matches!(event.kind, EventKind::Service | EventKind::ServiceGone);
-        let of_all = event.kind != EventKind::ServiceMeta;
-        for (service, wanted) in [(event.service.as_str(), of_one), (ALL, of_all)] {
-            let Some(watchers) = self.watchers.get_mut(service).filter(|_| wanted) else {
-                continue;
-            };
-            watchers.retain(|watcher| watcher.try_send(Arc::clone(&event)).is_ok());
-            if watchers.is_empty() {
-                self.watchers.remove(service);
+    /// Gives how many were cut off.
+    fn tell(&mut self, index: u64, events: Vec<Event>) -> u64 {
+        let mut cut_off = 0;
+        for change in self.history.push(index, events) {
+            let service = change.event.service.as_str();
+            for (key, of) in [(service, Some(service)), (ALL, None)] {
+                let Some(watchers) = self.watchers.get_mut(key).filter(|_| change.concerns(of)) else {
+                    continue;
+                };
+                watchers.retain(|watcher| {
+                    let told = watcher.try_send(Arc::clone(change));
+                    cut_off += u64::from(matches!(told, Err(mpsc::error::TrySendError::Full(_))));
+                    told.is_ok()
+                });
+                if watchers.is_empty() {
+                    self.watchers.remove(key);
+                }
             }
         }
+        cut_off
     }
 }

@@ -376,15 +376,18 @@ fn metadata_and_leaders() {
         };
         let three = client.set_meta("pg", &three).await.unwrap();
         assert_eq!(client.leader("pg").await.unwrap().id, b.id);
-        let mut kinds = Vec::new();
+        let (mut kinds, mut ids) = (Vec::new(), Vec::new());
         while let Some(Ok((id, event))) = watch.next().await {
-            assert_eq!(id, Some(event.index.to_string()));
+            ids.extend(id);
             kinds.push(event.kind);
             if event.kind == EventKind::Leader && event.index == three.index {
                 break;
             }
         }
         assert_eq!(kinds, [Up, Up, Leader, Meta, Current, Meta, Leader]);
+        // What is there has none; then each is behind its change, the last of a write behind all of it.
+        let (before, at) = (three.index - 1, three.index);
+        assert_eq!(ids, [before.to_string(), format!("{at}.0"), at.to_string()]);
         let gone = ServiceMeta {
             leader_id: Some("nobody".into()),
             ..meta(json!(4), three.index)
@@ -490,7 +493,7 @@ fn a_watcher_that_does_not_read_is_cut_off_and_others_are_not() {
             leader_type: LeaderType::Oldest,
         },
     );
-    let (mut slow, mut quick) = (view.watch("web").unwrap(), view.watch("web").unwrap());
+    let (mut slow, mut quick) = (view.watch("web", None).unwrap(), view.watch("web", None).unwrap());
     for index in 2..3000_u64 {
         let instance = instance(&format!("10.0.{}.{}:80", index / 250, index % 250 + 1));
         view.apply(
@@ -505,4 +508,5 @@ fn a_watcher_that_does_not_read_is_cut_off_and_others_are_not() {
     let told = std::iter::from_fn(|| slow.changes.try_recv().ok()).count();
     assert_eq!(told, 1024, "what fits in the queue");
     assert!(slow.changes.is_closed() && !quick.changes.is_closed());
+    assert_eq!((view.cut_off(), view.watchers()), (1, 1));
 }

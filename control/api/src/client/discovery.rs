@@ -5,8 +5,8 @@ use serde::de::DeserializeOwned;
 
 use super::{EventStream, Http, encode};
 use crate::discovery::{
-    Event, Instance, JoinRequest, JoinToken, MemberStatus, OwnStatus, Peer, RenewRequest, ServiceConfig,
-    ServiceInfo, ServiceMeta, SignedIdentity, VirtualNetworks, Voting,
+    Consistency, Event, Instance, JoinRequest, JoinToken, MemberStatus, OwnStatus, Peer, RenewRequest,
+    ServiceConfig, ServiceInfo, ServiceMeta, SignedIdentity, VirtualNetworks, Voting,
 };
 use crate::{Error, ErrorCode, Result};
 
@@ -17,12 +17,30 @@ const ATTEMPTS: u32 = 500;
 #[derive(Clone, Debug)]
 pub struct DiscoveryClient {
     http: Http,
+    consistency: Option<Consistency>,
 }
 
 impl DiscoveryClient {
     /// Over this transport.
     pub fn new(http: Http) -> Self {
-        Self { http }
+        Self {
+            http,
+            consistency: None,
+        }
+    }
+
+    /// With reads that are as fresh as that, rather than as each usually is.
+    #[must_use]
+    pub fn consistency(mut self, consistency: Consistency) -> Self {
+        self.consistency = Some(consistency);
+        self
+    }
+
+    async fn read<T: DeserializeOwned>(&self, path: &str) -> Result<T> {
+        match self.consistency {
+            Some(consistency) => self.http.get(&format!("{path}?consistency={consistency}")).await,
+            None => self.http.get(path).await,
+        }
     }
 
     /// Whether it answers.
@@ -45,12 +63,12 @@ impl DiscoveryClient {
 
     /// Names of all services.
     pub async fn services(&self) -> Result<Vec<String>> {
-        self.http.get("/services").await
+        self.read("/services").await
     }
 
     /// What there is to say about a service as a whole.
     pub async fn service(&self, service: &str) -> Result<ServiceInfo> {
-        self.http.get(&path(service, "")).await
+        self.read(&path(service, "")).await
     }
 
     /// All services: what is there, `current`, then changes. Ends with the connection.
@@ -58,9 +76,14 @@ impl DiscoveryClient {
         self.http.events("/services").await
     }
 
+    /// [`Self::watch_since`] of all services.
+    pub async fn watch_all_since(&self, last: &str) -> Result<EventStream<Event>> {
+        self.http.events_after("/services", Some(last)).await
+    }
+
     /// The networks that virtual addresses are from.
     pub async fn virtual_networks(&self) -> Result<VirtualNetworks> {
-        self.http.get("/cluster/virtual-networks").await
+        self.read("/cluster/virtual-networks").await
     }
 
     /// Sets them, once.
@@ -78,9 +101,15 @@ impl DiscoveryClient {
         self.http.events(&path(service, "")).await
     }
 
+    /// What has changed in a service since an earlier watch, of any host, had come to the id `last`
+    /// ([`EventStream::last_id`]), `current`, then its changes. Fails with `gone` when that is too long ago.
+    pub async fn watch_since(&self, service: &str, last: &str) -> Result<EventStream<Event>> {
+        self.http.events_after(&path(service, ""), Some(last)).await
+    }
+
     /// A service's metadata.
     pub async fn meta(&self, service: &str) -> Result<ServiceMeta> {
-        self.http.get(&path(service, "/meta")).await
+        self.read(&path(service, "/meta")).await
     }
 
     /// A service's metadata; `None` when the service or its metadata is not there.
@@ -170,7 +199,7 @@ impl DiscoveryClient {
 
     /// A service's instances; none when there is no such service.
     pub async fn instances(&self, service: &str) -> Result<Vec<Instance>> {
-        match self.http.get(&path(service, "/instances")).await {
+        match self.read(&path(service, "/instances")).await {
             Err(Error {
                 code: ErrorCode::NotFound,
                 ..
@@ -181,7 +210,7 @@ impl DiscoveryClient {
 
     /// A service's leader.
     pub async fn leader(&self, service: &str) -> Result<Instance> {
-        self.http.get(&path(service, "/leader")).await
+        self.read(&path(service, "/leader")).await
     }
 
     /// Sets the leader of a `manual` service.

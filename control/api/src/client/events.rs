@@ -26,6 +26,7 @@ pub struct EventStream<T> {
     body: Incoming,
     silence: Pin<Box<Sleep>>,
     parser: Parser,
+    last: Option<String>,
     done: bool,
     data: PhantomData<fn() -> T>,
 }
@@ -36,9 +37,15 @@ impl<T> EventStream<T> {
             body,
             silence: Box::pin(sleep(SILENCE)),
             parser: Parser::default(),
+            last: None,
             done: false,
             data: PhantomData,
         }
+    }
+
+    /// The id that the server gave last, with an event or alone: a later stream resumes behind it.
+    pub fn last_id(&self) -> Option<&str> {
+        self.last.as_deref()
     }
 }
 
@@ -49,6 +56,12 @@ impl<T: DeserializeOwned> Stream for EventStream<T> {
         let this = &mut *self;
         loop {
             if let Some(event) = this.parser.events.pop_front() {
+                if event.id.is_some() {
+                    this.last.clone_from(&event.id);
+                }
+                if event.data.is_empty() {
+                    continue;
+                }
                 let data = serde_json::from_str(&event.data)
                     .map_err(|why| Error::internal(format!("an event cannot be read: {why}")));
                 this.done |= data.is_err();
@@ -84,6 +97,7 @@ impl<T: DeserializeOwned> Stream for EventStream<T> {
     }
 }
 
+/// An event, or, without data, an id alone.
 #[derive(Debug, PartialEq)]
 struct RawEvent {
     id: Option<String>,
@@ -117,7 +131,7 @@ impl Parser {
         let line = String::from_utf8_lossy(line.strip_suffix(b"\r").unwrap_or(line));
         if line.is_empty() {
             let id = self.id.take();
-            if !self.data.is_empty() {
+            if id.is_some() || !self.data.is_empty() {
                 let data = std::mem::take(&mut self.data);
                 self.events.push_back(RawEvent { id, data });
             }

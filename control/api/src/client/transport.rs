@@ -218,10 +218,13 @@ impl Http {
                 .headers_mut()
                 .insert(HOST, HeaderValue::from_static("localhost"));
         }
-        self.client
-            .request(request)
-            .await
-            .map_err(|why| self.broken(&path, &why))
+        self.client.request(request).await.map_err(|why| {
+            if why.is_connect() {
+                self.unreachable(&path, &why)
+            } else {
+                self.broken(&path, &why)
+            }
+        })
     }
 
     /// A stream of Server-Sent Events. It ends when the server ends it; whoever needs more calls again.
@@ -274,7 +277,8 @@ impl Http {
         Ok(TokioIo::new(upgraded))
     }
 
-    fn broken(&self, path: &str, why: &(dyn std::error::Error + 'static)) -> Error {
+    /// No connection could be made: nothing was sent.
+    fn unreachable(&self, path: &str, why: &(dyn std::error::Error + 'static)) -> Error {
         let mut message = format!("no answer from {}{path}: {why}", self.base);
         let mut cause = why.source();
         while let Some(why) = cause {
@@ -283,6 +287,11 @@ impl Http {
             cause = why.source();
         }
         Error::unavailable(message)
+    }
+
+    /// The connection broke when the call may have been read.
+    fn broken(&self, path: &str, why: &(dyn std::error::Error + 'static)) -> Error {
+        self.unreachable(path, why).or_done()
     }
 }
 

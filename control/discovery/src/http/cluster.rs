@@ -5,8 +5,8 @@ use std::time::Duration;
 use axum::Extension;
 use axum::extract::{Path, State};
 use flynn_api::discovery::{
-    self, CA_SERVICE, ClusterCa, HOST_SERVICE, JoinRequest, JoinToken, MemberStatus, NetworkLeases,
-    OwnStatus, RenewRequest, SignedIdentity, Voting,
+    self, CA_SERVICE, ClusterCa, Consistency, HOST_SERVICE, JoinRequest, JoinToken, MemberStatus,
+    NetworkLeases, OwnStatus, RenewRequest, SignedIdentity, Voting,
 };
 use flynn_api::server::{Json, Peer, StrictJson};
 use flynn_api::tls::{Ca, PeerIdentity};
@@ -229,7 +229,7 @@ fn lease_address(node: &Node, host: &str) -> Option<std::net::Ipv4Addr> {
 }
 
 async fn cluster_ca(node: &Node) -> Result<Ca, Error> {
-    node.barrier().await?;
+    node.ready_for(Consistency::Linearizable).await?;
     let ca: ClusterCa = metadata(node, CA_SERVICE)
         .ok_or_else(|| Error::unavailable("the cluster has no CA yet: bootstrap has not come that far"))?;
     Ca::from_pem(ca.cert, ca.key).map_err(|error| ca_fault(&error))

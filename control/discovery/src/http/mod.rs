@@ -1,9 +1,11 @@
 //! The HTTP API ([`flynn_api::discovery`]).
 
+mod asked;
 pub mod auth;
 pub mod cluster;
 mod input;
 mod services;
+mod stream;
 
 use axum::extract::State;
 use axum::response::{IntoResponse as _, Response};

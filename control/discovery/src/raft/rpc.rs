@@ -4,6 +4,7 @@ use axum::extract::{Path, Request, State};
 use axum::response::{IntoResponse as _, Response};
 use axum::routing::post;
 use axum::{Extension, Router};
+use flynn_api::discovery::Consistency;
 use flynn_api::server::{Json, Peer};
 use flynn_api::{Error, ErrorCode};
 use openraft::raft::{AppendEntriesRequest, TransferLeaderRequest, VoteRequest};
@@ -84,7 +85,18 @@ async fn call(
             let command: Command = parse(&body)?;
             Ok(Json(node.write_here(&command).await?).into_response())
         }
-        "read-index" => Ok(Json(node.read_index().await?).into_response()),
+        "writes" => {
+            let commands: Vec<Command> = parse(&body)?;
+            Ok(Json(node.write_all_here(commands).await).into_response())
+        }
+        "read-index" => {
+            // Earlier releases say nothing, and want it linearizable.
+            let wanted: Option<Consistency> = parse(&body)?;
+            let index = node
+                .read_index(wanted.unwrap_or(Consistency::Linearizable))
+                .await?;
+            Ok(Json(index).into_response())
+        }
         "members" => {
             let change: MemberChange = parse(&body)?;
             Ok(Json(members::change_here(&node, &change).await?).into_response())

@@ -72,6 +72,26 @@ impl Cluster {
         cluster
     }
 
+    /// Three running voters.
+    pub async fn three() -> Self {
+        Self::three_with(|_| ()).await
+    }
+
+    /// [`Cluster::three`] with other options.
+    pub async fn three_with(change: impl Fn(&mut Options)) -> Self {
+        let mut cluster = Self::new();
+        cluster.add_with(&change);
+        cluster.ready(0).await;
+        cluster.add_with(&change);
+        cluster.add_with(&change);
+        eventually("three voters", async || {
+            let peers = cluster.client(0).peers().await.ok()?;
+            (peers.iter().filter(|peer| peer.voter).count() == 3).then_some(())
+        })
+        .await;
+        cluster
+    }
+
     /// Adds a member that makes the cluster, or joins it, and starts it.
     pub fn add(&mut self) -> usize {
         self.add_with(|_| ())

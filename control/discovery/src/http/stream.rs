@@ -1,0 +1,144 @@
+//! Watches as event streams.
+//!
+//! A change carries its [`Position`]; what is there when a watch begins carries none, for nobody can resume in the midst
+//! of it. A stream in which nothing is told for a while tells the position alone, so that whoever watches what seldom
+//! changes can still resume after everything else has changed a lot.
+
+use std::convert::Infallible;
+use std::sync::Arc;
+
+use axum::response::sse::{self, Sse};
+use axum::response::{IntoResponse as _, Response};
+use flynn_api::discovery::{Event, EventKind, Position};
+use flynn_api::{Error, HEARTBEAT};
+use futures::stream::{Stream, StreamExt as _, iter, unfold};
+use tokio::sync::mpsc;
+use tokio::time::{Instant, timeout_at};
+
+use crate::history::Change;
+use crate::node::Node;
+use crate::view::{Begin, View, Watch};
+
+/// All services, or one of them: what is there (told as the reader takes it) or what was missed since, `current`, and
+/// what changes.
+pub(super) async fn stream(
+    node: &Node,
+    service: Option<&str>,
+    since: Option<Position>,
+    wanted: fn(EventKind) -> bool,
+) -> Result<Response, Error> {
+    if let Some(since) = since {
+        node.ready_since(since).await?;
+    }
+    let view = &node.view;
+    if let Some(service) = service {
+        return Ok(answer(view, service, view.watch(service, since)?, wanted));
+    }
+    let Watch {
+        begin,
+        index,
+        changes,
+    } = view.watch_all(since)?;
+    let begin = match begin {
+        Begin::Anew(present) => Begin::Anew(present.everything()),
+        Begin::Missed(missed) => Begin::Missed(missed),
+    };
+    Ok(answer(
+        view,
+        "",
+        Watch {
+            begin,
+            index,
+            changes,
+        },
+        wanted,
+    ))
+}
+
+fn answer<P>(view: &Arc<View>, service: &str, watch: Watch<P>, wanted: fn(EventKind) -> bool) -> Response
+where
+    P: IntoIterator<Item = Event, IntoIter: Send + 'static> + Send + 'static,
+{
+    let (present, missed) = match watch.begin {
+        Begin::Anew(present) => (Some(present), Vec::new()),
+        Begin::Missed(missed) => (None, missed),
+    };
+    let present = present
+        .into_iter()
+        .flatten()
+        .filter(move |event| wanted(event.kind));
+    let present = present.map(|event| told(&event, None));
+    let missed = missed.into_iter().filter(move |change| wanted(change.event.kind));
+    let missed = missed.map(|change| changed(&change));
+    let position = Position::behind(watch.index);
+    let current = told(
+        &Event::new(service, EventKind::Current, watch.index),
+        Some(position),
+    );
+    let changes = Changes {
+        view: Arc::clone(view),
+        queue: watch.changes,
+        wanted,
+        position,
+        tell_by: Instant::now() + HEARTBEAT,
+    };
+    let events = iter(present.chain(missed).chain([current])).chain(changes.stream());
+    Sse::new(events.map(Ok::<_, Infallible>)).into_response()
+}
+
+fn told(event: &Event, position: Option<Position>) -> sse::Event {
+    let json = serde_json::to_string(event).unwrap_or_default();
+    let told = sse::Event::default().data(json);
+    match position {
+        Some(position) => told.id(position.to_string()),
+        None => told,
+    }
+}
+
+fn changed(change: &Change) -> sse::Event {
+    sse::Event::default()
+        .data(change.json())
+        .id(change.position.to_string())
+}
+
+/// What comes after `current`.
+struct Changes {
+    view: Arc<View>,
+    queue: mpsc::Receiver<Arc<Change>>,
+    wanted: fn(EventKind) -> bool,
+    position: Position,
+    tell_by: Instant,
+}
+
+impl Changes {
+    fn stream(self) -> impl Stream<Item = sse::Event> {
+        unfold(self, |mut changes| async {
+            let event = changes.next().await?;
+            changes.tell_by = Instant::now() + HEARTBEAT;
+            Some((event, changes))
+        })
+    }
+
+    /// The next that is wanted, or the position when it is time to say it.
+    async fn next(&mut self) -> Option<sse::Event> {
+        while Instant::now() < self.tell_by {
+            match timeout_at(self.tell_by, self.queue.recv()).await {
+                Ok(Some(change)) => {
+                    self.position = change.position;
+                    if (self.wanted)(change.event.kind) {
+                        return Some(changed(&change));
+                    }
+                }
+                Ok(None) => return None,
+                Err(_) => {
+                    // Changes are sent while the view is locked: if none waits now, none is missing up to its index.
+                    let (index, all) = self.view.read_at(|_| self.queue.is_empty());
+                    if all {
+                        self.position = Position::behind(index);
+                    }
+                }
+            }
+        }
+        Some(sse::Event::default().id(self.position.to_string()))
+    }
+}
