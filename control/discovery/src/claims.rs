@@ -35,6 +35,14 @@ pub struct Beat {
     pub alive: Vec<Key>,
     /// Instances that are no longer heard of, or said goodbye.
     pub silent: Vec<Key>,
+    /// The Raft index that this member had come to: what is silent here may have registered anew since. (Earlier releases
+    /// do not say.)
+    #[serde(default = "any_index")]
+    pub index: u64,
+}
+
+fn any_index() -> u64 {
+    u64::MAX
 }
 
 /// What a voter says to a [`Beat`].
@@ -64,15 +72,15 @@ impl Claims {
         }
     }
 
-    /// An instance registered, or said that it lives.
-    pub fn heard(&mut self, now: u64, service: &str, id: &str) {
+    /// An instance is about to register, or said that it lives; whether nothing was known of it.
+    pub fn heard(&mut self, now: u64, service: &str, id: &str) -> bool {
         let key = Key {
             service: service.to_owned(),
             id: id.to_owned(),
         };
-        if self.last.insert(key, now).is_none() {
-            self.version += 1;
-        }
+        let new = self.last.insert(key, now).is_none();
+        self.version += u64::from(new);
+        new
     }
 
     /// An instance said goodbye.
@@ -111,8 +119,9 @@ pub struct Told {
 }
 
 impl Told {
-    /// The next beat to that voter, and what it will have been told by it.
-    pub fn next(&self, member: u64, session: u64, claims: &Claims) -> (Beat, Option<Self>) {
+    /// The next beat to that voter, and what it will have been told by it. `index` was reached before `claims` were looked
+    /// at.
+    pub fn next(&self, member: u64, session: u64, index: u64, claims: &Claims) -> (Beat, Option<Self>) {
         let mut beat = Beat {
             member,
             session,
@@ -120,6 +129,7 @@ impl Told {
             base: self.version,
             alive: Vec::new(),
             silent: Vec::new(),
+            index,
         };
         if self.version == claims.version {
             return (beat, None);

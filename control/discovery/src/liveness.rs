@@ -42,8 +42,9 @@ pub struct Liveness {
     owners: HashMap<Key, BTreeSet<u64>>,
     /// Since when nobody answers for an instance.
     orphans: HashMap<Key, u64>,
-    /// Instances of which a member said that they are silent.
-    released: HashSet<Key>,
+    /// Instances of which a member said that they are silent, and the index that it had come to: who has registered since is
+    /// not meant.
+    released: HashMap<Key, u64>,
 }
 
 #[derive(Debug, Default)]
@@ -70,7 +71,7 @@ impl Liveness {
             members: BTreeMap::new(),
             owners: HashMap::new(),
             orphans: HashMap::new(),
-            released: HashSet::new(),
+            released: HashMap::new(),
         }
     }
 
@@ -93,7 +94,10 @@ impl Liveness {
             // Nobody has said of them that they are silent: whoever tells everything anew may have just started.
             (all.into_iter().collect(), lost)
         } else {
-            self.released.extend(beat.silent.iter().cloned());
+            for key in &beat.silent {
+                let upto = self.released.entry(key.clone()).or_default();
+                *upto = beat.index.max(*upto);
+            }
             (beat.alive, beat.silent)
         };
         (member.session, member.version) = (beat.session, beat.version);
@@ -233,7 +237,7 @@ impl Liveness {
                 Some(owners) => owners
                     .iter()
                     .all(|owner| self.members.get(owner).is_none_or(|member| member.gone)),
-                None if self.released.contains(&key) => true,
+                None if self.released.get(&key).is_some_and(|upto| index <= *upto) => true,
                 None => {
                     let since = *self.orphans.get(&key).unwrap_or(&now);
                     orphans.insert(key.clone(), since);

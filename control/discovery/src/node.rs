@@ -194,15 +194,20 @@ impl Node {
                 } == *known
             })
         });
-        if !same {
-            let command = Command::PutInstance {
-                service: service.to_owned(),
-                instance,
-            };
-            self.write(command).await?;
+        // Before it is written: what is said of it until then is said of an earlier registration.
+        let new = self.claims().heard(self.now(), service, &id);
+        if same {
+            return Ok(());
         }
-        self.claims().heard(self.now(), service, &id);
-        Ok(())
+        let command = Command::PutInstance {
+            service: service.to_owned(),
+            instance,
+        };
+        let written = self.write(command).await;
+        if new && written.as_ref().is_err_and(|error| !error.may_be_done()) {
+            self.claims().gone(service, &id);
+        }
+        written.map(drop)
     }
 
     /// Deregisters an instance.
@@ -213,7 +218,7 @@ impl Node {
 
     /// The next beat to a voter that was told `told`, and what it will have been told by it.
     pub fn next_beat(&self, told: &Told) -> (Beat, Option<Told>) {
-        told.next(self.id, self.session, &self.claims())
+        told.next(self.id, self.session, self.view.applied(), &self.claims())
     }
 
     /// Takes a member's beat.

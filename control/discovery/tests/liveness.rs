@@ -252,7 +252,7 @@ impl Cluster {
                 let mut told = host.told.remove(voter).unwrap_or_default();
                 for _ in 0..2 {
                     let host = &self.hosts[id];
-                    let (beat, next) = told.next(*id, host.session, &host.claims);
+                    let (beat, next) = told.next(*id, host.session, self.index, &host.claims);
                     let heard = self.hosts.get_mut(voter).unwrap().liveness.beat(self.now, beat);
                     if heard.understood {
                         told = next.unwrap_or(told);
@@ -405,6 +405,25 @@ fn run(seed: u64) -> BTreeSet<&'static str> {
         cluster.seen.insert("converged");
     }
     cluster.seen
+}
+
+/// What a member says of an instance that said goodbye is not said of it when it has come back meanwhile.
+#[test]
+fn a_goodbye_is_of_the_registration_that_it_ends() {
+    let members = BTreeSet::from([1]);
+    for (registered, gone) in [(7, true), (9, true), (10, false)] {
+        let (mut claims, mut liveness) = (Claims::new(TIMES.lease), Liveness::new(TIMES));
+        claims.heard(0, "web", "one");
+        let (beat, told) = Told::default().next(1, 1, 7, &claims);
+        liveness.beat(0, beat);
+        claims.gone("web", "one");
+        let (beat, _) = told.unwrap().next(1, 1, 9, &claims);
+        liveness.beat(100, beat);
+        let expired = liveness.round(100, 1, &members, Some(1), || {
+            [("web", "one", registered)].into_iter()
+        });
+        assert_eq!(!expired.is_empty(), gone, "registered at {registered}");
+    }
 }
 
 #[test]
