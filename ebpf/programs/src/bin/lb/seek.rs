@@ -9,14 +9,14 @@
 use aya_ebpf::programs::TcContext;
 use flynn_abi::{
     DropReason, Endpoint, Ipv4,
-    lb::{Backend, Port, Translation, TranslationKey, Tunnelled, Vip},
+    lb::{Backend, Port, TranslationKey, Tunnelled, Vip},
 };
 
 use crate::{
     context::Context,
     family::Family,
     headers::{ETHERNET, TCP, Tcp},
-    maps, select, translations,
+    maps, select,
 };
 
 /// Where a connection is looked for next.
@@ -59,13 +59,9 @@ pub(crate) fn elsewhere<F: Family>(ctx: &TcContext, at: Tunnelled) -> Result<Opt
     let (client, address) = (F::source(header), F::destination(header));
     let tcp = ctx.at::<Tcp>(F::TRANSPORT).ok_or(DropReason::Truncated)?;
     let (flags, client_port, port) = (tcp.flags, tcp.ports.source, tcp.ports.destination);
-    let flow = Translation {
-        vip: F::wide(address),
-        port,
-        client_port,
-        ..Translation::default()
-    };
-    if flags & Tcp::SYN != 0 || is_known::<F>(client, &flow, at.address, at.port) {
+    let is_known =
+        |container: Ipv4, at: Port| is_known::<F>((client, client_port), (address, port), container, at);
+    if flags & Tcp::SYN != 0 || is_known(at.address, at.port) {
         return Ok(None);
     }
     let Some(vip) = F::vip(address, port, TCP) else {
@@ -92,9 +88,7 @@ pub(crate) fn elsewhere<F: Family>(ctx: &TcContext, at: Tunnelled) -> Result<Opt
         } = unsafe { *backend };
         // Nobody, somebody who is gone (whose number may be another service's by now), or one who is here and does not
         // know of it either.
-        if used & Backend::USED == 0
-            || service != vip.service
-            || is_here(address) && !is_known::<F>(client, &flow, address, port)
+        if used & Backend::USED == 0 || service != vip.service || is_here(address) && !is_known(address, port)
         {
             continue;
         }
@@ -104,17 +98,29 @@ pub(crate) fn elsewhere<F: Family>(ctx: &TcContext, at: Tunnelled) -> Result<Opt
     Ok(None)
 }
 
-/// Whether a container of this host has the connection.
+/// Whether a container of this host has the connection, or another one of the client's port, by another VIP: then it has
+/// this one by another port, if at all.
 #[inline(always)]
-fn is_known<F: Family>(client: F::Address, flow: &Translation, container: Ipv4, port: Port) -> bool {
-    let mut key = TranslationKey {
-        client: F::wide(client),
+fn is_known<F: Family>(
+    client: (F::Address, Port),
+    vip: (F::Address, Port),
+    container: Ipv4,
+    port: Port,
+) -> bool {
+    let key = TranslationKey {
+        client: F::wide(client.0),
         container,
-        client_port: flow.client_port,
+        client_port: client.1,
         port,
         protocol: TCP,
         version: F::VERSION,
         reserved: 0,
     };
-    translations::is_known(&mut key, flow)
+    let Some(found) = maps::established(&key).or_else(|| maps::open(&key)) else {
+        return false;
+    };
+    // SAFETY: should the entry be given to another flow while it is looked at, the packet goes where that one is known.
+    let found = unsafe { &*found };
+    let same = found.port == vip.1 && found.client_port == client.1 && F::narrow(found.vip) == vip.0;
+    same || !found.is_over(TCP, 0)
 }

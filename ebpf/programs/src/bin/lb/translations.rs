@@ -81,22 +81,6 @@ pub(crate) fn answered(key: &TranslationKey, flags: u8) -> Option<Translation> {
     Some(seen)
 }
 
-/// Whether the container has the flow that is this outside.
-#[inline(always)]
-pub(crate) fn is_known(key: &mut TranslationKey, wanted: &Translation) -> bool {
-    for attempt in 0..TRIES {
-        key.client_port = nth_port(wanted.client_port, attempt);
-        let Some(found) = maps::established(key).or_else(|| maps::open(key)) else {
-            return false;
-        };
-        // SAFETY: as in `record`.
-        if is_same(unsafe { &*found }, wanted) {
-            return true;
-        }
-    }
-    false
-}
-
 #[inline(always)]
 fn insert(
     key: &TranslationKey,
