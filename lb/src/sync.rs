@@ -79,16 +79,19 @@ impl Sync {
 
     /// Follows the instances of each service that a route leads to, for ever.
     pub async fn follow_services(self: Arc<Self>) {
-        let mut followers: BTreeMap<String, Follower> = BTreeMap::new();
+        let mut followers: Vec<Follower> = Vec::new();
         loop {
             let services = self.router.services();
-            followers.retain(|name, _| services.iter().any(|service| service.name == *name));
+            // One that was without routes for a moment has come back as another.
+            followers.retain(|follower| services.iter().any(|service| follower.is_of(service)));
             for service in &services {
-                followers.entry(service.name.clone()).or_insert_with(|| {
-                    Follower(tokio::spawn(
-                        Arc::clone(&self).follow_service(Arc::clone(service)),
-                    ))
-                });
+                if !followers.iter().any(|follower| follower.is_of(service)) {
+                    let task = tokio::spawn(Arc::clone(&self).follow_service(Arc::clone(service)));
+                    followers.push(Follower {
+                        service: Arc::clone(service),
+                        task,
+                    });
+                }
             }
             tokio::select! {
                 () = self.routes_changed.notified() => {}
@@ -150,11 +153,20 @@ impl Sync {
     }
 }
 
-/// A task that ends with its handle.
-struct Follower(JoinHandle<()>);
+/// Who follows a service; it ends with this.
+struct Follower {
+    service: Arc<Service>,
+    task: JoinHandle<()>,
+}
+
+impl Follower {
+    fn is_of(&self, service: &Arc<Service>) -> bool {
+        Arc::ptr_eq(&self.service, service)
+    }
+}
 
 impl Drop for Follower {
     fn drop(&mut self) {
-        self.0.abort();
+        self.task.abort();
     }
 }
