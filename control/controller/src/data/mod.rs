@@ -19,8 +19,8 @@ use deadpool_postgres::{Client, GenericClient, Transaction};
 use flynn_api::controller::EventKind;
 use flynn_api::{Error, Result};
 use serde::Serialize;
-use tokio_postgres::Row;
 use tokio_postgres::types::ToSql;
+use tokio_postgres::{IsolationLevel, Row};
 use uuid::Uuid;
 
 use crate::database::explain;
@@ -69,6 +69,17 @@ impl<'a> Change<'a> {
         events::store(&self.tx, &self.events).await?;
         self.tx.commit().await.map_err(explain)
     }
+}
+
+/// A transaction that reads everything as it was at one moment.
+pub(crate) async fn snapshot(client: &mut Client) -> Result<Transaction<'_>> {
+    client
+        .build_transaction()
+        .isolation_level(IsolationLevel::RepeatableRead)
+        .read_only(true)
+        .start()
+        .await
+        .map_err(explain)
 }
 
 /// Locks that a transaction takes for itself, released at its end. Each is taken before [`Lock::Events`].

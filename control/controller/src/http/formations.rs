@@ -16,7 +16,7 @@ use super::State;
 use super::query::Query;
 use super::releases::usable;
 use crate::data::events::Filter;
-use crate::data::{Change, apps, deployments, formations, id_of, releases, scales};
+use crate::data::{Change, apps, deployments, formations, id_of, releases, scales, snapshot};
 use crate::feed::Subscription;
 use crate::{database::Database, rules};
 
@@ -63,10 +63,12 @@ pub(crate) async fn list(state: State, Query(query): Query<Listing>, headers: He
         let why = "a list of all formations is not given: ask for ?active=true, or for a stream of events";
         return Err(Error::validation(why));
     }
-    let client = state.database.client().await?;
+    // A deployment changes two formations at once: nobody shall see one of them alone.
+    let mut client = state.database.client().await?;
+    let snapshot = snapshot(&mut client).await?;
     let mut list = Vec::new();
-    for (app, release) in formations::keys(&client, true).await? {
-        list.push(formations::expand(&client, app, release).await?);
+    for (app, release) in formations::keys(&snapshot, true).await? {
+        list.push(formations::expand(&snapshot, app, release).await?);
     }
     Ok(Json(list).into_response())
 }

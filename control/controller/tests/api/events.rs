@@ -19,6 +19,7 @@ pub(crate) fn trials() -> Vec<libtest_mimic::Trial> {
         trial("events_of_a_newer_version_stop_no_stream", newer),
         trial("a_stream_cannot_resume_where_events_are_gone", horizon),
         trial("history_stays_within_its_bounds", bounds),
+        trial("formations_are_listed_as_of_one_moment", moment),
         trial("formations_come_whole_and_then_as_they_change", formations),
     ]
 }
@@ -293,5 +294,51 @@ async fn formations() {
     });
     active.await;
     drop(stream);
+    running.stop().await;
+}
+
+/// What the scheduler acts on: were it half old and half new, it would start or stop what nobody wants it to.
+async fn moment() {
+    let running = start().await;
+    let (app, old, _) = running.running_app("shop", 2).await;
+    let new = running.release(&app).await;
+    let formation = Formation {
+        app_id: app.id.clone(),
+        release_id: new.id.clone(),
+        processes: Processes::from([("web".into(), 1)]),
+        ..Formation::default()
+    };
+    running.client.put_formation(&formation).await.unwrap();
+    let (client, connection) = running
+        .options
+        .database
+        .connect(tokio_postgres::NoTls)
+        .await
+        .unwrap();
+    tokio::spawn(connection);
+    // The list stops in its midst, once it has read the first formation, for it reads that one's release next.
+    client
+        .batch_execute("BEGIN; LOCK TABLE releases IN ACCESS EXCLUSIVE MODE")
+        .await
+        .unwrap();
+    let write = async {
+        let waits = "SELECT 1 FROM pg_locks WHERE relation = 'releases'::regclass AND NOT granted";
+        eventually("the list is half read", || async {
+            (!client.query(waits, &[]).await.unwrap().is_empty()).then_some(())
+        })
+        .await;
+        let turn = format!(
+            "UPDATE formations SET processes = CASE release_id WHEN '{}' THEN '{{\"web\": 1}}'::jsonb
+             ELSE '{{\"web\": 2}}'::jsonb END; COMMIT",
+            old.id
+        );
+        client.batch_execute(&turn).await.unwrap();
+    };
+    let (list, ()) = tokio::join!(running.client.active_formations(), write);
+    let counts = list
+        .unwrap()
+        .into_iter()
+        .map(|formation| formation.processes["web"]);
+    assert_eq!(counts.collect::<Vec<_>>(), [2, 1], "before the change, both");
     running.stop().await;
 }
