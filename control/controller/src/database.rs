@@ -10,7 +10,7 @@ use flynn_api::client::Http;
 use flynn_api::server::disk;
 use flynn_api::{Error, ErrorCode, Result, sirenia};
 use tokio_postgres::config::Host;
-use tokio_postgres::error::SqlState;
+use tokio_postgres::error::{DbError, Severity, SqlState};
 use tokio_postgres::{Config, NoTls};
 
 use crate::data::LOCK_SPACE;
@@ -178,6 +178,20 @@ fn away(why: &dyn std::fmt::Display) -> Error {
             "the controller's database is not there now. Nothing was changed; try again in a moment",
         ),
     }
+}
+
+/// What the failure of a commit means to the caller. Where the connection broke, it may have been made all the same.
+pub(crate) fn explain_commit(why: tokio_postgres::Error) -> Error {
+    let answer = why.as_db_error().and_then(DbError::parsed_severity);
+    if answer == Some(Severity::Error) {
+        return explain(why);
+    }
+    tracing::warn!(why = %chain(&why), "the database broke off in the midst of a commit");
+    Error::new(
+        ErrorCode::Timeout,
+        "the controller's database broke off in the midst of the change, so whether it was made is not known: look at \
+         the object, and try again if it was not",
+    )
 }
 
 /// What a failure of the database means to the caller. Messages of the server stay in the log: they may quote data.

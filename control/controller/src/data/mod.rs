@@ -23,7 +23,7 @@ use tokio_postgres::types::ToSql;
 use tokio_postgres::{IsolationLevel, Row};
 use uuid::Uuid;
 
-use crate::database::explain;
+use crate::database::{explain, explain_commit};
 
 /// Longest answer of a listing that grows with history: the newest entries.
 pub(crate) const LIST_LIMIT: i64 = 1000;
@@ -67,7 +67,7 @@ impl<'a> Change<'a> {
     /// Makes it so.
     pub(crate) async fn commit(self) -> Result<()> {
         events::store(&self.tx, &self.events).await?;
-        self.tx.commit().await.map_err(explain)
+        self.tx.commit().await.map_err(explain_commit)
     }
 }
 

@@ -14,6 +14,7 @@ use crate::common::{eventually, next, trial};
 pub(crate) fn trials() -> Vec<libtest_mimic::Trial> {
     vec![
         trial("the_database_goes_and_comes_back", goes_and_comes_back),
+        trial("a_change_that_may_have_been_made_is_not_denied", unknown),
         trial("it_waits_for_its_database", waits),
         trial("a_database_without_room_says_so", without_room),
         trial("controllers_that_start_together_migrate_once", together),
@@ -129,6 +130,36 @@ async fn without_room() {
         .create_app(&wish)
         .await
         .expect("with room it goes on");
+    running.stop().await;
+}
+
+async fn unknown() {
+    let running = start().await;
+    let (client, connection) = running.options.database.connect(NoTls).await.unwrap();
+    tokio::spawn(connection);
+    // The server's process ends while it commits. Whether before or after, nobody hears.
+    let end = "CREATE FUNCTION fall() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN \
+               PERFORM pg_terminate_backend(pg_backend_pid()); RETURN NULL; END $$; \
+               CREATE CONSTRAINT TRIGGER fall AFTER INSERT ON apps DEFERRABLE INITIALLY DEFERRED \
+               FOR EACH ROW EXECUTE FUNCTION fall()";
+    client.batch_execute(end).await.unwrap();
+    let wish = App {
+        name: "shop".into(),
+        ..App::default()
+    };
+    let broken = running.client.create_app(&wish).await.unwrap_err();
+    assert_eq!(
+        (broken.code, broken.retry, broken.may_be_done()),
+        (ErrorCode::Timeout, true, true),
+        "{broken}"
+    );
+    assert!(broken.message.contains("is not known"), "{broken}");
+    client.batch_execute("DROP FUNCTION fall CASCADE").await.unwrap();
+    running
+        .client
+        .create_app(&wish)
+        .await
+        .expect("the next one has another connection");
     running.stop().await;
 }
 
