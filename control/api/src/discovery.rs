@@ -18,6 +18,7 @@
 //! | `PUT /raft/peers/{p}/vote`, `DELETE /raft/peers/{p}` | [`Voting`]; takes a member out. `p`: address, host or id |
 //! | `POST /cluster/tokens`, `POST /cluster/join`, `POST /cluster/renew` | [`JoinToken`], [`JoinRequest`], [`RenewRequest`] |
 //! | `PUT`/`GET /cluster/virtual-networks` | [`VirtualNetworks`]; they can be set once |
+//! | `GET /metrics` | figures in Prometheus' text format |
 //! | `GET /ping`, `GET /.well-known/status` | is it there; [`Status`] |
 //!
 //! Every host answers every call. Writes find their way to the leader. Reads are answered by the host that is asked, as

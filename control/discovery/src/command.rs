@@ -9,6 +9,8 @@ use flynn_api::Error;
 use flynn_api::discovery::{Instance, LeaderType, ServiceMeta, VirtualNetworks};
 use serde::{Deserialize, Serialize};
 
+use crate::weight;
+
 /// A change of the registry.
 ///
 /// A command carries everything that its outcome depends on besides the state: the time, where something expires, is
@@ -106,6 +108,25 @@ impl Command {
                 | Self::AddToken { .. }
                 | Self::UseToken { .. }
         )
+    }
+
+    /// About how many bytes it takes.
+    pub fn weight(&self) -> usize {
+        const FIXED: usize = 200;
+        FIXED
+            + match self {
+                Self::PutInstance { instance, .. } => weight::instance(instance),
+                Self::SetMeta { meta, .. } => weight::json(&meta.data),
+                Self::Expire { instances } => instances.len() * FIXED,
+                Self::NumberServices { numbers, .. } => numbers.len() * FIXED,
+                Self::CreateService { .. }
+                | Self::DeleteService { .. }
+                | Self::DeleteInstance { .. }
+                | Self::SetLeader { .. }
+                | Self::SetVirtualNetworks { .. }
+                | Self::AddToken { .. }
+                | Self::UseToken { .. } => 0,
+            }
     }
 }
 

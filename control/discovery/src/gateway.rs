@@ -6,6 +6,7 @@
 
 use std::net::{Ipv4Addr, SocketAddr};
 use std::str::FromStr;
+use std::sync::Arc;
 use std::time::Duration;
 
 use flynn_api::discovery::{HOST_SERVICE, NetworkLeases};
@@ -137,9 +138,10 @@ fn start(node: &Node, gateway: &Gateway, subnet: Subnet, stop: &CancellationToke
         }
     });
     let dns = dns::Server::new(
-        std::sync::Arc::clone(&node.view),
+        Arc::clone(&node.view),
         gateway.upstreams.without(subnet.gateway()),
-    );
+    )
+    .count(Arc::clone(&node.metrics.dns));
     let (addr, stopped, server) = (at(gateway.dns_port), stop.clone(), dns.clone());
     tokio::spawn(async move {
         if let Some(socket) = bound("DNS", addr, &stopped, || async {

@@ -7,7 +7,8 @@ use std::collections::VecDeque;
 use std::sync::{Arc, OnceLock};
 
 use flynn_api::discovery::{Event, EventKind, Position};
-use serde_json::Value;
+
+use crate::weight;
 
 /// Changes that are kept.
 pub const MAX_CHANGES: usize = 16_384;
@@ -108,32 +109,18 @@ impl History {
 
 /// About how many bytes an event takes, its JSON included.
 fn weigh(event: &Event) -> usize {
-    let instance = event.instance.as_ref().map_or(0, |instance| {
-        let labels = instance
-            .meta
-            .iter()
-            .map(|(key, value)| key.len() + value.len() + 48);
-        instance.id.len() + instance.addr.len() + instance.proto.len() + labels.sum::<usize>()
-    });
-    let meta = event.service_meta.as_ref().map_or(0, |meta| value(&meta.data));
+    let instance = event.instance.as_ref().map_or(0, weight::instance);
+    let meta = event
+        .service_meta
+        .as_ref()
+        .map_or(0, |meta| weight::json(&meta.data));
     2 * (200 + event.service.len() + instance + meta)
-}
-
-fn value(of: &Value) -> usize {
-    const NODE: usize = 32;
-    NODE + match of {
-        Value::Null | Value::Bool(_) | Value::Number(_) => 0,
-        Value::String(text) => text.len(),
-        Value::Array(items) => items.iter().map(value).sum(),
-        Value::Object(fields) => fields
-            .iter()
-            .map(|(name, field)| NODE + name.len() + value(field))
-            .sum(),
-    }
 }
 
 #[cfg(test)]
 mod tests {
+    use serde_json::Value;
+
     use super::*;
 
     fn seen(history: &History, position: Position) -> Option<Vec<String>> {

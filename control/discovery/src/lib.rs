@@ -36,6 +36,7 @@ pub mod history;
 pub mod http;
 pub mod liveness;
 pub mod members;
+pub mod metrics;
 pub mod node;
 mod options;
 pub mod raft;
@@ -43,6 +44,7 @@ pub mod reads;
 pub mod state;
 pub mod view;
 pub mod voters;
+pub mod weight;
 pub mod writes;
 
 use std::net::SocketAddr;
@@ -86,6 +88,10 @@ pub async fn run(options: Options, shutdown: CancellationToken) -> anyhow::Resul
     tokio::spawn({
         let (beats, stop) = (beats::run(node.clone(), options.timing.beat), stop.clone());
         async move { stop.run_until_cancelled(beats).await }
+    });
+    tokio::spawn({
+        let (counting, stop) = (metrics::count_leaders(node.clone()), stop.clone());
+        async move { stop.run_until_cancelled(counting).await }
     });
     let gateway = Gateway {
         host_id: options.host_id.clone(),

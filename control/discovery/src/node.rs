@@ -5,6 +5,7 @@
 //! works alike on every host.
 
 use std::path::Path;
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
@@ -17,6 +18,7 @@ use serde::{Deserialize, Serialize};
 use crate::claims::{Beat, Claims, Heard, Told};
 use crate::command::Command;
 use crate::liveness::{Liveness, Times};
+use crate::metrics::{Metrics, Times as Durations};
 use crate::raft::log::LogStore;
 use crate::raft::machine::Machine;
 use crate::raft::network::Dialer;
@@ -40,6 +42,8 @@ pub struct Node {
     pub raft: Raft,
     /// The state as far as it is known here.
     pub view: Arc<View>,
+    /// What is counted.
+    pub metrics: Arc<Metrics>,
     id: u64,
     dialer: Dialer,
     log: LogStore,
@@ -98,6 +102,7 @@ impl Node {
         Ok(Self {
             raft,
             view,
+            metrics: Arc::default(),
             id,
             dialer,
             log,
@@ -247,9 +252,11 @@ impl Node {
         for gone in &expired {
             tracing::info!(service = gone.service, instance = gone.id, "it lives no more");
         }
-        self.write_here(&Command::Expire { instances: expired })
-            .await
-            .map(drop)
+        let count = expired.len() as u64;
+        if let Forwarded::Taken(_) = self.write_here(&Command::Expire { instances: expired }).await? {
+            self.metrics.expired.fetch_add(count, Ordering::Relaxed);
+        }
+        Ok(())
     }
 
     /// If this member leads, the members whose beats are missing.
@@ -426,6 +433,11 @@ impl Node {
     async fn deposed(&self, id: u64) {
         let mut metrics = self.raft.server_metrics();
         while metrics.borrow_watched().current_leader == Some(id) && metrics.changed().await.is_ok() {}
+    }
+
+    /// How long the journal takes to be written and synced.
+    pub fn syncs(&self) -> &Durations {
+        self.log.syncs()
     }
 
     /// Whether writes wait for room on this member's disk.

@@ -109,22 +109,33 @@ impl View {
 
     /// Applies the command at `index` and tells the watchers.
     pub fn apply(&self, index: u64, command: &Command) -> Outcome {
-        let outcome = {
-            let mut inner = self.inner_mut();
-            let (outcome, events) = inner.state.apply(index, command);
-            inner.index = index;
-            let cut_off = inner.tell(index, events);
-            self.cut_off.fetch_add(cut_off, Ordering::Relaxed);
-            outcome
-        };
-        self.applied.send_replace(index);
-        outcome
+        let outcome = self.apply_all([(index, Some(command))]).pop();
+        outcome.unwrap_or(Outcome::Done { index })
     }
 
-    /// The entry at `index` was applied and changed nothing here.
-    pub fn advance(&self, index: u64) {
-        self.inner_mut().index = index;
+    /// Applies what came of the entries at these indices (without a command: nothing here) and tells the watchers. Who
+    /// waits for an index is woken once for all of them.
+    pub fn apply_all<'c>(
+        &self,
+        entries: impl IntoIterator<Item = (u64, Option<&'c Command>)>,
+    ) -> Vec<Outcome> {
+        let (outcomes, index) = {
+            let mut inner = self.inner_mut();
+            let apply = |(index, command): (u64, Option<&Command>)| {
+                inner.index = index;
+                let Some(command) = command else {
+                    return Outcome::Done { index };
+                };
+                let (outcome, events) = inner.state.apply(index, command);
+                let cut_off = inner.tell(index, events);
+                self.cut_off.fetch_add(cut_off, Ordering::Relaxed);
+                outcome
+            };
+            let outcomes: Vec<Outcome> = entries.into_iter().map(apply).collect();
+            (outcomes, inner.index)
+        };
         self.applied.send_replace(index);
+        outcomes
     }
 
     /// Takes over a snapshot. Watchers are cut off, for what happened in between is not known here.
@@ -143,14 +154,22 @@ impl View {
         self.inner_mut().watchers.clear();
     }
 
-    /// Watchers that there are, those that have just left included.
-    pub fn watchers(&self) -> usize {
-        self.inner().watchers.values().map(Vec::len).sum()
+    /// How many watches there are, and how many changes wait for the slowest of them.
+    pub fn watches(&self) -> (usize, usize) {
+        let inner = self.inner();
+        let there = inner
+            .watchers
+            .values()
+            .flatten()
+            .filter(|watcher| !watcher.is_closed());
+        there.fold((0, 0), |(count, most), watcher| {
+            (count + 1, most.max(watcher.max_capacity() - watcher.capacity()))
+        })
     }
 
-    /// Watchers that were cut off because they were too slow.
-    pub fn cut_off(&self) -> u64 {
-        self.cut_off.load(Ordering::Relaxed)
+    /// How many watchers were cut off because they were too slow.
+    pub fn cut_off(&self) -> &AtomicU64 {
+        &self.cut_off
     }
 
     /// Watches a service, which need not be there yet: from now on, or from where an earlier watch has come to. Fails when

@@ -84,8 +84,12 @@ impl Node {
             return Ok(Forwarded::NotLeader);
         }
         self.has_room()?;
+        let began = Instant::now();
         match self.raft.client_write(command.clone()).await {
-            Ok(response) => Ok(Forwarded::Taken(response.data)),
+            Ok(response) => {
+                self.metrics.commits.add(began.elapsed());
+                Ok(Forwarded::Taken(response.data))
+            }
             Err(RaftError::APIError(error)) => refused(&error),
             Err(RaftError::Fatal(error)) => Err(stopping(&error)),
         }
@@ -100,12 +104,16 @@ impl Node {
         if let Err(full) = self.has_room() {
             return vec![Err(full); count];
         }
+        let began = Instant::now();
         let written = match self.raft.client_write_many(commands).await {
             Ok(written) => written,
             Err(error) => return vec![Err(stopping(&error)); count],
         };
         let written = written.map(|written| match written {
-            Ok(Ok(written)) => Ok(Forwarded::Taken(written.response)),
+            Ok(Ok(written)) => {
+                self.metrics.commits.add(began.elapsed());
+                Ok(Forwarded::Taken(written.response))
+            }
             Ok(Err(error)) => refused(&error),
             Err(error) => Err(stopping(&error)),
         });

@@ -304,3 +304,67 @@ fn a_watch_that_cannot_resume_says_so() {
         assert!(current.0.unwrap().parse::<u64>().unwrap() >= index);
     });
 }
+
+#[test]
+fn figures_are_told() {
+    block_on(async {
+        let cluster = Cluster::three().await;
+        let leader = cluster.ready(0).await;
+        let client = cluster.client(leader);
+        client
+            .create_service("web", &ServiceConfig::default())
+            .await
+            .unwrap();
+        let mut watch = client.watch("web").await.unwrap();
+        assert_eq!(watch.next().await.unwrap().unwrap().1.kind, EventKind::Current);
+        for round in 0..5 {
+            let at = instance(&format!("10.0.0.{}:80", round + 1));
+            client.register("web", &at).await.unwrap();
+        }
+        let tester = PeerIdentity::Host("tester".into());
+        let figures = async |at: usize| {
+            let http = cluster.http_as(at, Some(&tester));
+            let request = http::Request::get("/metrics").body(full("")).unwrap();
+            let answer = http.send(request).await.unwrap();
+            let body = axum::body::to_bytes(axum::body::Body::new(answer.into_body()), 1 << 20).await;
+            String::from_utf8(body.unwrap().to_vec()).unwrap()
+        };
+        let value = |text: &str, name: &str| {
+            let line = text
+                .lines()
+                .find_map(|line| line.strip_prefix(&format!("flynn_discoverd_{name} ")));
+            line.unwrap_or_else(|| panic!("{name} in {text}"))
+                .parse::<f64>()
+                .unwrap()
+        };
+        let text = figures(leader).await;
+        assert!(value(&text, "raft_commit_seconds_count") >= 6.0);
+        assert!(value(&text, "raft_commit_seconds_sum") > 0.0);
+        assert!(value(&text, "raft_fsync_seconds_count") >= 6.0);
+        assert!(value(&text, "raft_leader_changes_total") >= 1.0);
+        assert!(value(&text, "raft_applied_index") >= 6.0);
+        for (name, is) in [
+            ("raft_role{role=\"leader\"}", 1.0),
+            ("raft_role{role=\"follower\"}", 0.0),
+            ("raft_has_leader", 1.0),
+            ("members{voter=\"true\"}", 3.0),
+            ("members{voter=\"false\"}", 0.0),
+            // Ours, and that of the gateway for its host's lease.
+            ("watches", 2.0),
+            ("watch_lag_events", 0.0),
+            ("watches_cut_off_total", 0.0),
+            ("expired_total", 0.0),
+            ("dns_answers_total{code=\"NXDOMAIN\"}", 0.0),
+        ] {
+            assert!((value(&text, name) - is).abs() < 0.5, "{name} in {text}");
+        }
+        let lags = text
+            .lines()
+            .filter(|line| line.starts_with("flynn_discoverd_member_lag_entries{"));
+        assert_eq!(lags.count(), 3);
+        let text = figures((leader + 1) % 3).await;
+        assert!(value(&text, "raft_role{role=\"follower\"}") > 0.5);
+        assert!(value(&text, "raft_fsync_seconds_count") >= 6.0);
+        assert!(!text.contains("member_lag_entries{"));
+    });
+}

@@ -121,13 +121,49 @@ fn a_torn_end_may_also_hold_zeros() {
 }
 
 #[test]
+fn a_sector_that_was_never_written_is_torn_and_one_that_changed_is_damage() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("journal");
+    // One batch of many records: a frame of several sectors.
+    let journal = Journal::open(&path, |_| ()).unwrap();
+    append(&journal, &vote(1), true);
+    let begin = usize::try_from(journal.length()).unwrap();
+    let mut encoded = Encoded::default();
+    for index in 0..100 {
+        encoded.push(&committed(index)).unwrap();
+    }
+    let (sender, receiver) = mpsc::channel();
+    let done = Box::new(move |result| sender.send(result).unwrap());
+    journal.append(encoded, Some(done)).unwrap();
+    receiver.recv().unwrap().unwrap();
+    drop(journal);
+    let whole = std::fs::read(&path).unwrap();
+    assert!(whole.len() > begin + 2048);
+    for sector in begin / 512..whole.len() / 512 {
+        let (from, upto) = ((sector * 512).max(begin), sector * 512 + 512);
+        let mut changed = whole.clone();
+        changed[from..upto].fill(0);
+        std::fs::write(&path, &changed).unwrap();
+        assert_eq!(
+            read(&path).unwrap(),
+            [vote(1)],
+            "sector {sector} was never written"
+        );
+        changed[from..upto].fill(b'x');
+        std::fs::write(&path, &changed).unwrap();
+        let error = read(&path).unwrap_err().to_string();
+        assert!(error.contains(&format!("damaged at byte {begin}")), "{error}");
+    }
+}
+
+#[test]
 fn damage_to_what_was_synced_is_named_and_not_served() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("journal");
-    let lengths = journal(&path, &[vote(1), vote(2), vote(3)]);
+    journal(&path, &[vote(1), vote(2), vote(3)]);
     let whole = std::fs::read(&path).unwrap();
-    // Every byte up to the end of the second of three.
-    for at in 0..usize::try_from(lengths[2]).unwrap() {
+    // Every byte, those of the last frame included: nothing says of it that it was synced, but it was.
+    for at in 0..whole.len() {
         let mut damaged = whole.clone();
         damaged[at] ^= 0x55;
         std::fs::write(&path, &damaged).unwrap();

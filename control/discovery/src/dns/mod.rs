@@ -29,6 +29,7 @@ use tokio::sync::Semaphore;
 use self::forward::Forwarder;
 pub use self::forward::Upstreams;
 use self::zone::{Reaction, Transport, react};
+use crate::metrics::Codes;
 use crate::state::State;
 use crate::view::View;
 
@@ -50,6 +51,7 @@ pub struct Server {
     slots: Arc<Semaphore>,
     rate: u64,
     names: Arc<Mutex<Names>>,
+    codes: Arc<Codes>,
 }
 
 /// The names of instances by their addresses, as of an index of the registry: made when asked for.
@@ -83,7 +85,14 @@ impl Server {
             slots: Arc::new(Semaphore::new(MAX_FORWARDED)),
             rate: CLIENT_RATE,
             names: Arc::default(),
+            codes: Arc::default(),
         }
+    }
+
+    /// Counts its answers there.
+    #[must_use]
+    pub fn count(self, codes: Arc<Codes>) -> Self {
+        Self { codes, ..self }
     }
 
     /// Lets one client ask so many queries a second over UDP.
@@ -154,6 +163,7 @@ impl Server {
                     Err(_) => zone::failure(&query),
                 },
             };
+            self.codes.add([answer.as_slice()]);
             tokio::time::timeout(IDLE, write_framed(&mut stream, &answer)).await??;
         }
     }

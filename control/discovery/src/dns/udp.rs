@@ -185,14 +185,17 @@ impl Batch {
     fn forward(&self, query: &[u8], client: SocketAddr) {
         let Ok(slot) = Arc::clone(&self.server.slots).try_acquire_owned() else {
             // One more is refused at once rather than queued.
-            let _ = self.socket.send_to(&failure(query), client);
+            let failure = failure(query);
+            self.server.codes.add([failure.as_slice()]);
+            let _ = self.socket.send_to(&failure, client);
             return;
         };
         let (socket, forwarder) = (Arc::clone(&self.socket), Arc::clone(&self.server.forwarder));
-        let query = query.to_vec();
+        let (query, codes) = (query.to_vec(), Arc::clone(&self.server.codes));
         self.runtime.spawn(async move {
             let _slot = slot;
             let answer = forwarder.answer(&query, Transport::Udp).await;
+            codes.add([answer.as_slice()]);
             if let Err(error) = socket.send_to(&answer, client) {
                 tracing::debug!(%client, %error, "a DNS answer cannot be sent");
             }
@@ -200,6 +203,8 @@ impl Batch {
     }
 
     fn send(&mut self) {
+        let answers = self.answers[..self.clients.len()].iter();
+        self.server.codes.add(answers.map(Vec::as_slice));
         let mut sent = 0;
         while sent < self.clients.len() {
             let slices: Vec<[IoSlice<'_>; 1]> = self.answers[sent..self.clients.len()]

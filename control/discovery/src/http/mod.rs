@@ -14,6 +14,7 @@ use axum::{Extension, Router};
 use flynn_api::server::{Json, Peer};
 use flynn_api::{Error, discovery};
 use http::StatusCode;
+use http::header::CONTENT_TYPE;
 
 use self::auth::{Action, Door};
 use crate::node::Node;
@@ -51,7 +52,8 @@ pub fn router(node: Node, door: Door) -> Router {
         .route("/raft/peers/{peer}", delete(cluster::remove))
         .route("/raft/peers/{peer}/vote", put(cluster::set_vote))
         .route("/cluster/members", get(cluster::members))
-        .route("/cluster/status", get(cluster::own_status));
+        .route("/cluster/status", get(cluster::own_status))
+        .route("/metrics", get(metrics));
     if door == Door::Cluster {
         routes = routes
             .route("/cluster/tokens", post(cluster::make_token))
@@ -62,6 +64,15 @@ pub fn router(node: Node, door: Door) -> Router {
     routes
         .fallback(async || Error::not_found("call", "of this name"))
         .with_state((node, door))
+}
+
+async fn metrics(
+    State((node, door)): State<(Node, Door)>,
+    Extension(peer): Extension<Peer>,
+) -> Result<Response, Error> {
+    door.check(&peer, &Action::ReadMembers)?;
+    let kind = [(CONTENT_TYPE, "text/plain; version=0.0.4")];
+    Ok((kind, crate::metrics::text(&node)).into_response())
 }
 
 async fn status(

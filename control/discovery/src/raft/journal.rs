@@ -9,9 +9,10 @@
 //! ```
 //!
 //! Numbers are little-endian. `synced` is the length of the file that was known to be on disk when the frame was
-//! written. By it a torn end of the file (a power cut: nobody was told that it was written) is told from damage to what
-//! was acknowledged: a frame that cannot be read is damage when a later one says that it had been synced. The former is
-//! cut off, the latter stops the start with an error that names the place.
+//! written. A torn end of the file (a power cut: nobody was told that it was written) is cut off, and the log says so;
+//! damage to what may have been acknowledged stops the start with an error that names the place. They are told apart by
+//! what is there: a frame that cannot be read is damage when a later one says that it had been synced; the last one is torn
+//! only when the file ends before it does, or when a sector of it was never written and holds zeros.
 //!
 //! A full disk is waited out: the frame that did not fit is taken back and tried again until there is room; meanwhile
 //! [`Journal::disk_is_full`] says so. Any other failure to write or sync is final, because the page cache can no longer be
@@ -24,11 +25,12 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 
 use super::{Entry, LogId, Vote};
+use crate::metrics::Times;
 
 const MAGIC: &[u8; 8] = b"flynnlog";
 const VERSION: u32 = 1;
@@ -115,6 +117,7 @@ pub struct Journal {
     writer: Option<std::thread::JoinHandle<()>>,
     full: Arc<AtomicBool>,
     length: Arc<AtomicU64>,
+    syncs: Arc<Times>,
 }
 
 impl std::fmt::Debug for Journal {
@@ -130,6 +133,7 @@ impl Journal {
     pub fn open(path: &Path, each: impl FnMut(Record)) -> io::Result<Self> {
         let (file, length) = recover(path, each)?;
         let full = Arc::new(AtomicBool::new(false));
+        let syncs = Arc::<Times>::default();
         let shared_length = Arc::new(AtomicU64::new(length));
         let mut writer = Writer {
             path: path.to_owned(),
@@ -138,6 +142,7 @@ impl Journal {
             synced: length,
             full: Arc::clone(&full),
             shared_length: Arc::clone(&shared_length),
+            syncs: Arc::clone(&syncs),
         };
         let (orders, receiver) = mpsc::channel();
         let thread = std::thread::Builder::new()
@@ -149,6 +154,7 @@ impl Journal {
             writer: Some(thread),
             full,
             length: shared_length,
+            syncs,
         })
     }
 
@@ -170,6 +176,11 @@ impl Journal {
     /// Whether a write waits for room on the disk.
     pub fn disk_is_full(&self) -> bool {
         self.full.load(Ordering::Relaxed)
+    }
+
+    /// How long a batch takes to be written and synced.
+    pub fn syncs(&self) -> &Times {
+        &self.syncs
     }
 
     /// Bytes in the file.
@@ -201,6 +212,7 @@ struct Writer {
     synced: u64,
     full: Arc<AtomicBool>,
     shared_length: Arc<AtomicU64>,
+    syncs: Arc<Times>,
 }
 
 impl Writer {
@@ -275,6 +287,7 @@ impl Writer {
     }
 
     fn try_write(&mut self, frame: &[u8], sync: bool) -> io::Result<()> {
+        let began = Instant::now();
         self.file.seek(SeekFrom::Start(self.length))?;
         self.file.write_all(frame)?;
         if sync {
@@ -283,6 +296,7 @@ impl Writer {
         self.length += frame.len() as u64;
         if sync {
             self.synced = self.length;
+            self.syncs.add(began.elapsed());
         }
         self.shared_length.store(self.length, Ordering::Relaxed);
         Ok(())
@@ -422,15 +436,47 @@ fn recover(path: &Path, mut each: impl FnMut(Record)) -> io::Result<(File, u64)>
         return Err(damaged(at, "a frame cannot be read, though later ones can"));
     }
     if at < bytes.len() {
+        if !is_torn(at, &bytes[at..]) {
+            return Err(damaged(
+                at,
+                "the last frame is whole, but its checksum does not fit",
+            ));
+        }
         tracing::warn!(
+            path = %path.display(),
+            at,
             cut = bytes.len() - at,
-            "the journal ends with a write that was not finished: cut off"
+            "the journal ends with a write that was not finished, and that nobody was told of: cut off"
         );
         file.set_len(at as u64)?;
     }
     // What was written but not synced before a crash is taken as read from here on, so it must not go away again.
     file.sync_all()?;
     Ok((file, at as u64))
+}
+
+/// Whether the bytes at the end of the file, which begin at `at` and cannot be read, were not all written.
+fn is_torn(at: usize, bytes: &[u8]) -> bool {
+    const SECTOR: usize = 512;
+    let Some((head, rest)) = bytes.split_first_chunk::<FRAME_HEADER>() else {
+        return true;
+    };
+    let to_boundary = (SECTOR - at % SECTOR).min(bytes.len());
+    let (first, others) = bytes.split_at(to_boundary);
+    let zeros = |sector: &[u8]| sector.iter().all(|byte| *byte == 0);
+    if zeros(first) || others.chunks(SECTOR).any(zeros) {
+        return true;
+    }
+    let length = u32::from_le_bytes([head[4], head[5], head[6], head[7]]) as usize;
+    if &head[..4] != FRAME || length <= rest.len() {
+        return false;
+    }
+    // The file ends before the frame does; unless it is the length that is damaged.
+    let mut whole = bytes.to_vec();
+    u32::try_from(rest.len()).is_ok_and(|length| {
+        whole[4..8].copy_from_slice(&length.to_le_bytes());
+        parse(&whole).is_none()
+    })
 }
 
 fn start(path: &Path) -> io::Result<File> {

@@ -11,14 +11,17 @@ use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use openraft::storage::{IOFlushed, LogState, RaftLogStorage};
-use openraft::{OptionalSend, RaftLogReader};
+use openraft::{EntryPayload, OptionalSend, RaftLogReader};
 use tokio::sync::oneshot;
 
 use super::journal::{Encoded, Journal, Record};
 use super::{Entry, LogId, TypeConfig, Vote};
+use crate::metrics::Times;
 
 /// A journal longer than this is rewritten when entries are purged.
 const REWRITE_BYTES: u64 = 4 << 20;
+/// Bytes of the entries that go to another member with one call, about, unless it is one alone.
+const MAX_CALL: usize = 2 << 20;
 
 /// The log store. Clones share it.
 #[derive(Clone, Debug)]
@@ -100,6 +103,11 @@ impl LogStore {
         self.shared.journal.length()
     }
 
+    /// How long a batch takes to be written and synced.
+    pub fn syncs(&self) -> &Times {
+        self.shared.journal.syncs()
+    }
+
     fn log(&self) -> MutexGuard<'_, Log> {
         self.shared.log.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -139,6 +147,23 @@ impl RaftLogReader<TypeConfig> for LogStore {
             .range(range)
             .map(|(_, entry)| entry.clone())
             .collect())
+    }
+
+    /// As many as fit in one call.
+    async fn limited_get_log_entries(&mut self, start: u64, end: u64) -> Result<Vec<Entry>, io::Error> {
+        let log = self.log();
+        let (mut weight, mut entries) = (0, Vec::new());
+        for (_, entry) in log.entries.range(start..end) {
+            weight += match &entry.payload {
+                EntryPayload::Normal(command) => command.weight(),
+                EntryPayload::Membership(_) | EntryPayload::Blank => 0,
+            };
+            if weight > MAX_CALL && !entries.is_empty() {
+                break;
+            }
+            entries.push(entry.clone());
+        }
+        Ok(entries)
     }
 
     async fn read_vote(&mut self) -> Result<Option<Vote>, io::Error> {

@@ -7,19 +7,20 @@ use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 
-use futures::{Stream, TryStreamExt as _};
+use futures::{Stream, StreamExt as _};
 use openraft::storage::{EntryResponder, RaftStateMachine};
 use openraft::{EntryPayload, OptionalSend, RaftSnapshotBuilder};
 use serde::{Deserialize, Serialize};
 
 use super::snapshot::SnapshotFile;
 use super::{LogId, Snapshot, SnapshotMeta, StoredMembership, TypeConfig};
-use crate::command::Outcome;
 use crate::state::{self, State};
 use crate::view::View;
 
 /// Between attempts to write a snapshot while the disk is full.
 const FULL_RETRY: Duration = Duration::from_secs(1);
+/// Entries that are applied before readers get their turn.
+const APPLIED_AT_ONCE: usize = 256;
 
 /// The state machine.
 #[derive(Debug)]
@@ -78,27 +79,26 @@ impl RaftStateMachine<TypeConfig> for Machine {
         Ok((self.applied, self.membership.clone()))
     }
 
-    async fn apply<S>(&mut self, mut entries: S) -> Result<(), io::Error>
+    async fn apply<S>(&mut self, entries: S) -> Result<(), io::Error>
     where
         S: Stream<Item = Result<EntryResponder<TypeConfig>, io::Error>> + Unpin + OptionalSend,
     {
-        while let Some((entry, responder)) = entries.try_next().await? {
-            let index = entry.log_id.index;
-            self.applied = Some(entry.log_id);
-            let outcome = match entry.payload {
-                EntryPayload::Normal(command) => self.view.apply(index, &command),
-                EntryPayload::Membership(membership) => {
+        let mut chunks = entries.ready_chunks(APPLIED_AT_ONCE);
+        while let Some(chunk) = chunks.next().await {
+            let chunk = chunk.into_iter().collect::<Result<Vec<_>, _>>()?;
+            let commands = chunk.iter().map(|(entry, _)| match &entry.payload {
+                EntryPayload::Normal(command) => (entry.log_id.index, Some(command)),
+                EntryPayload::Membership(_) | EntryPayload::Blank => (entry.log_id.index, None),
+            });
+            let outcomes = self.view.apply_all(commands);
+            for ((entry, responder), outcome) in chunk.into_iter().zip(outcomes) {
+                self.applied = Some(entry.log_id);
+                if let EntryPayload::Membership(membership) = entry.payload {
                     self.membership = StoredMembership::new(Some(entry.log_id), membership);
-                    self.view.advance(index);
-                    Outcome::Done { index }
                 }
-                EntryPayload::Blank => {
-                    self.view.advance(index);
-                    Outcome::Done { index }
+                if let Some(responder) = responder {
+                    responder.send(outcome);
                 }
-            };
-            if let Some(responder) = responder {
-                responder.send(outcome);
             }
         }
         Ok(())

@@ -86,7 +86,7 @@ impl Default for Timing {
         Self {
             heartbeat: Duration::from_millis(100),
             election: Duration::from_millis(400),
-            snapshot_after: 2000,
+            snapshot_after: 10_000,
             lease: Duration::from_secs(TTL_SECS),
             beat: Duration::from_millis(300),
             silence: Duration::from_millis(1400),
@@ -109,7 +109,7 @@ impl Timing {
             election_timeout_min: millis(self.election),
             election_timeout_max: millis(self.election * 2),
             install_snapshot_timeout: 30_000,
-            max_payload_entries: 64,
+            max_payload_entries: 1024,
             snapshot_policy: SnapshotPolicy::LogsSinceLast(self.snapshot_after),
             max_in_snapshot_log_to_keep: KEPT_LOGS.min(self.snapshot_after),
             purge_batch_size: 256,
