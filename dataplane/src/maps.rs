@@ -236,6 +236,10 @@ impl Maps {
             mac: Mac::new(container.mac),
             flags,
             identity: attachment.identity,
+            translates: match before {
+                Some(_) => self.translates(key, container.ipv6)?,
+                None => 0,
+            },
             ..Endpoint::default()
         };
         self.prepare_slot(slot, before.is_none(), attachment)
@@ -252,6 +256,22 @@ impl Maps {
         self.slots.insert(slot);
         self.open_ports
             .remove_unless(|key, _| key.slot != slot || ports.contains_key(key))
+    }
+
+    /// What programs have noted of a container, wherever they may have found it.
+    fn translates(&self, address: Ipv4, ipv6: Option<Ipv6Addr>) -> Result<u32> {
+        let local = match place(self.config()?, address) {
+            Some(place) => self.local.get(&place, 0).map(Some),
+            None => Ok(None),
+        };
+        let local = local.map_err(|error| Error::kernel("reading the eBPF map local")(error.into()))?;
+        let four = self.endpoints4.read(&address)?;
+        let six = match ipv6 {
+            Some(ipv6) => self.endpoints6.read(&ipv6.into())?,
+            None => None,
+        };
+        let all = [local, four, six].into_iter().flatten();
+        Ok(all.map(|endpoint| endpoint.translates).max().unwrap_or_default())
     }
 
     fn prepare_slot(&mut self, slot: u32, is_new: bool, attachment: &Attachment) -> Result<(), Refusal> {

@@ -12,7 +12,8 @@ use crate::{
     maps::take,
 };
 
-/// A hash map that only this process writes. What it has is read once; afterwards only changes go to the kernel.
+/// A hash map that only this process adds to and removes from. What it has is read once; afterwards only changes go to the
+/// kernel.
 pub(crate) struct Mirror<K, V> {
     name: &'static str,
     kernel: KernelMap<MapData, K, V>,
@@ -29,6 +30,18 @@ impl<K: Pod + Eq + Hash, V: Pod + PartialEq> Mirror<K, V> {
 
     pub(crate) fn get(&self, key: &K) -> Option<&V> {
         self.copy.get(key)
+    }
+
+    /// What the kernel has, where programs write to entries as well.
+    pub(crate) fn read(&self, key: &K) -> Result<Option<V>> {
+        match self.kernel.get(key, 0) {
+            Ok(value) => Ok(Some(value)),
+            Err(MapError::KeyNotFound) => Ok(None),
+            Err(error) => {
+                let what = format!("reading the eBPF map {}", self.name);
+                Err(Error::kernel(what)(error.into()))
+            }
+        }
     }
 
     pub(crate) fn iter(&self) -> impl Iterator<Item = (&K, &V)> {

@@ -155,7 +155,7 @@ fn instance(backend: &Backend) -> Instance {
     }
 }
 
-fn absent_is_fine(removed: Result<(), MapError>) -> Result<(), MapError> {
+pub(super) fn absent_is_fine(removed: Result<(), MapError>) -> Result<(), MapError> {
     match removed {
         Err(MapError::KeyNotFound) => Ok(()),
         Err(MapError::SyscallError(error)) if error.io_error.kind() == std::io::ErrorKind::NotFound => Ok(()),

@@ -2,7 +2,8 @@
 //!
 //! **In**: the networks that virtual addresses are from, and for each service's number its instances and its leader.
 //! **Out**: sockets that go to an instance, and on demand those that go to one which is not there any more, ended
-//! ([`Flows`]).
+//! ([`Flows`]). Packets to virtual addresses, of what does not go by those sockets, are translated by the overlay's programs
+//! with the same maps.
 //!
 //! Invariants, besides those of the crate:
 //! - A program that looks at a service while it changes finds an instance of before or of after, never a gap.
@@ -13,11 +14,12 @@ mod backends;
 mod diag;
 mod flows;
 mod links;
+mod packets;
 mod plan;
 
 use std::{
     collections::BTreeSet,
-    net::{IpAddr, Ipv4Addr, Ipv6Addr},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     path::Path,
 };
 
@@ -35,6 +37,7 @@ use crate::{
 use backends::Backends;
 pub use flows::{Flow, Flows};
 use links::Links;
+use packets::Packets;
 
 /// An instance of a service.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -48,12 +51,13 @@ pub struct Instance {
 }
 
 /// The maps of this part alone.
-const MAPS: [&str; 5] = [
+const MAPS: [&str; 6] = [
     "service_config",
     "service_counts",
     "service_backends",
     "service_peers",
     "service_flows",
+    "service_packets",
 ];
 
 /// A hand on the virtual addresses of this host's jobs.
@@ -62,6 +66,7 @@ pub struct Services {
     config: Array<aya::maps::MapData, ServiceConfig>,
     backends: Backends,
     flows: Flows,
+    packets: Packets,
 }
 
 impl Services {
@@ -73,12 +78,14 @@ impl Services {
         let config = take(&mut object, "service_config")?;
         let backends = Backends::take(&mut object)?;
         let flows = Flows::take(&object)?;
+        let packets = Packets::take(&mut object::load(&pins)?)?;
         let links = Links::take(object, pins)?;
         Ok(Self {
             links,
             config,
             backends,
             flows,
+            packets,
         })
     }
 
@@ -124,6 +131,11 @@ impl Services {
     /// The sockets that go by virtual addresses.
     pub fn flows(&self) -> Result<Flows> {
         self.flows.try_clone()
+    }
+
+    /// Ends the flows of packets that came past the sockets, in all namespaces, as [`Flows::sever`] ends sockets'.
+    pub fn sever_packets(&mut self, is_gone: impl Fn(&Flow) -> bool, dead: &[SocketAddr]) -> Result<usize> {
+        self.packets.sever(is_gone, dead)
     }
 
     /// How much memory each map takes in the kernel, in bytes.

@@ -82,6 +82,13 @@ drop_reasons! {
     TooManyFlows => "too_many_flows",
     /// The other host is one that packets are only exchanged with encrypted, and this one was not, or could not be.
     NotEncrypted => "not_encrypted",
+    /// A packet to a service's virtual address that came past the sockets has no ports: it is neither TCP nor UDP, or a
+    /// fragment.
+    NotTranslatable => "not_translatable",
+    /// A TCP packet to a service's virtual address is of no connection that is known, or that is any more.
+    UnknownConnection => "unknown_connection",
+    /// The sender's port reaches the instance by another virtual address already: answers could not be told apart.
+    PortInUse => "port_in_use",
 }
 
 const _: () = assert!(DropReason::ALL.len() <= crate::MAX_DROP_REASONS as usize);

@@ -17,8 +17,12 @@ pub struct Endpoint {
     pub flags: u16,
     /// Whose it is.
     pub identity: Identity,
+    /// Not 0: packets from and to it are translated one by one (the map `service_packets`). The program that begins with
+    /// the first of them writes it; user space keeps what it finds. A field of its own, so that neither ever writes what
+    /// is the other's.
+    pub translates: u32,
     /// Zeros.
-    pub reserved: [u8; 12],
+    pub reserved: [u8; 8],
 }
 
 impl Endpoint {

@@ -31,8 +31,8 @@ pub use host::{Host, Peer};
 pub use limit::{Limit, Limits};
 pub use policy::{OpenPort, Pair};
 pub use service::{
-    Backend, BackendKey, DatagramFlow, DatagramPeer, MAX_BACKENDS, MAX_DATAGRAM_PEERS, MAX_SERVICES,
-    ServiceConfig, ServiceFlow,
+    Backend, BackendKey, DatagramFlow, DatagramPeer, MAX_BACKENDS, MAX_DATAGRAM_PEERS, MAX_PACKET_PEERS,
+    MAX_SERVICES, PacketFlow, PacketPeer, ServiceConfig, ServiceFlow,
 };
 pub use steer::{MAX_STEER_SOCKETS, MAX_STEERED_PORTS, SteerKey, Steered};
 

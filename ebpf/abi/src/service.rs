@@ -15,6 +15,9 @@ pub const MAX_BACKENDS: u32 = 1 << 18;
 /// How many peers of unconnected sockets are remembered.
 pub const MAX_DATAGRAM_PEERS: u32 = 1 << 16;
 
+/// How many entries there are for flows whose packets are translated one by one; each flow has two.
+pub const MAX_PACKET_PEERS: u32 = 1 << 16;
+
 /// The value of the one entry of the map `service_config`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[repr(C)]
@@ -110,9 +113,57 @@ pub struct DatagramFlow {
     pub place: BackendKey,
 }
 
+/// A key of the map `service_packets`: a flow of packets that no socket's program has seen, from the view of the container
+/// that sends them. Aligned, so that programs read addresses by words.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[repr(C, align(8))]
+pub struct PacketPeer {
+    /// The container's address; IPv4 in its mapped form.
+    pub container: Ipv6,
+    /// The peer's address: virtual in an entry for sending, real in one for receiving. IPv4 in its mapped form.
+    pub address: Ipv6,
+    /// The container's port, in network byte order.
+    pub container_port: [u8; 2],
+    /// The peer's port, in network byte order.
+    pub port: [u8; 2],
+    /// The protocol's number in IP headers.
+    pub protocol: u8,
+    /// [`PacketPeer::SEND`] or [`PacketPeer::RECEIVE`].
+    pub way: u8,
+    /// Zeros.
+    pub reserved: u16,
+}
+
+impl PacketPeer {
+    /// From virtual to real.
+    pub const SEND: u8 = 0;
+    /// From real to virtual.
+    pub const RECEIVE: u8 = 1;
+}
+
+/// A value of the map `service_packets`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(C)]
+pub struct PacketFlow {
+    /// The address on the other side: real in an entry for sending, virtual in one for receiving.
+    pub address: Ipv6,
+    /// The instance that was chosen.
+    pub instance: u64,
+    /// Where it was found; what is there now says whether it still is there.
+    pub place: BackendKey,
+    /// When the last packet went by, either way, on the coarse monotonic clock. Kept in the entry for receiving alone.
+    pub seen: u64,
+    /// Not 0 once an end of it has closed or reset it. Kept in the entry for receiving alone.
+    pub ended: u32,
+    /// Zero.
+    pub reserved: u32,
+}
+
 const _: () = assert!(size_of::<ServiceConfig>() == 24);
 const _: () = assert!(size_of::<BackendKey>() == 8);
 const _: () = assert!(size_of::<Backend>() == 40);
 const _: () = assert!(size_of::<ServiceFlow>() == 48);
 const _: () = assert!(size_of::<DatagramPeer>() == 32);
 const _: () = assert!(size_of::<DatagramFlow>() == 32);
+const _: () = assert!(size_of::<PacketPeer>() == 40);
+const _: () = assert!(size_of::<PacketFlow>() == 48);

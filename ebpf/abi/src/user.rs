@@ -2,7 +2,7 @@
 
 use crate::{
     Backend, BackendKey, Config, Counters, DatagramFlow, DatagramPeer, Endpoint, Host, Ipv4, Ipv6, Limits,
-    OpenPort, Pair, Peer, ServiceConfig, SteerKey,
+    OpenPort, PacketFlow, PacketPeer, Pair, Peer, ServiceConfig, SteerKey,
 };
 
 // SAFETY: `repr(transparent)` over bytes; every pattern of bits is a value.
@@ -35,6 +35,10 @@ unsafe impl aya::Pod for Backend {}
 unsafe impl aya::Pod for DatagramPeer {}
 // SAFETY: as above.
 unsafe impl aya::Pod for DatagramFlow {}
+// SAFETY: as above.
+unsafe impl aya::Pod for PacketPeer {}
+// SAFETY: as above.
+unsafe impl aya::Pod for PacketFlow {}
 // SAFETY: as above.
 unsafe impl aya::Pod for crate::v1::Config {}
 

@@ -15,6 +15,8 @@ pub mod maps;
 pub mod packet;
 pub mod rate;
 pub mod room;
+pub mod services;
+pub mod translate;
 
 use aya_ebpf::bindings::TC_ACT_SHOT;
 use flynn_abi::DropReason;

@@ -63,40 +63,43 @@ pub fn config() -> Result<&'static Config, DropReason> {
     }
 }
 
+/// Who is behind an address.
 #[inline(always)]
 pub fn endpoint4(address: Ipv4) -> Option<&'static Endpoint> {
-    if let Some(endpoint) = local(address) {
-        return Some(endpoint);
-    }
-    // SAFETY: the map is not preallocated, so the entry outlives this program run; user space replaces entries whole.
-    unsafe { ENDPOINTS4.get(address) }
+    // SAFETY: the entry outlives this program run: it is one of an array, or of a map that is not preallocated. User space
+    // replaces entries whole.
+    entry4(address).map(|endpoint| unsafe { &*endpoint })
+}
+
+/// The same, to write to it what is for programs to write.
+#[inline(always)]
+pub fn entry4(address: Ipv4) -> Option<*mut Endpoint> {
+    local(address).or_else(|| ENDPOINTS4.get_ptr_mut(address))
 }
 
 #[inline(always)]
-pub fn endpoint6(address: Ipv6) -> Option<&'static Endpoint> {
-    if let Some(endpoint) = local6(address) {
-        return Some(endpoint);
-    }
-    // SAFETY: as above.
-    unsafe { ENDPOINTS6.get(address) }
+pub fn entry6(address: Ipv6) -> Option<*mut Endpoint> {
+    local6(address).or_else(|| ENDPOINTS6.get_ptr_mut(address))
 }
 
 /// Who is behind an address of this host's subnet.
 #[inline(always)]
-fn local(address: Ipv4) -> Option<&'static Endpoint> {
+fn local(address: Ipv4) -> Option<*mut Endpoint> {
     let config = CONFIG.get(0)?;
     let address = u32::from_ne_bytes(address.octets());
     let mask = u32::from_ne_bytes(config.subnet_mask4.octets());
     if mask == 0 || address & mask != u32::from_ne_bytes(config.subnet4.octets()) {
         return None;
     }
-    let endpoint = LOCAL.get(u32::from_be(address & !mask))?;
-    (endpoint.flags != 0).then_some(endpoint)
+    let endpoint = LOCAL.get_ptr_mut(u32::from_be(address & !mask))?;
+    // SAFETY: an entry of an array is there for ever.
+    let flags = unsafe { (*endpoint).flags };
+    (flags != 0).then_some(endpoint)
 }
 
 /// The same for IPv6, where the IPv4 address is the end of the address.
 #[inline(always)]
-fn local6(address: Ipv6) -> Option<&'static Endpoint> {
+fn local6(address: Ipv6) -> Option<*mut Endpoint> {
     let config = CONFIG.get(0)?;
     let [a @ .., e, f, g, h] = address.octets();
     let [b @ .., _, _, _, _] = config.network6.octets();
@@ -110,7 +113,7 @@ fn local6(address: Ipv6) -> Option<&'static Endpoint> {
 /// The host whose subnet begins with this address.
 #[inline(always)]
 pub fn host4(subnet: Ipv4) -> Option<&'static Host> {
-    // SAFETY: as above.
+    // SAFETY: the map is not preallocated, so the entry outlives this program run; user space replaces entries whole.
     unsafe { HOSTS4.get(subnet) }
 }
 

@@ -106,7 +106,18 @@ pub const IP: usize = mem::offset_of!(Frame<Ipv4Header>, ip);
 
 pub const TCP: u8 = 6;
 pub const UDP: u8 = 17;
-const ICMP: u8 = 1;
+
+/// Bits of TCP's flags.
+pub mod tcp {
+    pub const FIN: u8 = 0x01;
+    pub const SYN: u8 = 0x02;
+    pub const RST: u8 = 0x04;
+    pub const ACK: u8 = 0x10;
+    /// Where they are in the header.
+    pub const FLAGS: usize = 13;
+}
+
+pub const ICMP: u8 = 1;
 const ICMPV6: u8 = 58;
 const IPV6_FRAGMENT: u8 = 44;
 
@@ -118,7 +129,9 @@ pub enum Transport {
     Udp {
         at: usize,
     },
-    Icmp,
+    Icmp {
+        at: usize,
+    },
     /// Any but the first: it is nothing without that.
     LaterFragment,
     Other,
@@ -131,6 +144,11 @@ pub trait Header {
     /// The number in Ethernet headers.
     const ETHERTYPE: [u8; 2];
     const IS_IPV4: bool;
+    /// Where the addresses are, in the header.
+    const SOURCE: usize;
+    const DESTINATION: usize;
+    /// Where the length is.
+    const LENGTH: usize;
 
     fn is_sound(&self) -> bool;
     fn source(&self) -> Self::Address;
@@ -139,23 +157,36 @@ pub trait Header {
     fn service(&self) -> u8;
     /// Whether TCP follows at once.
     fn is_tcp(&self) -> bool;
+    /// Whether ICMP follows at once.
+    fn is_icmp(&self) -> bool;
+    /// Whether it is a part of a packet, the first one or a later.
+    fn is_fragment(&self) -> bool;
+    /// Whether an ICMP message of this kind is about another packet.
+    fn is_icmp_error(kind: u8) -> bool;
     /// What follows this header, which is at an offset of the packet.
     fn transport(&self, ctx: &TcContext, at: usize) -> Transport;
-    fn endpoint(address: Self::Address) -> Option<&'static Endpoint>;
+    /// The entry of who is behind an address.
+    fn entry(address: Self::Address) -> Option<*mut Endpoint>;
+    /// Who is behind an address.
+    #[inline(always)]
+    fn endpoint(address: Self::Address) -> Option<&'static Endpoint> {
+        // SAFETY: as in `maps::endpoint4`.
+        Self::entry(address).map(|endpoint| unsafe { &*endpoint })
+    }
     fn is_in_cluster(address: Self::Address, config: &Config) -> bool;
     /// The IPv4 address that goes with an address of the cluster.
     fn ipv4(address: Self::Address) -> Ipv4;
     /// The address as IPv6, an IPv4 address mapped.
     fn ipv6(address: Self::Address) -> Ipv6;
+    /// The same backwards.
+    fn from_ipv6(address: Ipv6) -> Self::Address;
 }
 
 impl Ipv4Header {
     /// Whether a UDP header follows at once, and all of the datagram with it.
     #[inline(always)]
     pub fn is_plain_udp(&self) -> bool {
-        // The bit for more fragments as well.
-        let fragment = u16::from_be_bytes(self.fragment) & 0x3fff;
-        self.version_and_length == 0x45 && self.protocol == UDP && fragment == 0
+        self.version_and_length == 0x45 && self.protocol == UDP && !self.is_fragment()
     }
 
     #[inline(always)]
@@ -169,6 +200,9 @@ impl Header for Ipv4Header {
 
     const ETHERTYPE: [u8; 2] = 0x0800_u16.to_be_bytes();
     const IS_IPV4: bool = true;
+    const LENGTH: usize = mem::offset_of!(Self, _total_length);
+    const SOURCE: usize = mem::offset_of!(Self, source);
+    const DESTINATION: usize = mem::offset_of!(Self, destination);
 
     #[inline(always)]
     fn is_sound(&self) -> bool {
@@ -196,6 +230,23 @@ impl Header for Ipv4Header {
     }
 
     #[inline(always)]
+    fn is_icmp(&self) -> bool {
+        self.protocol == ICMP
+    }
+
+    #[inline(always)]
+    fn is_fragment(&self) -> bool {
+        // The bit for more fragments as well.
+        u16::from_be_bytes(self.fragment) & 0x3fff != 0
+    }
+
+    #[inline(always)]
+    fn is_icmp_error(kind: u8) -> bool {
+        // Unreachable, too long on the way, a bad header.
+        matches!(kind, 3 | 11 | 12)
+    }
+
+    #[inline(always)]
     fn transport(&self, _ctx: &TcContext, at: usize) -> Transport {
         if self.fragment_offset() != 0 {
             return Transport::LaterFragment;
@@ -204,7 +255,7 @@ impl Header for Ipv4Header {
         match self.protocol {
             TCP => Transport::Tcp { at },
             UDP => Transport::Udp { at },
-            ICMP => Transport::Icmp,
+            ICMP => Transport::Icmp { at },
             _ => Transport::Other,
         }
     }
@@ -221,8 +272,13 @@ impl Header for Ipv4Header {
     }
 
     #[inline(always)]
-    fn endpoint(address: Ipv4) -> Option<&'static Endpoint> {
-        maps::endpoint4(address)
+    fn from_ipv6(address: Ipv6) -> Ipv4 {
+        address.last()
+    }
+
+    #[inline(always)]
+    fn entry(address: Ipv4) -> Option<*mut Endpoint> {
+        maps::entry4(address)
     }
 
     #[inline(always)]
@@ -238,6 +294,9 @@ impl Header for Ipv6Header {
 
     const ETHERTYPE: [u8; 2] = 0x86dd_u16.to_be_bytes();
     const IS_IPV4: bool = false;
+    const LENGTH: usize = mem::offset_of!(Self, _payload_length);
+    const SOURCE: usize = mem::offset_of!(Self, source);
+    const DESTINATION: usize = mem::offset_of!(Self, destination);
 
     #[inline(always)]
     fn is_sound(&self) -> bool {
@@ -265,6 +324,22 @@ impl Header for Ipv6Header {
     }
 
     #[inline(always)]
+    fn is_icmp(&self) -> bool {
+        self.next_header == ICMPV6
+    }
+
+    #[inline(always)]
+    fn is_fragment(&self) -> bool {
+        self.next_header == IPV6_FRAGMENT
+    }
+
+    #[inline(always)]
+    fn is_icmp_error(kind: u8) -> bool {
+        // The same, and too big.
+        matches!(kind, 1..=4)
+    }
+
+    #[inline(always)]
     fn transport(&self, ctx: &TcContext, at: usize) -> Transport {
         let (mut protocol, mut at) = (self.next_header, at + size_of::<Self>());
         if protocol == IPV6_FRAGMENT {
@@ -279,7 +354,7 @@ impl Header for Ipv6Header {
         match protocol {
             TCP => Transport::Tcp { at },
             UDP => Transport::Udp { at },
-            ICMPV6 => Transport::Icmp,
+            ICMPV6 => Transport::Icmp { at },
             _ => Transport::Other,
         }
     }
@@ -296,8 +371,13 @@ impl Header for Ipv6Header {
     }
 
     #[inline(always)]
-    fn endpoint(address: Ipv6) -> Option<&'static Endpoint> {
-        maps::endpoint6(address)
+    fn from_ipv6(address: Ipv6) -> Ipv6 {
+        address
+    }
+
+    #[inline(always)]
+    fn entry(address: Ipv6) -> Option<*mut Endpoint> {
+        maps::entry6(address)
     }
 
     #[inline(always)]

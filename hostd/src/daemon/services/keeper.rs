@@ -200,17 +200,23 @@ impl Keeper {
     /// Looks through the connections of all jobs, and of the host.
     fn sever(&mut self) {
         let dead: Vec<SocketAddr> = self.dead.keys().copied().collect();
-        let severed = self.services.flows().map(|flows| {
+        let sockets = self.services.flows().map(|flows| {
             let namespaces = self.namespaces();
             namespaces
                 .iter()
                 .map(|namespace| self.sever_in(namespace, &flows, &dead))
                 .sum::<usize>()
         });
-        match severed {
-            Ok(0) => {}
-            Ok(severed) => tracing::info!(severed, "connections to instances that are gone are ended"),
-            Err(error) => tracing::error!(%error, "connections cannot be looked through"),
+        let (model, now) = (&self.model, Instant::now());
+        let packets = self
+            .services
+            .sever_packets(|flow| model.is_gone(flow, now), &dead);
+        for severed in [sockets, packets] {
+            match severed {
+                Ok(0) => {}
+                Ok(severed) => tracing::info!(severed, "connections to instances that are gone are ended"),
+                Err(error) => tracing::error!(%error, "connections cannot be looked through"),
+            }
         }
         self.dead.retain(|_, looks| {
             *looks -= 1;

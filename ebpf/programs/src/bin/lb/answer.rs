@@ -5,15 +5,16 @@ use flynn_abi::{
     DropReason, Host, Ipv4,
     lb::{Config, Event, Port, Translation, TranslationKey, Tunnelled},
 };
-use flynn_programs::Decision;
+use flynn_programs::{
+    Decision,
+    translate::{Checksum, address, two_bytes},
+};
 
 use crate::{
     context::{self, Context},
     family::{self, Family, V4, V6},
     headers::{ETHERNET, Ethernet, ICMP, Icmp, Ports, TCP, Tcp, UDP},
-    maps, neighbour,
-    translate::{self, Checksum},
-    translations, tunnel,
+    maps, neighbour, translate, translations, tunnel,
 };
 
 #[inline(always)]
@@ -88,14 +89,14 @@ fn reply<F: Family>(
     let Some(outside) = translation::<F>(protocol, container, source, client, destination, flags) else {
         return Ok(TC_ACT_UNSPEC);
     };
-    let checksum = Checksum::of::<F>(protocol);
+    let checksum = Checksum::of(protocol, F::TRANSPORT);
     let accepts = flags & (Tcp::SYN | Tcp::ACK) == Tcp::SYN | Tcp::ACK;
     if accepts && outside.flags & Translation::TUNNELLED != 0 {
         translate::clamp::<F>(ctx, tunnel::room(config, true), checksum)?;
     }
-    translate::address::<F>(ctx, F::SOURCE, container, F::narrow(outside.vip), checksum)?;
-    translate::two_bytes(ctx, F::TRANSPORT, source, outside.port, checksum)?;
-    translate::two_bytes(ctx, F::TRANSPORT + 2, destination, outside.client_port, checksum)?;
+    address(ctx, F::SOURCE, container, F::narrow(outside.vip), checksum)?;
+    two_bytes(ctx, F::TRANSPORT, source, outside.port, checksum)?;
+    two_bytes(ctx, F::TRANSPORT + 2, destination, outside.client_port, checksum)?;
     leave::<F>(ctx, container, client, &outside, config)
 }
 

@@ -5,15 +5,16 @@ use flynn_abi::{
     DropReason, Endpoint, Ipv4,
     lb::{Config, Event, Port, Translation, TranslationKey, Tunnelled, Vip},
 };
-use flynn_programs::{Decision, rate};
+use flynn_programs::{
+    Decision, rate,
+    translate::{Checksum, address, two_bytes},
+};
 
 use crate::{
     context::Context,
     family::Family,
     headers::{ETHERNET, Ethernet, ICMP, Ports, TCP, Tcp},
-    maps, seek,
-    translate::{self, Checksum},
-    translations, tunnel, uplink,
+    maps, seek, translate, translations, tunnel, uplink,
 };
 
 /// Hands the packet over to the container that has its connection, or to that which it is said to be for. `peer` is the
@@ -75,13 +76,13 @@ fn hand_over<F: Family>(ctx: &TcContext, peer: Ipv4, to: Tunnelled, config: &Con
         };
         translations::record(&mut key, &mut translation, flags, config)?;
 
-        let checksum = Checksum::of::<F>(protocol);
+        let checksum = Checksum::of(protocol, F::TRANSPORT);
         if flags & (Tcp::SYN | Tcp::ACK) == Tcp::SYN && translation.via != nobody {
             translate::clamp::<F>(ctx, tunnel::room(config, true), checksum)?;
         }
-        translate::address::<F>(ctx, F::DESTINATION, vip, container, checksum)?;
-        translate::two_bytes(ctx, F::TRANSPORT, ports.source, key.client_port, checksum)?;
-        translate::two_bytes(ctx, F::TRANSPORT + 2, ports.destination, to.port, checksum)?;
+        address(ctx, F::DESTINATION, vip, container, checksum)?;
+        two_bytes(ctx, F::TRANSPORT, ports.source, key.client_port, checksum)?;
+        two_bytes(ctx, F::TRANSPORT + 2, ports.destination, to.port, checksum)?;
     }
     let ethernet = Ethernet {
         to: endpoint.mac.octets(),

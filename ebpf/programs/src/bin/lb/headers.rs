@@ -68,8 +68,6 @@ impl Tcp {
     pub(crate) const SYN: u8 = 0x02;
     pub(crate) const RST: u8 = 0x04;
     pub(crate) const ACK: u8 = 0x10;
-    /// Where the checksum is.
-    pub(crate) const CHECKSUM: usize = 16;
     /// Where options begin.
     pub(crate) const OPTIONS: usize = 20;
 }
@@ -80,10 +78,6 @@ pub(crate) struct Udp {
     pub(crate) ports: Ports,
     pub(crate) length: [u8; 2],
     pub(crate) checksum: [u8; 2],
-}
-
-impl Udp {
-    pub(crate) const CHECKSUM: usize = 6;
 }
 
 /// The head of an ICMP message, with the beginning of the packet that it is about behind it.

@@ -3,11 +3,14 @@
 use aya_ebpf::{bindings::TC_ACT_UNSPEC, programs::TcContext};
 use flynn_abi::{Config, DropReason, Endpoint};
 
+use flynn_programs::services;
+
 use crate::{
-    Decision, maps,
+    Decision, bypass, maps,
     packet::{self, Header, Ipv4Header, Ipv6Header, Protocol},
     policy::{Packet, Sender},
     rate,
+    refuse::refuse,
     route::{self, Way},
     tunnel,
 };
@@ -24,7 +27,6 @@ pub(crate) fn decide(ctx: &TcContext) -> Decision {
 fn forward<H: Header>(ctx: &TcContext) -> Decision {
     let config = maps::config()?;
     let frame = packet::frame::<H>(ctx)?;
-    let destination = frame.ip.destination();
 
     // SAFETY: the kernel hands programs a valid context.
     let ifindex = unsafe { (*ctx.skb.skb).ifindex };
@@ -36,28 +38,44 @@ fn forward<H: Header>(ctx: &TcContext) -> Decision {
         return Err(DropReason::SpoofedMac);
     }
 
+    let mut ip = &frame.ip;
+    let mut way = route::find::<H>(ip.destination(), config)?;
+    if matches!(way, Way::Outside) && services::find(H::ipv6(ip.destination()).into()).is_some() {
+        match bypass::send::<H>(ctx.skb.skb) {
+            Err(reason @ (DropReason::NoInstance | DropReason::UnknownConnection)) => {
+                return refuse::<H>(ctx, reason);
+            }
+            sent => sent?,
+        }
+        // From here on as if it had been sent to the instance.
+        ip = &packet::frame::<H>(ctx)?.ip;
+        way = route::find::<H>(ip.destination(), config)?;
+    } else if endpoint.translates != 0 {
+        bypass::send_straight::<H>(ctx.skb.skb)?;
+        ip = &packet::frame::<H>(ctx)?.ip;
+    }
+
     let sender = Sender::local(endpoint);
     let packet = Packet {
         ctx,
-        ip: &frame.ip,
+        ip,
         at: packet::IP,
     };
-    let way = route::find::<H>(destination, config)?;
     match &way {
         Way::Container(receiver) => packet.to_container(sender, receiver, config)?,
         Way::Remote(_, Some(receiver)) => packet.to_container(sender, receiver, config)?,
         Way::Remote(_, None) => {}
         Way::Gateway | Way::RemoteGateway(_) => packet.to_host(sender, config)?,
-        Way::Outside if is_host::<H>(destination, config) => packet.to_host(sender, config)?,
+        Way::Outside if is_host::<H>(ip.destination(), config) => packet.to_host(sender, config)?,
         Way::Outside => {}
     }
-    let service = frame.ip.service();
+    let service = ip.service();
     rate::limit_sent(ctx, endpoint)?;
     match way {
         Way::Container(receiver) => {
             rate::limit_received(ctx, receiver)?;
             maps::count_sent(ctx, endpoint);
-            route::hand_over(ctx, receiver)
+            route::hand_over::<H>(ctx, receiver)
         }
         Way::Remote(host, _) | Way::RemoteGateway(host) => {
             maps::count_sent(ctx, endpoint);

@@ -71,7 +71,7 @@ fn forward<H: Header>(ctx: &TcContext, peer: &Peer, sender: Sender) -> Decision 
             packet.to_container(sender, receiver, config)?;
             rate::limit_received(ctx, receiver)?;
             take()?;
-            route::hand_over(ctx, receiver)
+            route::hand_over::<H>(ctx, receiver)
         }
         Some(receiver) if receiver.flags & Endpoint::GATEWAY != 0 => {
             packet.to_host(sender, config)?;

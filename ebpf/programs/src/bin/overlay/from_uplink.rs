@@ -109,7 +109,7 @@ fn receive<H: Header>(ctx: &TcContext, peer: &Peer, sender: Sender, config: &Con
         packet.to_container(sender, receiver, config)?;
         rate::limit_received(ctx, receiver)?;
         take_out::<H>(ctx, congested)?;
-        return route::hand_over(ctx, receiver);
+        return route::hand_over::<H>(ctx, receiver);
     }
     if receiver.flags & Endpoint::GATEWAY == 0 {
         return Err(DropReason::NoEndpoint);
@@ -170,7 +170,7 @@ fn from_direct(ctx: &TcContext, ip: &Ipv4Header, config: &Config) -> Decision {
         Some(receiver) if receiver.flags & Endpoint::CONTAINER != 0 => {
             packet.to_container(sender, receiver, config)?;
             rate::limit_received(ctx, receiver)?;
-            route::hand_over(ctx, receiver)
+            route::hand_over::<Ipv4Header>(ctx, receiver)
         }
         Some(receiver) if receiver.flags & Endpoint::GATEWAY != 0 => {
             packet.to_host(sender, config)?;

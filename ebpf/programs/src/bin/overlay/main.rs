@@ -10,11 +10,13 @@
 #![no_std]
 #![no_main]
 
+mod bypass;
 mod from_container;
 mod from_encrypted;
 mod from_tunnel;
 mod from_uplink;
 mod policy;
+mod refuse;
 mod route;
 mod to_overlay;
 mod tunnel;

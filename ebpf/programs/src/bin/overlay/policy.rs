@@ -11,14 +11,11 @@ use flynn_abi::{
 
 use crate::{
     maps,
-    packet::{self, Header, Transport},
+    packet::{self, Header, Transport, tcp},
 };
 
 /// From here on up, ports are those that answers go to.
 const FIRST_EPHEMERAL_PORT: u16 = 32768;
-
-const SYN: u8 = 0x02;
-const ACK: u8 = 0x10;
 
 /// Who sends.
 #[derive(Clone, Copy)]
@@ -110,7 +107,7 @@ impl<H: Header> Packet<'_, H> {
     fn to_open_port(&self, slot: u32, closed: DropReason) -> Result<(), DropReason> {
         let (protocol, at) = match self.ip.transport(self.ctx, self.at) {
             Transport::Tcp { at } if self.opens_connection(at)? => (packet::TCP, at),
-            Transport::Tcp { .. } | Transport::Icmp | Transport::LaterFragment => return Ok(()),
+            Transport::Tcp { .. } | Transport::Icmp { .. } | Transport::LaterFragment => return Ok(()),
             Transport::Udp { at } => (packet::UDP, at),
             Transport::Other => return Err(DropReason::UnknownTransport),
         };
@@ -128,8 +125,11 @@ impl<H: Header> Packet<'_, H> {
     }
 
     #[inline(always)]
-    fn opens_connection(&self, tcp: usize) -> Result<bool, DropReason> {
-        let flags: u8 = self.ctx.load(tcp + 13).map_err(|_| DropReason::Truncated)?;
-        Ok(flags & (SYN | ACK) == SYN)
+    fn opens_connection(&self, at: usize) -> Result<bool, DropReason> {
+        let flags: u8 = self
+            .ctx
+            .load(at + tcp::FLAGS)
+            .map_err(|_| DropReason::Truncated)?;
+        Ok(flags & (tcp::SYN | tcp::ACK) == tcp::SYN)
     }
 }

@@ -4,7 +4,7 @@ use aya_ebpf::{helpers::bpf_redirect_peer, programs::TcContext};
 use flynn_abi::{Config, DropReason, Endpoint, Host, Ipv4};
 
 use crate::{
-    Decision, maps,
+    Decision, bypass, maps,
     packet::{self, Header},
 };
 
@@ -46,17 +46,30 @@ pub(crate) const GATEWAY: u32 = u32::to_be(1);
 
 /// Makes the frame one from the gateway to the container and counts it. What is left is to send it on.
 #[inline(always)]
-pub(crate) fn address_to(ctx: &TcContext, endpoint: &Endpoint, config: &Config) -> Result<(), DropReason> {
-    packet::address_to(ctx, endpoint.mac, config.gateway)?;
-    maps::count_received(ctx, endpoint);
-    Ok(())
+pub(crate) fn address_to<H: Header>(
+    ctx: &TcContext,
+    endpoint: &Endpoint,
+    config: &Config,
+) -> Result<(), DropReason> {
+    receive::<H>(ctx, endpoint)?;
+    packet::address_to(ctx, endpoint.mac, config.gateway)
 }
 
 /// Puts the packet straight into the container's namespace, from an ingress hook. Its Ethernet addresses stay what they
 /// were: the kernel has looked at them where the packet came in, and nobody does again.
 #[inline(always)]
-pub(crate) fn hand_over(ctx: &TcContext, endpoint: &Endpoint) -> Decision {
-    maps::count_received(ctx, endpoint);
+pub(crate) fn hand_over<H: Header>(ctx: &TcContext, endpoint: &Endpoint) -> Decision {
+    receive::<H>(ctx, endpoint)?;
     // SAFETY: a helper that only notes where the packet goes.
     Ok(unsafe { bpf_redirect_peer(endpoint.ifindex, 0) } as i32)
+}
+
+/// What every packet to a container passes last.
+#[inline(always)]
+fn receive<H: Header>(ctx: &TcContext, endpoint: &Endpoint) -> Result<(), DropReason> {
+    if endpoint.translates != 0 {
+        bypass::receive::<H>(ctx)?;
+    }
+    maps::count_received(ctx, endpoint);
+    Ok(())
 }

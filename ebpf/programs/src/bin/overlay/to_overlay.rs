@@ -27,7 +27,7 @@ fn forward<H: Header>(ctx: &TcContext) -> Decision {
     match route::find::<H>(frame.ip.destination(), config)? {
         Way::Container(receiver) => {
             rate::limit_received(ctx, receiver)?;
-            route::address_to(ctx, receiver, config)?;
+            route::address_to::<H>(ctx, receiver, config)?;
             // Out of the host's end of the veth. The shorter way, into its peer, is closed to egress hooks.
             // SAFETY: a helper that only notes where the packet goes.
             Ok(unsafe { bpf_redirect(receiver.ifindex, 0) } as i32)

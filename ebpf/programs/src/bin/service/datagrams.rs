@@ -1,12 +1,13 @@
 //! Unconnected sockets, whose datagrams each have an address of their own.
 
 use aya_ebpf::{EbpfContext as _, helpers::bpf_get_socket_cookie, programs::SockAddrContext};
-use flynn_abi::{Backend, BackendKey, DatagramFlow, DatagramPeer, DropReason};
+use flynn_abi::{DatagramFlow, DatagramPeer, DropReason};
+use flynn_programs::services::{self, Address};
 
 use crate::{
     Decision,
-    context::{self, Address, Family},
-    maps::{self, PEERS},
+    context::{self, Family},
+    maps::PEERS,
     streams,
 };
 
@@ -14,19 +15,19 @@ use crate::{
 #[inline(always)]
 pub(crate) fn send<F: Family>(ctx: &SockAddrContext) -> Decision {
     let address = F::get(ctx);
-    let Some(wanted) = maps::find(address) else {
+    let Some(wanted) = services::find(address) else {
         return Ok(());
     };
     let outward = peer(ctx, address, DatagramPeer::SEND);
     // SAFETY: read at once; an entry that is evicted and reused meanwhile names another instance, which is checked to
     // be there as well.
     let known = unsafe { PEERS.get(outward) };
-    let known = known.and_then(|flow| still_there(flow.place, flow.instance));
+    let known = known.and_then(|flow| services::still_there(flow.place, flow.instance));
     let (place, backend) = match known {
         Some(found) => found,
-        None => maps::choose(wanted)?,
+        None => services::choose(wanted)?,
     };
-    let target = reachable(address, backend)?;
+    let target = services::reachable(address, backend)?;
     let inward = peer(ctx, target, DatagramPeer::RECEIVE);
     // The way back may be another service's, behind the same instance: who was asked last has answered.
     // SAFETY: read at once.
@@ -69,28 +70,5 @@ fn peer(ctx: &SockAddrContext, address: Address, way: u16) -> DatagramPeer {
         port: context::port(ctx),
         way,
         reserved: 0,
-    }
-}
-
-#[inline(always)]
-fn still_there(place: BackendKey, instance: u64) -> Option<(BackendKey, &'static Backend)> {
-    let found = maps::backend(place)?;
-    (found.instance == instance).then_some((place, found))
-}
-
-/// Where the instance is for a socket that has named `address`: the kernel does not let an IPv6 datagram become IPv4.
-#[inline(always)]
-fn reachable(address: Address, backend: &Backend) -> Result<Address, DropReason> {
-    let target = Address::from(backend.address);
-    match (address.v4(), target.v4()) {
-        (Some(_), Some(_)) | (None, None) => Ok(target),
-        (Some(_), None) => Err(DropReason::NoInstanceOfFamily),
-        (None, Some(_)) => {
-            let target = Address::from(backend.address6);
-            if target.is_unspecified() {
-                return Err(DropReason::NoInstanceOfFamily);
-            }
-            Ok(target)
-        }
     }
 }

@@ -2,21 +2,18 @@
 
 use aya_ebpf::programs::SockAddrContext;
 use flynn_abi::ServiceFlow;
+use flynn_programs::services::{self, Address};
 
-use crate::{
-    Decision,
-    context::{Address, Family},
-    maps,
-};
+use crate::{Decision, context::Family, maps};
 
 /// A socket connects.
 #[inline(always)]
 pub(crate) fn connect<F: Family>(ctx: &SockAddrContext) -> Decision {
     let address = F::get(ctx);
-    let Some(wanted) = maps::find(address) else {
+    let Some(wanted) = services::find(address) else {
         return Ok(());
     };
-    let (_, backend) = maps::choose(wanted)?;
+    let (_, backend) = services::choose(wanted)?;
     F::set(ctx, backend.address.into())?;
     let mut flow = ServiceFlow {
         virtual_address: address.into(),
