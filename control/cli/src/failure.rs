@@ -41,7 +41,7 @@ pub(crate) fn local(what: impl fmt::Display, why: &io::Error) -> Failure {
 pub(crate) fn exit_code(code: ErrorCode) -> ExitCode {
     ExitCode::from(match code {
         ErrorCode::Validation | ErrorCode::LimitExceeded => 2,
-        ErrorCode::NotFound => 3,
+        ErrorCode::NotFound | ErrorCode::Gone => 3,
         ErrorCode::Unauthorized | ErrorCode::Forbidden => 4,
         ErrorCode::ObjectExists | ErrorCode::Conflict | ErrorCode::PreconditionFailed => 5,
         // EX_TEMPFAIL of sysexits.h.
