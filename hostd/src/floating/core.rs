@@ -1,31 +1,42 @@
 //! Who holds which floating address. Pure: no clock, no sockets.
 //!
-//! Each host sends each other host a heartbeat every [`BEAT`]. It carries the number of the last heartbeat that came
+//! Each host sends each other host a heartbeat every [`TICK`]. It carries the number of the last heartbeat that came
 //! the other way, so that one counts only if it answers something that was sent within [`TIMEOUT`]: what was recorded
 //! earlier, or lay in a queue while a process was paused, proves nothing, and who hears without being heard is not
 //! taken for alive. A heartbeat also says whom its sender hears, so that two hosts which only a third connects agree.
 //!
 //! Of the hosts that are alive and eligible, the first in an order that is the same everywhere takes an address that
-//! nobody holds, and keeps it: one that comes back does not move what others have by now. Each take has a greater number
-//! than those before, and of two holders the one with the smaller number yields: connections have moved to the other.
-//! One who hears nobody, though there are several, is rather cut off itself than left over: what it takes has a number
-//! below that of those who had it, so that they have it still when it comes back. Heartbeats say who holds what by which
-//! number. A host is eligible once it has listened for [`SETTLE`]: it takes
-//! nothing before it can know who is there. One whose clock has jumped, because it was paused, begins anew.
+//! nobody holds, and keeps it: one that comes back does not move what others have by now. Before it takes what a lost
+//! host held, each that it still hears must have been heard since that loss: links are not cut at one instant, and who
+//! is about to lose the others too would take what is theirs.
+//!
+//! Each take has a greater epoch than those before, also than the one by which another was to take it, who may have been
+//! lost before it could tell. Of two holders the one with the smaller epoch yields: connections have moved to the other.
+//!
+//! Who hears no majority of the hosts (of three or more, be they eligible or not) is rather cut off itself than left
+//! over. It takes what nobody holds only when it has heard none for [`PATIENCE`], and by no greater epoch, so that those
+//! who had it have it still when it comes back. And what it held has another [`Standing`] from then on: it yields to what
+//! was taken where there was a majority all the time, whatever the epochs, of which neither could hear. When it hears a
+//! majority again, and of nobody who has taken what it holds, that is as good as any. Of two hosts neither can tell which
+//! one is cut off, and the last take is right.
+//!
+//! A host is eligible once it has listened for [`SETTLE`]: it takes nothing before it can know who is there. One whose
+//! clock has jumped, because it was paused, begins anew.
 
-use std::cmp::Reverse;
+mod messages;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::time::Duration;
 
-use sha2::{Digest as _, Sha256};
+pub(crate) use messages::{AddressKey, Beat, Claim, HostKey, MAX_EPOCH, Number, Standing};
 
-/// Between heartbeats.
-pub(crate) const BEAT: Duration = Duration::from_millis(100);
-/// Between ticks.
+/// Between ticks, and heartbeats: some may be late or lost before their host seems to be.
 pub(crate) const TICK: Duration = Duration::from_millis(50);
 /// A host that was not heard for so long is gone.
 pub(crate) const TIMEOUT: Duration = Duration::from_millis(300);
+/// For how long a host that hears no majority takes nothing.
+pub(crate) const PATIENCE: Duration = Duration::from_millis(300);
 /// How long a host listens before it takes anything.
 pub(crate) const SETTLE: Duration = Duration::from_secs(1);
 /// Between announcements of an address that is held: who has missed one hears the next.
@@ -34,86 +45,6 @@ pub(crate) const ANNOUNCE: Duration = Duration::from_secs(1);
 pub(crate) const MAX_HOSTS: usize = 16;
 /// So many addresses there may be: a heartbeat has to fit into a packet.
 pub(crate) const MAX_ADDRESSES: usize = 48;
-
-/// A host, by a digest of its id.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub(crate) struct HostKey(pub(crate) u64);
-
-impl HostKey {
-    /// Of the host with this id.
-    pub(crate) fn of(id: &str) -> Self {
-        Self(digest(id.as_bytes()))
-    }
-
-    /// Its place in the order of those that may hold an address: the smallest is the first.
-    fn rank(self, address: AddressKey) -> (u64, Self) {
-        // Two digests, mixed so that each of their bits tells (as SplitMix64 does).
-        let mut mixed = self.0 ^ address.0;
-        for factor in [0xbf58_476d_1ce4_e5b9, 0x94d0_49bb_1331_11eb] {
-            mixed = (mixed ^ (mixed >> 30)).wrapping_mul(factor);
-        }
-        (mixed ^ (mixed >> 31), self)
-    }
-}
-
-/// An address, by a digest of it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct AddressKey(pub(crate) u64);
-
-impl AddressKey {
-    fn of(address: IpAddr) -> Self {
-        let address = match address {
-            IpAddr::V4(address) => address.to_ipv6_mapped(),
-            IpAddr::V6(address) => address,
-        };
-        Self(digest(&address.octets()))
-    }
-}
-
-fn digest(bytes: &[u8]) -> u64 {
-    let mut first = [0; 8];
-    first.copy_from_slice(&Sha256::digest(bytes)[..8]);
-    u64::from_be_bytes(first)
-}
-
-/// That a host holds an address.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Claim {
-    pub(crate) address: AddressKey,
-    pub(crate) host: HostKey,
-    /// The number of its take.
-    pub(crate) take: u64,
-}
-
-impl Claim {
-    /// The greatest is right.
-    fn order(&self) -> (u64, Reverse<(u64, HostKey)>) {
-        (self.take, Reverse(self.host.rank(self.address)))
-    }
-}
-
-/// The number of a heartbeat. A host that starts anew has another incarnation.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(crate) struct Number {
-    pub(crate) incarnation: u64,
-    pub(crate) sequence: u64,
-}
-
-/// A heartbeat from one host to one other.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Beat {
-    pub(crate) from: HostKey,
-    pub(crate) to: HostKey,
-    pub(crate) number: Number,
-    /// The last one that came the other way.
-    pub(crate) echo: Number,
-    /// Whether the sender takes addresses.
-    pub(crate) eligible: bool,
-    /// Which others the sender hears that take addresses.
-    pub(crate) hears: Vec<HostKey>,
-    /// What the sender holds, or hears that others hold: one claim for each address.
-    pub(crate) claims: Vec<Claim>,
-}
 
 /// What is to be done.
 #[derive(Debug, Default, PartialEq, Eq)]
@@ -154,10 +85,14 @@ pub(crate) struct Floating {
     peers: BTreeMap<HostKey, Peer>,
     addresses: BTreeMap<IpAddr, AddressKey>,
     held: BTreeMap<IpAddr, Hold>,
-    /// The greatest number of a take that was heard of.
-    takes: BTreeMap<IpAddr, u64>,
+    /// The greatest epoch that was heard of.
+    epochs: BTreeMap<IpAddr, u64>,
+    /// The epoch by which another was to take it, and may have before it was lost without a word.
+    awaited: BTreeMap<IpAddr, u64>,
     /// Since when it listens; none while it is not healthy.
     settling: Option<Duration>,
+    /// Whether it hears a majority, and since when that is so.
+    majority: (bool, Duration),
     ticked: Option<Duration>,
     /// When each of the last heartbeats was sent, by its number.
     sent: BTreeMap<u64, Duration>,
@@ -173,8 +108,10 @@ impl Floating {
             peers: BTreeMap::new(),
             addresses: BTreeMap::new(),
             held: BTreeMap::new(),
-            takes: BTreeMap::new(),
+            epochs: BTreeMap::new(),
+            awaited: BTreeMap::new(),
             settling: None,
+            majority: (false, Duration::ZERO),
             ticked: None,
             sent: BTreeMap::new(),
             sequence: 0,
@@ -199,8 +136,9 @@ impl Floating {
         } else {
             BTreeMap::new()
         };
-        self.takes
-            .retain(|address, _| self.addresses.contains_key(address));
+        for epochs in [&mut self.epochs, &mut self.awaited] {
+            epochs.retain(|address, _| self.addresses.contains_key(address));
+        }
     }
 
     /// The addresses that it holds.
@@ -220,36 +158,33 @@ impl Floating {
         if healthy {
             self.settling.get_or_insert(now);
         }
+        self.look_round(now);
         let mut actions = Actions::default();
         self.decide(now, &mut actions);
-        let due = self
-            .sent
-            .last_key_value()
-            .is_none_or(|(_, sent)| now.saturating_sub(*sent) >= BEAT);
-        if due {
-            self.beat(now, &mut actions);
-        }
+        self.beat(now, &mut actions);
         actions
     }
 
-    /// A heartbeat has come, of which it is certain who has sent it.
-    pub(crate) fn receive(&mut self, now: Duration, beat: Beat) -> Actions {
-        let mut actions = Actions::default();
+    /// A heartbeat has come, of which it is certain who has sent it. What follows from it is for the next tick, when the
+    /// others of its time have come as well.
+    pub(crate) fn receive(&mut self, now: Duration, beat: Beat) {
         if beat.to != self.own {
-            return actions;
+            return;
         }
+        // Whoever is heard again must not hide that nobody was before.
+        self.look_round(now);
         let answers = beat.echo.incarnation == self.incarnation
             && self
                 .sent
                 .get(&beat.echo.sequence)
                 .is_some_and(|sent| now.saturating_sub(*sent) <= TIMEOUT);
         let Some(peer) = self.peers.get_mut(&beat.from) else {
-            return actions;
+            return;
         };
         let newer =
             beat.number.incarnation != peer.last.incarnation || beat.number.sequence > peer.last.sequence;
         if !newer {
-            return actions;
+            return;
         }
         if !answers {
             // It counts for nothing but that it can be answered, and only while nobody better is known: a recorded one
@@ -257,7 +192,7 @@ impl Floating {
             if !is_fresh(peer, now) {
                 peer.last = beat.number;
             }
-            return actions;
+            return;
         }
         peer.last = beat.number;
         peer.heard = Some(now);
@@ -266,12 +201,42 @@ impl Floating {
         peer.claims = beat.claims;
         for (address, key) in &self.addresses {
             for claim in peer.claims.iter().filter(|claim| claim.address == *key) {
-                let greatest = self.takes.entry(*address).or_default();
-                *greatest = claim.take.max(*greatest);
+                let greatest = self.epochs.entry(*address).or_default();
+                *greatest = claim.epoch.max(*greatest);
             }
         }
-        self.decide(now, &mut actions);
-        actions
+    }
+
+    /// Whether this host and those that it hears are a majority. Of two there is none to be told from the rest.
+    fn hears_majority(&self, now: Duration) -> bool {
+        let heard = self.peers.values().filter(|peer| is_fresh(peer, now)).count();
+        let (side, all) = (heard + 1, self.peers.len() + 1);
+        all <= 2 || 2 * side > all
+    }
+
+    fn look_round(&mut self, now: Duration) {
+        let majority = self.hears_majority(now);
+        if majority != self.majority.0 {
+            self.majority = (majority, now);
+        }
+        if !majority {
+            for hold in self.held.values_mut() {
+                hold.claim.standing = hold.claim.standing.min(Standing::Lost);
+            }
+        }
+    }
+
+    /// Whether it is known well enough who is there for something to be taken.
+    fn may_take(&self, now: Duration) -> bool {
+        let (majority, since) = self.majority;
+        // Where a majority is heard again, so is the rest soon.
+        let patience = if majority { 2 * TICK } else { PATIENCE };
+        let patient = now.saturating_sub(since) >= patience;
+        let heard = || self.peers.values().filter_map(|peer| peer.heard);
+        let fresh = |heard: &Duration| now.saturating_sub(*heard) < TIMEOUT;
+        let loss = heard().filter(|heard| !fresh(heard)).max();
+        let since = loss.map_or(Duration::ZERO, |last| last + TIMEOUT);
+        patient && heard().filter(fresh).all(|heard| heard >= since)
     }
 
     fn is_eligible(&self, now: Duration) -> bool {
@@ -327,42 +292,65 @@ impl Floating {
     }
 
     fn decide(&mut self, now: Duration, actions: &mut Actions) {
-        let cut_off = self.peers.len() > 1 && !self.peers.values().any(|peer| is_fresh(peer, now));
         let alive = self.alive(now);
         let eligible = self.is_eligible(now);
         let first = |address: AddressKey| {
             let own = self.own.rank(address);
             alive.iter().all(|host| own < host.rank(address))
         };
-        let is_own = |address| {
-            let holder = self.holder(address, now, &alive);
-            holder.map_or_else(|| first(address), |holder| holder == self.own)
-        };
-        let own = self.addresses.iter().filter(|(_, key)| eligible && is_own(**key));
-        let wanted: BTreeSet<IpAddr> = own.map(|(address, _)| *address).collect();
+        let mut wanted = BTreeSet::new();
+        for (address, key) in &self.addresses {
+            let own = match self.holder(*key, now, &alive) {
+                Some(holder) => holder == self.own,
+                None if first(*key) => true,
+                None => {
+                    let greatest = self.epochs.get(address).copied().unwrap_or_default();
+                    self.awaited.insert(*address, next(greatest));
+                    false
+                }
+            };
+            if own && eligible {
+                wanted.insert(*address);
+            }
+        }
         let gone = self.held.keys().filter(|address| !wanted.contains(address));
         actions.release.extend(gone.copied());
         self.held.retain(|address, _| wanted.contains(address));
+        let may_take = self.may_take(now);
+        let (majority, since) = self.majority;
+        // By now it would have heard of whoever has taken what it holds.
+        let undisputed = majority && now.saturating_sub(since) >= TIMEOUT;
         for address in wanted {
-            match self.held.get_mut(&address) {
-                None => {
-                    let greatest = self.takes.entry(address).or_default();
-                    let take = number_of_take(*greatest, cut_off);
-                    *greatest = take.max(*greatest);
+            let greatest = self.epochs.entry(address).or_default();
+            let Some(hold) = self.held.get_mut(&address) else {
+                if may_take {
+                    let standing = if majority {
+                        let awaited = self.awaited.get(&address).copied().unwrap_or_default();
+                        *greatest = next(awaited.max(*greatest));
+                        Standing::Majority
+                    } else {
+                        Standing::Alone
+                    };
                     let claim = Claim {
                         address: AddressKey::of(address),
                         host: self.own,
-                        take,
+                        epoch: *greatest,
+                        standing,
                     };
                     let announced = now;
                     self.held.insert(address, Hold { announced, claim });
                     actions.take.push(address);
                 }
-                Some(hold) if now.saturating_sub(hold.announced) >= ANNOUNCE => {
-                    hold.announced = now;
-                    actions.announce.push(address);
-                }
-                Some(_) => {}
+                continue;
+            };
+            if undisputed && hold.claim.standing != Standing::Majority {
+                *greatest = next(*greatest);
+                hold.claim.epoch = *greatest;
+                hold.claim.standing = Standing::Majority;
+            }
+            if now.saturating_sub(hold.announced) >= ANNOUNCE {
+                hold.announced = now;
+                actions.announce.push(address);
             }
         }
     }
@@ -398,14 +386,8 @@ impl Floating {
     }
 }
 
-/// The number of the next take. Those of hosts that hear others are even, and greater than all before; those of hosts
-/// that hear nobody are odd, and less than that of the last of the others.
-fn number_of_take(greatest: u64, cut_off: bool) -> u64 {
-    match (cut_off, greatest % 2) {
-        (false, rest) => greatest.saturating_add(2 - rest),
-        (true, 0) => greatest.saturating_sub(1),
-        (true, _) => greatest,
-    }
+fn next(epoch: u64) -> u64 {
+    epoch.saturating_add(1).min(MAX_EPOCH)
 }
 
 fn is_fresh(peer: &Peer, now: Duration) -> bool {

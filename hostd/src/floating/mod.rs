@@ -1,7 +1,7 @@
 //! Floating addresses: each is at one healthy host, and within a second at another when that is lost.
 //!
-//! [`core`] decides, [`packet`] and [`frame`] are what goes over the wire, [`uplink`] is the kernel's part, and
-//! [`run`] joins them in a thread of its own, which a busy daemon does not delay. [`follow`] tells it of the cluster's
+//! [`core`] decides, [`packet`] and [`frame`] are what goes over the wire, [`kernel`] and [`uplink`] are the kernel's
+//! part, and [`run`] joins them in a thread of its own, which a busy daemon does not delay. [`follow`] tells it of the cluster's
 //! hosts and addresses, which [`command`] changes.
 //!
 //! No fence is needed: each host balances by the same tables, so that it does not matter which one a packet comes to.
@@ -10,6 +10,7 @@ pub mod command;
 mod core;
 mod follow;
 mod frame;
+mod kernel;
 mod packet;
 mod shell;
 mod uplink;

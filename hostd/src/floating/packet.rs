@@ -6,7 +6,7 @@
 use hmac::{Hmac, KeyInit as _, Mac as _};
 use sha2::Sha256;
 
-use super::core::{AddressKey, Beat, Claim, HostKey, MAX_ADDRESSES, MAX_HOSTS, Number};
+use super::core::{AddressKey, Beat, Claim, HostKey, MAX_ADDRESSES, MAX_HOSTS, Number, Standing};
 
 /// The length of keys.
 pub(crate) const KEY: usize = 32;
@@ -14,7 +14,7 @@ pub(crate) const KEY: usize = 32;
 pub(crate) const MAX: usize = FIXED + 8 * MAX_HOSTS + CLAIM * MAX_ADDRESSES + TAG;
 
 const MAGIC: [u8; 4] = *b"flyb";
-const VERSION: u8 = 2;
+const VERSION: u8 = 3;
 const ELIGIBLE: u8 = 1;
 /// Magic, version, flags, how many are heard, how many claims there are, and six numbers.
 const FIXED: usize = 8 + 6 * 8;
@@ -27,6 +27,31 @@ fn mac(key: &[u8; KEY], bytes: &[u8]) -> Option<Hmac<Sha256>> {
     let mut mac = Hmac::<Sha256>::new_from_slice(key).ok()?;
     mac.update(bytes);
     Some(mac)
+}
+
+/// Epoch and standing in one number, in the order of claims of one epoch.
+fn take(claim: &Claim) -> u64 {
+    let standing = match claim.standing {
+        Standing::Alone => 0,
+        Standing::Lost => 1,
+        Standing::Majority => 2,
+    };
+    claim.epoch << 2 | standing
+}
+
+fn claim([address, host, take]: [u64; 3]) -> Option<Claim> {
+    let standing = match take & 3 {
+        0 => Standing::Alone,
+        1 => Standing::Lost,
+        2 => Standing::Majority,
+        _ => return None,
+    };
+    Some(Claim {
+        address: AddressKey(address),
+        host: HostKey(host),
+        epoch: take >> 2,
+        standing,
+    })
 }
 
 /// The packet of a heartbeat.
@@ -47,7 +72,7 @@ pub(crate) fn encode(key: &[u8; KEY], beat: &Beat) -> Vec<u8> {
     ];
     let claims = claims
         .iter()
-        .flat_map(|claim| [claim.address.0, claim.host.0, claim.take]);
+        .flat_map(|claim| [claim.address.0, claim.host.0, take(claim)]);
     let numbers = numbers.into_iter().chain(hears.iter().map(|host| host.0));
     for number in numbers.chain(claims) {
         bytes.extend(number.to_be_bytes());
@@ -97,12 +122,8 @@ pub(crate) fn decode(key: &[u8; KEY], packet: &[u8]) -> Option<Beat> {
             .as_chunks::<3>()
             .0
             .iter()
-            .map(|[address, host, take]| Claim {
-                address: AddressKey(*address),
-                host: HostKey(*host),
-                take: *take,
-            })
-            .collect(),
+            .map(|numbers| claim(*numbers))
+            .collect::<Option<_>>()?,
     })
 }
 
@@ -125,7 +146,8 @@ mod tests {
                 hears: hears.into_iter().map(HostKey).collect(),
                 claims: claims
                     .into_iter()
-                    .map(|[address, host, take]| Claim { address: AddressKey(address), host: HostKey(host), take })
+                    .map(|[address, host, take]| [address, host, take - u64::from(take % 4 == 3)])
+                    .filter_map(claim)
                     .collect(),
             }
         }

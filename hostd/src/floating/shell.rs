@@ -9,12 +9,15 @@ use tokio::net::UdpSocket;
 use tokio::sync::watch;
 use tokio::time::{MissedTickBehavior, interval};
 
-use super::core::{Actions, Floating, HostKey, TICK};
-use super::uplink::Uplink;
-use super::{Address, Held, PORT, Settings, packet};
+use super::core::{Actions, Floating, HostKey, MAX_HOSTS, TICK};
+use super::kernel::Kernel;
+use super::{Held, PORT, Settings, packet};
 
-/// Between looks at the uplink, and attempts to find it.
-const LOOK: Duration = Duration::from_secs(1);
+/// Between attempts to find the uplink.
+const AGAIN: Duration = Duration::from_secs(1);
+
+/// So many packets at most are read before a tick: what came while this thread had to wait, and no flood.
+const DRAINED: usize = 16 * MAX_HOSTS;
 
 /// Holds this host's share of the floating addresses until the sender of settings is gone, in the network namespace of
 /// the calling thread, which it takes for itself. While there are no addresses it sends nothing.
@@ -37,7 +40,7 @@ pub fn run(
                 Ok(shell) => shell.serve(&mut settings, held).await,
                 Err(error) => {
                     tracing::warn!(%error, "floating addresses are left to other hosts");
-                    tokio::time::sleep(LOOK).await;
+                    tokio::time::sleep(AGAIN).await;
                 }
             }
             held.set(BTreeSet::new());
@@ -55,15 +58,13 @@ fn has_addresses(settings: &Option<Settings>) -> bool {
 struct Shell {
     core: Floating,
     socket: UdpSocket,
-    uplink: Uplink,
+    kernel: Kernel,
     begun: Instant,
 }
 
 impl Shell {
     async fn open(id: &str, own: Ipv4Addr) -> io::Result<Self> {
-        let (connection, handle, _) = rtnetlink::new_connection()?;
-        tokio::spawn(connection);
-        let uplink = Uplink::find(handle, own).await?;
+        let kernel = Kernel::open(own).await?;
         let socket = UdpSocket::bind((own, PORT)).await?;
         // Each start has another; it need not be the right time.
         let incarnation = SystemTime::now()
@@ -72,7 +73,7 @@ impl Shell {
         Ok(Self {
             core: Floating::new(id, incarnation),
             socket,
-            uplink,
+            kernel,
             begun: Instant::now(),
         })
     }
@@ -81,24 +82,27 @@ impl Shell {
     async fn serve(mut self, settings: &mut watch::Receiver<Option<Settings>>, held: &Held) {
         let mut ticks = interval(TICK);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        let (mut looked, mut up) = (None::<Instant>, false);
         let mut buffer = [0; packet::MAX + 1];
         let Some(mut now) = settings.borrow_and_update().clone() else {
             return;
         };
         self.configure(&now);
         loop {
-            let actions = tokio::select! {
+            tokio::select! {
                 _ = ticks.tick() => {
-                    if looked.is_none_or(|looked| looked.elapsed() >= LOOK) {
-                        (looked, up) = (Some(Instant::now()), self.uplink.is_up().await);
+                    // Nobody is lost whose heartbeat only waits here.
+                    for _ in 0..DRAINED {
+                        let Ok(length) = self.socket.try_recv(&mut buffer) else { break };
+                        self.receive(&now, &buffer[..length]);
                     }
-                    self.core.tick(self.begun.elapsed(), up)
+                    let actions = self.core.tick(self.begun.elapsed(), self.kernel.is_up());
+                    self.act(actions, &now);
+                    held.set(self.core.held().collect());
                 }
                 received = self.socket.recv(&mut buffer) => {
-                    let Ok(length) = received else { continue };
-                    let Some(beat) = packet::decode(&now.key, &buffer[..length]) else { continue };
-                    self.core.receive(self.begun.elapsed(), beat)
+                    if let Ok(length) = received {
+                        self.receive(&now, &buffer[..length]);
+                    }
                 }
                 changed = settings.changed() => {
                     let next = changed.ok().and_then(|()| settings.borrow_and_update().clone());
@@ -109,7 +113,7 @@ impl Shell {
                         next.iter().flat_map(|next| &next.addresses).any(|address| address.ip == *ip)
                     };
                     for ip in gone.into_iter().filter(|ip| !stays(ip)) {
-                        self.release(ip).await;
+                        self.kernel.release(ip);
                     }
                     match next {
                         Some(next) if !none => {
@@ -118,11 +122,8 @@ impl Shell {
                         }
                         _ => return,
                     }
-                    continue;
                 }
-            };
-            self.act(actions, &now).await;
-            held.set(self.core.held().collect());
+            }
         }
     }
 
@@ -132,8 +133,13 @@ impl Shell {
         self.core.configure(&hosts, &addresses);
     }
 
-    async fn act(&mut self, actions: Actions, settings: &Settings) {
-        // Heartbeats first: others wait for them, and the kernel may take its time with the rest.
+    fn receive(&mut self, settings: &Settings, packet: &[u8]) {
+        if let Some(beat) = packet::decode(&settings.key, packet) {
+            self.core.receive(self.begun.elapsed(), beat);
+        }
+    }
+
+    fn act(&self, actions: Actions, settings: &Settings) {
         for beat in &actions.beats {
             let to = settings
                 .hosts
@@ -147,24 +153,15 @@ impl Shell {
         }
         for ip in actions.release {
             tracing::info!(%ip, "a floating address is another host's");
-            self.release(ip).await;
+            self.kernel.release(ip);
         }
         for ip in &actions.take {
             tracing::info!(%ip, "a floating address is taken");
         }
         for ip in actions.take.into_iter().chain(actions.announce) {
-            let address = settings.addresses.iter().find(|address| address.ip == ip);
-            if let Some(address) = address
-                && let Err(error) = self.uplink.hold(Address { ..*address }).await
-            {
-                tracing::error!(%ip, %error, "a floating address cannot be held");
+            if let Some(address) = settings.addresses.iter().find(|address| address.ip == ip) {
+                self.kernel.announce(*address);
             }
-        }
-    }
-
-    async fn release(&self, ip: IpAddr) {
-        if let Err(error) = self.uplink.release(ip).await {
-            tracing::warn!(%ip, %error, "a floating address that is another's stays for some seconds");
         }
     }
 }
