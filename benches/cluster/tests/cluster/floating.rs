@@ -20,8 +20,11 @@ const LIMIT: Duration = Duration::from_mins(2);
 /// The last part of the first floating address that is tried; the others follow.
 const FIRST: u8 = 100;
 
-/// How many are tried: it follows from address and host who holds one, so that some other than the first does.
-const TRIED: u8 = 10;
+/// How many of each family are tried at a time: it follows from address and host who holds one.
+const TRIED: u8 = 5;
+
+/// How often: the host that is told of the first has taken them before the others know that there are any.
+const TIMES: u8 = 4;
 
 #[derive(Deserialize)]
 struct Line {
@@ -32,40 +35,41 @@ struct Line {
 /// Has two addresses float, one of each family, both held by the same host, which is not the first: who that is, and the
 /// addresses with the lengths of their networks.
 fn float(platform: &Platform) -> Result<(u8, [String; 2])> {
-    let families: [Vec<String>; 2] = [
-        (FIRST..FIRST + TRIED)
-            .map(|last| format!("192.0.2.{last}/24"))
-            .collect(),
-        (FIRST..FIRST + TRIED)
-            .map(|last| format!("2001:db8::{last}/64"))
-            .collect(),
-    ];
-    for address in families.iter().flatten() {
-        flynn_host(platform, 1, &["floating", "add", address])?;
-    }
     let mut numbers = BTreeMap::new();
     for host in MEMBERS {
         numbers.insert(ask::<HostStatus>(platform, host, "/host/status")?.id, host);
     }
-    let holders = until(LIMIT, "each address is held by one host", || {
-        let lines = flynn_host(platform, 1, &["floating", "list", "--json"])?;
-        let lines: Vec<Line> = serde_json::from_str(&lines)?;
-        let mut holders = BTreeMap::new();
-        for line in lines {
-            let [host] = &line.hosts[..] else { return Ok(None) };
-            let host = numbers.get(host).with_context(|| format!("who is {host}?"))?;
-            holders.insert(line.address, *host);
+    let mut families: [Vec<String>; 2] = Default::default();
+    let (host, kept) = loop {
+        let next = FIRST + u8::try_from(families[0].len())?;
+        for last in next..next + TRIED {
+            families[0].push(format!("192.0.2.{last}/24"));
+            families[1].push(format!("2001:db8::{last}/64"));
         }
-        Ok(Some(holders))
-    })?;
-    let chosen = MEMBERS[1..].iter().rev().find_map(|host| {
-        let of_host = |family: &Vec<String>| {
-            let found = family.iter().find(|address| holders.get(*address) == Some(host));
-            found.cloned()
-        };
-        Some((*host, [of_host(&families[0])?, of_host(&families[1])?]))
-    });
-    let (host, kept) = chosen.with_context(|| format!("the first host holds all: {holders:?}"))?;
+        for family in &families {
+            for address in &family[family.len() - usize::from(TRIED)..] {
+                flynn_host(platform, 1, &["floating", "add", address])?;
+            }
+        }
+        let holders = until(LIMIT, "each address is held by one host", || {
+            listed(platform, &numbers)
+        })?;
+        let chosen = MEMBERS[1..].iter().rev().find_map(|host| {
+            let of_host = |family: &Vec<String>| {
+                let found = family.iter().find(|address| holders.get(*address) == Some(host));
+                found.cloned()
+            };
+            Some((*host, [of_host(&families[0])?, of_host(&families[1])?]))
+        });
+        if let Some(chosen) = chosen {
+            break chosen;
+        }
+        let tried = families[0].len() / usize::from(TRIED);
+        ensure!(
+            tried < usize::from(TIMES),
+            "the first host holds all: {holders:?}"
+        );
+    };
     for address in families
         .iter()
         .flatten()
@@ -75,6 +79,19 @@ fn float(platform: &Platform) -> Result<(u8, [String; 2])> {
     }
     eprintln!("    host {host} holds {kept:?}");
     Ok((host, kept))
+}
+
+/// Who holds each address, if each has one holder.
+fn listed(platform: &Platform, numbers: &BTreeMap<String, u8>) -> Result<Option<BTreeMap<String, u8>>> {
+    let lines = flynn_host(platform, 1, &["floating", "list", "--json"])?;
+    let lines: Vec<Line> = serde_json::from_str(&lines)?;
+    let mut holders = BTreeMap::new();
+    for line in lines {
+        let [host] = &line.hosts[..] else { return Ok(None) };
+        let host = numbers.get(host).with_context(|| format!("who is {host}?"))?;
+        holders.insert(line.address, *host);
+    }
+    Ok(Some(holders))
 }
 
 fn sink(platform: &Platform, floating: &[String]) -> Result<()> {
