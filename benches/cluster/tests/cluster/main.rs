@@ -42,6 +42,10 @@ const TESTS: &[(&str, Test)] = &[
     ("a_command_runs_in_an_app_with_its_exit_code", life::shell),
     ("services_are_reached_by_virtual_addresses", services::reached),
     (
+        "services_are_reached_by_what_is_in_no_job_s_cgroup",
+        services::bypassed,
+    ),
+    (
         "a_deposed_leader_s_clients_are_told_at_once",
         services::leader_changes,
     ),

@@ -56,6 +56,42 @@ pub(crate) fn reached(cluster: &mut Cluster) -> Result<()> {
     Ok(())
 }
 
+/// A process in a container's network that is in no job's cgroup: its packets go to virtual addresses.
+pub(crate) fn bypassed(cluster: &mut Cluster) -> Result<()> {
+    // From the first container that is not an instance itself.
+    const ASK_FROM_OUTSIDE: &str = "own=$(readlink /proc/self/ns/net); \
+        for process in /proc/[0-9]*; do \
+            there=$(readlink \"$process/ns/net\") && [ \"$there\" != \"$own\" ] || continue; \
+            address=$(nsenter --net=\"$process/ns/net\" ip -4 -o addr show eth0) || continue; \
+            echo \"$address\" | grep -qwF \"$2\" && continue; \
+            exec nsenter --net=\"$process/ns/net\" curl -gsS --max-time 20 \"$1\"; \
+        done; echo 'there is no other container'; exit 1";
+    let platform = cluster.app()?;
+    let (service, port) = serving(platform, 1)?;
+    let info: ServiceInfo = discoverd(platform, "GET", &format!("/services/{service}"), None::<&()>)?;
+    let addresses = info.addresses.context("the service has no virtual addresses")?;
+    let path = format!("/services/{service}/instances");
+    let instances: Vec<Instance> = discoverd(platform, "GET", &path, None::<&()>)?;
+    let instances: Vec<_> = instances
+        .iter()
+        .filter_map(|instance| Some(instance.addr.rsplit_once(':')?.0))
+        .collect();
+    for url in [
+        format!("http://{}:{port}/", addresses.ipv4),
+        format!("http://[{}]:{port}/", addresses.ipv6),
+    ] {
+        let arguments = ["-c", ASK_FROM_OUTSIDE, "sh", &url, &instances.join("\n")];
+        let output = platform.host().exec("sh", arguments)?;
+        let said = String::from_utf8_lossy(&output.stdout);
+        ensure!(
+            output.status.success() && said.contains(" from "),
+            "{url} said {said:?} {}",
+            String::from_utf8_lossy(&output.stderr).trim()
+        );
+    }
+    Ok(())
+}
+
 pub(crate) fn leader_changes(cluster: &mut Cluster) -> Result<()> {
     let platform = cluster.app()?;
     let (service, port) = serving(platform, 2)?;
