@@ -108,6 +108,30 @@ async fn plain() {
     assert!(error.retry && error.message.contains("refused"), "{error}");
 }
 
+/// A body that is refused unread ends its connection, and the answer says so: the next request goes by another one.
+#[tokio::test]
+async fn refused_bodies() {
+    let listener = Listener::tcp("127.0.0.1:0".parse().unwrap()).await.unwrap();
+    let base = format!("http://{}", listener.local_addr().unwrap());
+    let refuse = || async { Err::<(), _>(Error::conflict("not now")) };
+    let router = router().route("/refuse", put(refuse));
+    let server = tokio::spawn(serve(listener, router, std::future::pending()));
+    let http = Http::new(&base).unwrap();
+    for (length, ends) in [(100, false), (100_000, true)] {
+        let body = flynn_api::client::full(vec![b'x'; length]);
+        let request = http::Request::put("/refuse").body(body).unwrap();
+        let answer = http.send_raw(request).await.unwrap();
+        assert_eq!(answer.status(), http::StatusCode::CONFLICT);
+        assert_eq!(
+            answer.headers().contains_key("connection"),
+            ends,
+            "{length} bytes"
+        );
+        assert_eq!(http.get::<String>("/who").await.unwrap(), "nobody");
+    }
+    server.abort();
+}
+
 /// A server that goes without a word (its host lost its power) is noticed; one with nothing to tell is not taken for it.
 #[tokio::test]
 async fn silence() {

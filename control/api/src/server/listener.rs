@@ -1,5 +1,6 @@
 //! Accepts connections over TCP, TLS and Unix sockets and serves a router on them.
 
+use std::convert::Infallible;
 use std::future::Future;
 use std::io;
 use std::net::SocketAddr;
@@ -9,7 +10,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use axum::Router;
-use hyper::body::Incoming;
+use http::Version;
+use http::header::{CONNECTION, HeaderValue};
+use hyper::body::{Body as _, Incoming};
 use hyper::rt::{Read, Write};
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use hyper_util::server::conn::auto::Builder;
@@ -29,6 +32,9 @@ const MAX_CONNECTIONS: usize = 4096;
 const HEAD_TIMEOUT: Duration = Duration::from_secs(30);
 /// How long requests under way may take once the service stops. Event streams never end by themselves.
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(3);
+
+/// The longest body of a request that is read to its end though the request is refused.
+const MAX_UNREAD: u64 = 8 << 10;
 
 /// Who is at the other end. Every request carries it as an extension.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -207,7 +213,20 @@ async fn serve_connection(
 ) {
     let service = hyper::service::service_fn(move |mut request: http::Request<Incoming>| {
         request.extensions_mut().insert(peer.clone());
-        router.clone().oneshot(request)
+        let hint = request.body().size_hint();
+        let is_long = hint.upper().is_none_or(|length| length > MAX_UNREAD);
+        let may_end = is_long && request.version() == Version::HTTP_11;
+        let answer = router.clone().oneshot(request);
+        async move {
+            let mut response = answer.await?;
+            // A body that was refused half way ends the connection: nobody may send another request by it.
+            if may_end && (response.status().is_client_error() || response.status().is_server_error()) {
+                response
+                    .headers_mut()
+                    .insert(CONNECTION, HeaderValue::from_static("close"));
+            }
+            Ok::<_, Infallible>(response)
+        }
     });
     let mut builder = Builder::new(TokioExecutor::new());
     builder
