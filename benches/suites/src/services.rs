@@ -120,6 +120,9 @@ fn virtual_of(number: u32) -> Ipv4Addr {
     Ipv4Addr::from_bits(NETWORK4.address.to_bits() + 2 * number)
 }
 
+/// The most connections that may wait for being accepted: as many as the kernel allows by itself.
+const WAITING: i32 = 4096;
+
 /// What jobs pay.
 fn cost(services: &mut Services, cgroup: &Cgroup, thoroughness: Thoroughness) -> Result<Vec<Row>> {
     let instance = Instance {
@@ -129,6 +132,8 @@ fn cost(services: &mut Services, cgroup: &Cgroup, thoroughness: Thoroughness) ->
     };
     services.set(1, &[instance], None)?;
     let listener = TcpListener::bind((INSTANCE, 0))?;
+    // All connections of one round may wait: one that is turned away comes back after a second.
+    rustix::net::listen(&listener, WAITING)?;
     let port = listener.local_addr()?.port();
     // Answers one connection after the other; it ends with the process.
     thread::spawn(move || {
@@ -147,7 +152,7 @@ fn cost(services: &mut Services, cgroup: &Cgroup, thoroughness: Thoroughness) ->
     let count = thoroughness.pick(5_000, 20_000);
     let requests = in_turns(&mut [by_service, straight], rounds, |to| request_cost(*to, count))?;
 
-    let count = thoroughness.pick(2_000, 5_000);
+    let count = thoroughness.pick(2_000, 4_000);
     let mut places = [Some(by_service), Some(straight), None];
     let connects = in_turns(&mut places, rounds, |place| {
         match place {

@@ -274,7 +274,11 @@ impl World {
             3 => self.loss = self.rng.random_range(0.0..0.5),
             4 => self.twice = self.rng.random_range(0.0..0.5),
             5 => self.delay = Duration::from_millis(self.rng.random_range(1..400)),
-            6 => self.hosts[one].paused = self.now + Duration::from_millis(self.rng.random_range(50..5000)),
+            6 => {
+                let until = self.now + Duration::from_millis(self.rng.random_range(50..5000));
+                // One that is paused longer stays so: its next tick is when that ends.
+                self.hosts[one].paused = self.hosts[one].paused.max(until);
+            }
             7 => self.hosts[one].up = false,
             _ if self.hosts[one].up => {}
             _ => self.start(one),
