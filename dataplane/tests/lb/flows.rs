@@ -119,6 +119,32 @@ pub(crate) fn a_connection_is_sought_where_its_slot_was() {
     });
 }
 
+/// A connection that has another port at its container, because a namesake by another VIP was there first, is known there
+/// although that one is over by now.
+pub(crate) fn a_connection_by_another_port_stays() {
+    alone(|bpffs| {
+        let mut bench = Bench::new(bpffs);
+        let mut all = service(&[LOCAL.ipv4, REMOTE]);
+        bench.set(service(&[REMOTE]));
+        all.backends[1].draining = true;
+        bench.set(all);
+        let ask = |vip: Ipv4Addr, kind| {
+            let question = frame(kind, (CLIENT4.into(), 4000), (vip.into(), PORT), 10);
+            let (from, to) = ends(&bench.sent(&tunnelled(forward(0, LOCAL.ipv4), &question)));
+            (from.1, to.0)
+        };
+        let namesake = Ipv4Addr::new(192, 0, 2, 200);
+        assert_eq!(ask(namesake, Kind::Syn), (4000, LOCAL.ipv4.into()));
+        let (port, _) = ask(VIP4, Kind::Syn);
+        assert_ne!(port, 4000);
+        for _ in 0..2 {
+            assert_eq!(ask(VIP4, Kind::Ack), (port, LOCAL.ipv4.into()));
+            ask(namesake, Kind::Rst);
+        }
+        assert_eq!(bench.event(Event::Sought), 0);
+    });
+}
+
 pub(crate) fn affinity_is_by_client() {
     alone(|bpffs| {
         let mut bench = Bench::new(bpffs);

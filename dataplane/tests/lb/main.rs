@@ -39,6 +39,10 @@ fn main() {
                 "a_connection_is_sought_where_its_slot_was",
                 flows::a_connection_is_sought_where_its_slot_was,
             ),
+            (
+                "a_connection_by_another_port_stays",
+                flows::a_connection_by_another_port_stays,
+            ),
             ("affinity_is_by_client", flows::affinity_is_by_client),
             (
                 "a_port_is_free_again_when_its_connection_is_over",

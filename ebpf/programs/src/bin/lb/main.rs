@@ -49,6 +49,8 @@ fn lb_xdp(ctx: XdpContext) -> u32 {
 
 /// The uplink, ingress.
 #[classifier]
+// Each call takes of the 512 bytes of stack that a program has, and this one has none to spare.
+#[inline(always)]
 fn lb_uplink(ctx: TcContext) -> i32 {
     verdict(uplink::decide(&ctx))
 }

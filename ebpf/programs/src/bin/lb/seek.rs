@@ -16,7 +16,7 @@ use crate::{
     context::Context,
     family::Family,
     headers::{ETHERNET, TCP, Tcp},
-    maps, select,
+    maps, select, translations,
 };
 
 /// Where a connection is looked for next.
@@ -98,8 +98,7 @@ pub(crate) fn elsewhere<F: Family>(ctx: &TcContext, at: Tunnelled) -> Result<Opt
     Ok(None)
 }
 
-/// Whether a container of this host has the connection, or another one of the client's port, by another VIP: then it has
-/// this one by another port, if at all.
+/// Whether a container of this host has the connection, by whichever port.
 #[inline(always)]
 fn is_known<F: Family>(
     client: (F::Address, Port),
@@ -107,7 +106,7 @@ fn is_known<F: Family>(
     container: Ipv4,
     port: Port,
 ) -> bool {
-    let key = TranslationKey {
+    let mut key = TranslationKey {
         client: F::wide(client.0),
         container,
         client_port: client.1,
@@ -116,11 +115,16 @@ fn is_known<F: Family>(
         version: F::VERSION,
         reserved: 0,
     };
-    let Some(found) = maps::established(&key).or_else(|| maps::open(&key)) else {
-        return false;
-    };
-    // SAFETY: should the entry be given to another flow while it is looked at, the packet goes where that one is known.
-    let found = unsafe { &*found };
-    let same = found.port == vip.1 && found.client_port == client.1 && F::narrow(found.vip) == vip.0;
-    same || !found.is_over(TCP, 0)
+    for attempt in 0..translations::TRIES {
+        key.client_port = translations::nth_port(client.1, attempt);
+        let Some(found) = maps::established(&key).or_else(|| maps::open(&key)) else {
+            continue;
+        };
+        // SAFETY: should the entry be given to another flow while it is looked at, the packet goes where that one is.
+        let found = unsafe { &*found };
+        if found.port == vip.1 && found.client_port == client.1 && F::narrow(found.vip) == vip.0 {
+            return true;
+        }
+    }
+    false
 }

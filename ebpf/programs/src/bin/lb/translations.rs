@@ -16,7 +16,7 @@ use crate::{
 };
 
 /// How many ports are tried.
-const TRIES: u16 = 4;
+pub(crate) const TRIES: u16 = 4;
 
 /// Notes what the flow of a packet of the client's is outside, and puts the client's port into the key as the container
 /// has it. `flags` are TCP's, or 0.
@@ -138,7 +138,7 @@ fn is_same(found: &Translation, wanted: &Translation) -> bool {
 
 /// The first is the port itself.
 #[inline(always)]
-fn nth_port(port: Port, attempt: u16) -> Port {
+pub(crate) fn nth_port(port: Port, attempt: u16) -> Port {
     let port = u16::from_be_bytes(port);
     match attempt {
         0 => port,
