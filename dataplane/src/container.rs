@@ -1,8 +1,11 @@
 //! The containers of this host.
 
-use std::net::{Ipv4Addr, Ipv6Addr};
+use std::{
+    collections::BTreeMap,
+    net::{Ipv4Addr, Ipv6Addr},
+};
 
-use flynn_abi::Counters;
+use flynn_abi::{Counters, DropReason};
 
 /// A container of this host as the programs know it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -19,3 +22,12 @@ pub struct Container {
 
 /// What went through a container's veth, all CPUs together.
 pub type Traffic = Counters;
+
+/// How many packets of a container were dropped, by reason.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Drops {
+    /// Those that it had sent.
+    pub sent: BTreeMap<DropReason, u64>,
+    /// Those that were for it, as far as they had come to this host.
+    pub for_it: BTreeMap<DropReason, u64>,
+}

@@ -37,12 +37,12 @@ mod sys;
 mod verify;
 
 use std::{
-    collections::BTreeSet,
+    collections::{BTreeMap, BTreeSet},
     net::{Ipv4Addr, Ipv6Addr},
     path::Path,
 };
 
-pub use container::{Container, Traffic};
+pub use container::{Container, Drops, Traffic};
 pub use error::{Error, Result};
 pub use flynn_abi::{
     Counters, DropReason, Steered, VXLAN_PORT,
@@ -57,6 +57,7 @@ pub use verify::verify;
 
 use links::Links;
 use maps::Maps;
+use migrate::Part;
 use pins::Pins;
 
 /// The device that encrypts and decrypts what goes between hosts, where there is one.
@@ -78,12 +79,11 @@ impl Dataplane {
     /// The same with a given kind of hook, where [`Dataplane::open`] takes the best that the kernel has.
     pub fn open_with(pins: &Path, hook: Hook) -> Result<Self> {
         let pins = Pins::open(pins)?;
-        let older = pins.other_layouts()?;
         let mut object = object::load(&pins)?;
         let mut maps = Maps::take(&mut object)?;
-        migrate::carry_over(&older, &mut maps)?;
+        migrate::carry_over(&pins, &mut maps)?;
         let links = Links::take(object, pins, hook, Program::OVERLAY)?;
-        migrate::remove(&older)?;
+        migrate::remove(links.pins(), Part::Overlay)?;
         Ok(Self { links, maps })
     }
 
@@ -163,6 +163,11 @@ impl Dataplane {
     /// How many packets were dropped for each reason since the maps were made.
     pub fn drops(&self) -> Result<Vec<(DropReason, u64)>> {
         self.maps.drops()
+    }
+
+    /// How many of them were dropped of each container of this host, by address, since it was added.
+    pub fn container_drops(&self) -> Result<BTreeMap<Ipv4Addr, Drops>> {
+        self.maps.container_drops()
     }
 
     /// What a program would do with a frame that came by the interface with this index. Nothing is sent, but it counts.

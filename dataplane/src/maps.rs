@@ -2,22 +2,23 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
+    io,
     net::{Ipv4Addr, Ipv6Addr},
 };
 
 use aya::{
     Ebpf, Pod,
-    maps::{Array, Map, MapData, MapError, PerCpuArray, PerCpuValues},
+    maps::{Array, Map, MapData, MapError, PerCpuArray, PerCpuHashMap, PerCpuValues},
     util::nr_cpus,
 };
 use flynn_abi::{
-    Config, Counters, DropReason, Endpoint, FLOATING, Ipv4, Ipv6, MAX_ENDPOINTS, MAX_HOST_ADDRESSES,
-    MAX_HOSTS, MAX_IDENTITIES, MAX_LOCAL_ENDPOINTS, MAX_OPEN_PORTS, MAX_PAIRS, Mac, OpenPort, Pair, Peer,
-    policy::Identity,
+    Config, ContainerDrop, Counters, DropReason, Endpoint, FLOATING, Ipv4, Ipv6, MAX_ENDPOINTS,
+    MAX_HOST_ADDRESSES, MAX_HOSTS, MAX_IDENTITIES, MAX_LOCAL_ENDPOINTS, MAX_OPEN_PORTS, MAX_PAIRS, Mac,
+    OpenPort, Pair, Peer, policy::Identity,
 };
 
 use crate::{
-    Attachment, Container, Host, Network, Policy, Traffic,
+    Attachment, Container, Drops, Host, Network, Policy, Traffic,
     error::{Error, Refusal, Result},
     mirror::Mirror,
 };
@@ -36,6 +37,9 @@ pub(crate) struct Maps {
     limits: Array<MapData, flynn_abi::Limits>,
     counters: PerCpuArray<MapData, Counters>,
     drops: PerCpuArray<MapData, u64>,
+    /// The slot of the container behind each interface.
+    veths: Mirror<u32, u32>,
+    container_drops: PerCpuHashMap<MapData, ContainerDrop, u64>,
     /// The slots of `counters` that are taken.
     slots: BTreeSet<u32>,
 }
@@ -56,10 +60,38 @@ impl Maps {
             limits: take(object, "limits")?,
             counters: take(object, "counters")?,
             drops: take(object, "drops")?,
+            veths: Mirror::take(object, "veths")?,
+            container_drops: take(object, "container_drops")?,
             slots: BTreeSet::new(),
         };
-        maps.slots = maps.local().map(|(_, endpoint)| endpoint.slot).collect();
+        maps.index()?;
         Ok(maps)
+    }
+
+    /// What follows from the endpoints: an older build may not have known of it, and a killed one not have written it.
+    fn index(&mut self) -> Result<()> {
+        let local = self.local();
+        let veths: HashMap<u32, u32> = local
+            .map(|(_, endpoint)| (endpoint.ifindex, endpoint.slot))
+            .collect();
+        self.slots = veths.values().copied().collect();
+        self.veths.set(&veths)?;
+        let drops = self.container_drops.keys().collect::<Result<Vec<_>, _>>();
+        let drops =
+            drops.map_err(|error| Error::kernel("reading the eBPF map container_drops")(error.into()))?;
+        let gone = drops.iter().filter(|drop| !self.slots.contains(&drop.slot));
+        let gone: Vec<_> = gone.copied().collect();
+        gone.iter().try_for_each(|drop| self.forget_drop(drop))
+    }
+
+    fn forget_drop(&mut self, drop: &ContainerDrop) -> Result<()> {
+        match self.container_drops.remove(drop) {
+            Ok(()) | Err(MapError::KeyNotFound) => Ok(()),
+            Err(MapError::SyscallError(error)) if error.io_error.kind() == io::ErrorKind::NotFound => Ok(()),
+            Err(error) => Err(Error::kernel("removing from the eBPF map container_drops")(
+                error.into(),
+            )),
+        }
     }
 
     pub(crate) fn configure(&mut self, network: &Network) -> Result<()> {
@@ -253,6 +285,10 @@ impl Maps {
         }
         self.endpoints4.put(key, endpoint)?;
         self.place(key, endpoint)?;
+        if let Some(before) = before.filter(|before| before.ifindex != container.ifindex) {
+            self.veths.remove(&before.ifindex)?;
+        }
+        self.veths.put(container.ifindex, slot)?;
         self.slots.insert(slot);
         self.open_ports
             .remove_unless(|key, _| key.slot != slot || ports.contains_key(key))
@@ -299,10 +335,39 @@ impl Maps {
         };
         self.place(key, Endpoint::default())?;
         self.endpoints4.remove(&key)?;
+        self.veths.remove(&endpoint.ifindex)?;
         self.open_ports
             .remove_unless(|port, _| port.slot != endpoint.slot)?;
+        for reason in DropReason::ALL {
+            for side in [ContainerDrop::SENT, ContainerDrop::FOR_IT] {
+                self.forget_drop(&container_drop(endpoint.slot, *reason, side))?;
+            }
+        }
         self.slots.remove(&endpoint.slot);
         Ok(true)
+    }
+
+    /// The packets that were dropped of each container of this host.
+    pub(crate) fn container_drops(&self) -> Result<BTreeMap<Ipv4Addr, Drops>> {
+        let read = || -> Result<HashMap<_, _>, Refusal> {
+            let counts = self.container_drops.iter();
+            let counts = counts.map(|entry| entry.map(|(drop, cpus)| (drop, cpus.iter().sum::<u64>())));
+            Ok(counts.collect::<Result<_, _>>()?)
+        };
+        let counts = read().map_err(Error::kernel("reading the eBPF map container_drops"))?;
+        let of = |slot, side| {
+            let counted = |&reason| Some((reason, *counts.get(&container_drop(slot, reason, side))?));
+            DropReason::ALL.iter().filter_map(counted).collect()
+        };
+        let local = self.local();
+        let drops = local.map(|(address, endpoint)| {
+            let drops = Drops {
+                sent: of(endpoint.slot, ContainerDrop::SENT),
+                for_it: of(endpoint.slot, ContainerDrop::FOR_IT),
+            };
+            (address, drops)
+        });
+        Ok(drops.collect())
     }
 
     pub(crate) fn containers(&self) -> Result<Vec<(Container, Traffic)>> {
@@ -336,37 +401,9 @@ impl Maps {
         read().map_err(Error::kernel("reading the drop counters"))
     }
 
-    /// Puts endpoints of an older layout in place.
-    pub(crate) fn carry_endpoints(
-        &mut self,
-        endpoints4: &[(Ipv4, Endpoint)],
-        endpoints6: &[(Ipv6, Endpoint)],
-    ) -> Result<()> {
-        for &(key, endpoint) in endpoints6 {
-            self.endpoints6.put(key, endpoint)?;
-        }
-        for &(key, endpoint) in endpoints4 {
-            self.endpoints4.put(key, endpoint)?;
-        }
-        self.slots = self.local().map(|(_, endpoint)| endpoint.slot).collect();
-        Ok(())
-    }
-
     /// Puts the configuration of an older layout in place.
     pub(crate) fn carry_config(&mut self, config: Config) -> Result<()> {
         self.set_config(config)
-    }
-
-    /// Goes on counting from here.
-    pub(crate) fn carry_counters(&mut self, slot: u32, values: PerCpuValues<Counters>) -> Result<()> {
-        let written = self.counters.set(slot, values, 0);
-        written.map_err(|error| Error::kernel("carrying over counters")(error.into()))
-    }
-
-    /// The same for drops.
-    pub(crate) fn carry_drops(&mut self, reason: DropReason, values: PerCpuValues<u64>) -> Result<()> {
-        let written = self.drops.set(reason as u32, values, 0);
-        written.map_err(|error| Error::kernel("carrying over counters of drops")(error.into()))
     }
 
     fn config(&self) -> Result<Config> {
@@ -398,6 +435,11 @@ fn place(config: Config, address: Ipv4) -> Option<u32> {
     let (mask, address) = (number(config.subnet_mask4), number(address));
     let place = (mask != 0 && address & mask == number(config.subnet4)).then_some(address & !mask);
     place.filter(|&place| place < MAX_LOCAL_ENDPOINTS)
+}
+
+fn container_drop(slot: u32, reason: DropReason, side: u16) -> ContainerDrop {
+    let reason = reason as u16;
+    ContainerDrop { slot, reason, side }
 }
 
 fn is_local(endpoint: &Endpoint) -> bool {

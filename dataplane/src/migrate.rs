@@ -1,16 +1,19 @@
 //! What maps of an older layout hold is carried over to today's.
 //!
-//! It happens while the older programs still run, over their own maps: today's are filled before the first link is
-//! switched, so that no packet meets an empty one, and the older ones go after the last. A process that dies in between
-//! leaves both, and the next one does it again. What the older programs count meanwhile is lost.
+//! A map that still has its shape moves as it is: older and newer programs share it, so that nothing of it is lost, and
+//! not one packet is counted or sent by what is half there. (A map whose entries come to mean something else gets
+//! another name.) A map of another shape is filled from the older one while the older programs still run over that:
+//! before the first link is switched, so that no packet meets an empty one. The older go after the last. A process that
+//! dies in between leaves both, and the next one does it again.
 
-use std::path::{Path, PathBuf};
-
-use aya::{
-    Pod,
-    maps::{Array, HashMap, Map, MapData, MapError, PerCpuArray},
+use std::{
+    fs::{self, DirEntry},
+    path::{Path, PathBuf},
 };
-use flynn_abi::{Counters, DropReason, Endpoint, Ipv4, Ipv6, v1};
+
+use aya::maps::{Array, Map, MapData, MapError, MapInfo, MapType};
+use aya_obj::generated::bpf_map_type;
+use flynn_abi::v1;
 use tracing::{info, warn};
 
 use crate::{
@@ -19,9 +22,65 @@ use crate::{
     pins::Pins,
 };
 
-/// Fills the maps from those of the newest older layout, if there are any.
-pub(crate) fn carry_over(older: &[(u32, PathBuf)], maps: &mut Maps) -> Result<()> {
-    match older.last() {
+/// A part of the data plane, by what the names of its maps begin with. The overlay has all that no other has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Part {
+    Overlay,
+    Balancer,
+    Services,
+    Steer,
+}
+
+impl Part {
+    fn of(map: &str) -> Self {
+        match map.split_once('_') {
+            Some(("lb", _)) => Self::Balancer,
+            Some(("service", _)) => Self::Services,
+            Some(("steer", _)) => Self::Steer,
+            _ => Self::Overlay,
+        }
+    }
+}
+
+/// Puts the maps of the newest older layout in the place of those that an object is going to make, where they are of the
+/// same shape.
+pub(crate) fn adopt(pins: &Pins, object: &[u8]) -> Result<()> {
+    let Some((layout, older)) = pins.other_layouts()?.pop() else {
+        return Ok(());
+    };
+    let wanted = aya_obj::Object::parse(object)
+        .map_err(|error| Error::kernel("reading an eBPF object")(error.into()))?
+        .maps;
+    for (name, wanted) in wanted {
+        let (from, to) = (older.join(&name), pins.maps().join(&name));
+        if to.exists() || !from.exists() {
+            continue;
+        }
+        let failed = || Error::kernel(format!("taking over the older eBPF map {name}"));
+        let map = MapData::from_pin(&from).map_err(|error| failed()(error.into()))?;
+        let shape = map.info().map_err(|error| failed()(error.into()))?;
+        if has_shape(&shape, &wanted) {
+            map.pin(to).map_err(|error| failed()(error.into()))?;
+        } else {
+            info!(map = name, layout, "the eBPF map had another shape");
+        }
+    }
+    Ok(())
+}
+
+/// How many entries it has room for may differ: that is the machine's choice.
+fn has_shape(map: &MapInfo, wanted: &aya_obj::Map) -> bool {
+    let kind = bpf_map_type::try_from(wanted.map_type()).ok();
+    let kind = kind.and_then(|kind| MapType::try_from(kind).ok());
+    map.map_type().ok() == kind
+        && map.key_size() == wanted.key_size()
+        && map.value_size() == wanted.value_size()
+        && map.map_flags() == wanted.map_flags()
+}
+
+/// Fills the overlay's maps that have another shape than in the newest older layout, if there is one.
+pub(crate) fn carry_over(pins: &Pins, maps: &mut Maps) -> Result<()> {
+    match pins.other_layouts()?.pop() {
         None => Ok(()),
         Some((1, old)) => {
             info!(
@@ -29,72 +88,49 @@ pub(crate) fn carry_over(older: &[(u32, PathBuf)], maps: &mut Maps) -> Result<()
                 to = flynn_abi::LAYOUT,
                 "the eBPF maps have another layout: carrying them over"
             );
-            from_1(old, maps)
+            from_1(&old, maps)
         }
+        // Nothing of the overlay's has changed since.
+        Some((2, _)) => Ok(()),
         Some((layout, _)) => {
             warn!(
                 layout,
-                "the eBPF maps have a layout that is not known here: beginning with empty ones"
+                "the eBPF maps have a layout that is not known here: what has another shape begins empty"
             );
             Ok(())
         }
     }
 }
 
-/// Removes the older maps, once no program uses them any more. Those of other parts of the data plane stay for them.
-pub(crate) fn remove(older: &[(u32, PathBuf)]) -> Result<()> {
-    older
-        .iter()
-        .try_for_each(|(_, path)| Pins::remove_layout(path, &OVERLAY))
+/// Removes the older maps of a part, once none of its programs uses them any more.
+pub(crate) fn remove(pins: &Pins, part: Part) -> Result<()> {
+    for (_, directory) in pins.other_layouts()? {
+        let failed = |source| Error::Pins {
+            what: "listing",
+            path: directory.clone(),
+            source,
+        };
+        let entries = fs::read_dir(&directory).and_then(|entries| entries.collect::<Result<Vec<_>, _>>());
+        let is_of_part = |entry: &DirEntry| Part::of(&entry.file_name().to_string_lossy()) == part;
+        let entries = entries.map_err(failed)?;
+        let maps: Vec<PathBuf> = entries
+            .iter()
+            .filter(|entry| is_of_part(entry))
+            .map(DirEntry::path)
+            .collect();
+        Pins::remove_layout(&directory, &maps)?;
+    }
+    Ok(())
 }
-
-/// The overlay's maps, of all layouts.
-const OVERLAY: [&str; 13] = [
-    "config",
-    "endpoints4",
-    "endpoints6",
-    "local",
-    "hosts4",
-    "peers",
-    "host_addresses",
-    "identities",
-    "pairs",
-    "open_ports",
-    "limits",
-    "counters",
-    "drops",
-];
 
 fn from_1(old: &Path, maps: &mut Maps) -> Result<()> {
     let config: Array<_, v1::Config> = open(old, "config", Map::Array)?;
-    let endpoints4: HashMap<_, Ipv4, Endpoint> = open(old, "endpoints4", Map::HashMap)?;
-    let endpoints6: HashMap<_, Ipv6, Endpoint> = open(old, "endpoints6", Map::HashMap)?;
-    let counters: PerCpuArray<_, Counters> = open(old, "counters", Map::PerCpuArray)?;
-    let drops: PerCpuArray<_, u64> = open(old, "drops", Map::PerCpuArray)?;
-    let failed = |what: &str| Error::kernel(format!("carrying over the eBPF map {what}"));
-    let endpoints4 = all(&endpoints4).map_err(failed("endpoints4"))?;
-    for (_, endpoint) in &endpoints4 {
-        let values = counters.get(&endpoint.slot, 0);
-        maps.carry_counters(
-            endpoint.slot,
-            values.map_err(Refusal::from).map_err(failed("counters"))?,
-        )?;
-    }
-    for reason in DropReason::ALL {
-        let values = drops.get(&(*reason as u32), 0);
-        maps.carry_drops(*reason, values.map_err(Refusal::from).map_err(failed("drops"))?)?;
-    }
-    let endpoints6 = all(&endpoints6).map_err(failed("endpoints6"))?;
-    maps.carry_endpoints(&endpoints4, &endpoints6)?;
-    let config = config
-        .get(&0, 0)
-        .map_err(Refusal::from)
-        .map_err(failed("config"))?;
-    maps.carry_config(config.into())
-}
-
-fn all<K: Pod, V: Pod>(map: &HashMap<MapData, K, V>) -> Result<Vec<(K, V)>, Refusal> {
-    Ok(map.iter().collect::<Result<_, _>>()?)
+    let config = config.get(&0, 0).map_err(Refusal::from);
+    maps.carry_config(
+        config
+            .map_err(Error::kernel("carrying over the eBPF map config"))?
+            .into(),
+    )
 }
 
 fn open<M>(directory: &Path, name: &str, kind: fn(MapData) -> Map) -> Result<M>

@@ -147,9 +147,9 @@ impl Pins {
     }
 
     /// Removes these maps of another layout, and its directory unless others are in it.
-    pub(crate) fn remove_layout(path: &Path, maps: &[&str]) -> Result<()> {
-        for name in maps {
-            Self::remove(&path.join(name))?;
+    pub(crate) fn remove_layout(path: &Path, maps: &[PathBuf]) -> Result<()> {
+        for map in maps {
+            Self::remove(map)?;
         }
         match fs::remove_dir(path) {
             Err(error) if error.kind() != io::ErrorKind::DirectoryNotEmpty => Err(Error::Pins {

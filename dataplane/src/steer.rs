@@ -12,7 +12,7 @@ use std::{
 };
 
 use aya::{
-    Ebpf, EbpfLoader,
+    Ebpf,
     maps::{HashMap, Map, MapData, PerCpuArray, SockHash},
     programs::{SkLookup, links::FdLink},
 };
@@ -21,6 +21,7 @@ use flynn_abi::{SteerKey, Steered};
 use crate::{
     Port, Protocol,
     error::{Error, Refusal, Result},
+    migrate::{self, Part},
     object,
     pins::Pins,
 };
@@ -41,10 +42,7 @@ impl Steer {
     /// network namespace of the calling thread.
     pub fn open(pins: &Path) -> Result<Self> {
         let pins = Pins::open(pins)?;
-        let mut object = EbpfLoader::new()
-            .default_map_pin_directory(pins.maps())
-            .load(object::STEER)
-            .map_err(|error| Error::kernel("loading the eBPF maps of the router's ports")(error.into()))?;
+        let mut object = object::load_steer(&pins)?;
         let ports = HashMap::try_from(take(&mut object, "steer_ports")?);
         let sockets = SockHash::try_from(take(&mut object, "steer_sockets")?);
         let counts = PerCpuArray::try_from(take(&mut object, "steer_counts")?);
@@ -56,6 +54,7 @@ impl Steer {
             pins,
         };
         attach(&mut object, &steer.pins).map_err(Error::kernel("steering the router's ports"))?;
+        migrate::remove(&steer.pins, Part::Steer)?;
         Ok(steer)
     }
 

@@ -42,7 +42,7 @@ pub use allocator::Allocator;
 pub use config::NetworkConfig;
 pub use error::{Error, Result};
 pub use flynn_dataplane::{
-    AppPolicy, Attachment, Container, DropReason, HOST, Identity, Limits, MAX_IDENTITY, Policy, Port,
+    AppPolicy, Attachment, Container, DropReason, Drops, HOST, Identity, Limits, MAX_IDENTITY, Policy, Port,
     Protocol, Traffic, UNKNOWN, Way,
 };
 pub use hosts::{Host, Reached, RemoteEndpoint};

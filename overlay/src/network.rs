@@ -6,7 +6,9 @@ use std::{
     sync::{Mutex, MutexGuard, PoisonError},
 };
 
-use flynn_dataplane::{Attachment, Container, Dataplane, DropReason, Prefix, Program, Traffic, VXLAN_PORT};
+use flynn_dataplane::{
+    Attachment, Container, Dataplane, DropReason, Drops, Prefix, Program, Traffic, VXLAN_PORT,
+};
 use tracing::info;
 
 use crate::{
@@ -189,6 +191,11 @@ impl Network {
     /// How many packets were dropped for each reason.
     pub fn drops(&self) -> Result<Vec<(DropReason, u64)>> {
         Ok(self.dataplane().drops()?)
+    }
+
+    /// How many packets of each container that is attached were dropped.
+    pub fn container_drops(&self) -> Result<BTreeMap<Ipv4Addr, Drops>> {
+        Ok(self.dataplane().container_drops()?)
     }
 
     /// The containers that are attached, with what went through them.

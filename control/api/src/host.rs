@@ -577,6 +577,12 @@ pub struct EndpointStatus {
     pub rx_packets: u64,
     /// To the container.
     pub rx_bytes: u64,
+    /// Packets from the container that were dropped, by reason.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub tx_drops: BTreeMap<String, u64>,
+    /// Packets to the container that were dropped on its host, by reason.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub rx_drops: BTreeMap<String, u64>,
 }
 
 /// A host of the cluster, as another sees it.
@@ -617,9 +623,13 @@ pub struct RemoteEndpoint {
     pub identity: u32,
 }
 
-/// A TCP connection of a container of this host.
+/// A connection, or a flow of datagrams, of a container of this host.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Flow {
+    /// `tcp` or `udp`. Datagrams are seen where a socket is connected, or where they came by a route by port: as long as
+    /// there was one within the last minute.
+    #[serde(default = "tcp")]
+    pub protocol: String,
     /// The container's job.
     pub job_id: String,
     /// The name of its app; empty for an operator's own job.
@@ -636,14 +646,18 @@ pub struct Flow {
     /// Where the client sent it to, if it came by a route by port and is balanced in the kernel.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub route: Option<std::net::SocketAddr>,
-    /// The smoothed round-trip time, in microseconds.
+    /// TCP's smoothed round-trip time, in microseconds.
     pub rtt_us: u32,
     /// Segments that the container sent again.
     pub retransmits: u32,
-    /// Bytes that the other side has acknowledged.
+    /// Bytes that the other side has acknowledged over TCP.
     pub tx_bytes: u64,
-    /// Bytes that came.
+    /// Bytes that came over TCP.
     pub rx_bytes: u64,
+}
+
+fn tcp() -> String {
+    "tcp".to_owned()
 }
 
 /// A service as sockets of this host's jobs find it.

@@ -28,6 +28,7 @@ use crate::{
     ENCRYPTED_DEVICE, Hook, Outcome, Program, Protocol,
     error::{Error, Refusal, Result},
     links::Links,
+    migrate::{self, Part},
     object,
     pins::Pins,
 };
@@ -154,6 +155,7 @@ impl Balancer {
         if !balancer.tables.is_empty() {
             balancer.attach()?;
         }
+        migrate::remove(balancer.links.pins(), Part::Balancer)?;
         Ok(balancer)
     }
 

@@ -490,6 +490,7 @@ impl Tables {
                         packets: all.packets + cpu.packets,
                         bytes: all.bytes + cpu.bytes,
                         flows: all.flows + cpu.flows,
+                        unserved: all.unserved + cpu.unserved,
                     });
                     all.push((vip, sum));
                 }

@@ -30,6 +30,7 @@ use crate::{
     Prefix,
     error::{Error, Result},
     maps::take,
+    migrate::{self, Part},
     object,
     pins::Pins,
 };
@@ -80,6 +81,7 @@ impl Services {
         let flows = Flows::take(&object)?;
         let packets = Packets::take(&mut object::load(&pins)?)?;
         let links = Links::take(object, pins)?;
+        migrate::remove(links.pins(), Part::Services)?;
         Ok(Self {
             links,
             config,

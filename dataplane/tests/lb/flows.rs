@@ -2,9 +2,11 @@
 
 use std::{
     collections::BTreeSet,
+    fs,
     net::{IpAddr, Ipv4Addr},
 };
 
+use aya::maps::{Array, MapData};
 use flynn_dataplane::{
     DropReason, Protocol,
     lb::{Backend, Event, Mode, Service},
@@ -13,7 +15,7 @@ use flynn_dataplane::{
 use crate::{
     bench::{BACKEND_PORT, Bench, CLIENT4, LOCAL, PORT, REMOTE, VIP4, backends, service, uplink, vip},
     frames::{Kind, ends, forward, frame, inner, question4, question6, tunnelled},
-    support::alone,
+    support::{alone, pins},
 };
 
 pub(crate) fn flows_stay_while_backends_drain() {
@@ -299,5 +301,37 @@ pub(crate) fn what_was_set_survives_its_process() {
             .unwrap()
             .1;
         assert_eq!((tcp.packets, tcp.flows), (300, 100));
+    });
+}
+
+/// An older build has pinned its maps below another number: those of the same shape move as they are.
+pub(crate) fn what_an_older_layout_held_is_kept() {
+    alone(|bpffs| {
+        let mut bench = Bench::new(bpffs);
+        let many: Vec<_> = (2..40).map(|last| Ipv4Addr::new(100, 100, 2, last)).collect();
+        bench.set(service(&many));
+        let first = backends(&bench, Kind::Syn, 1000..1100);
+        drop(bench);
+        let pins = pins(bpffs);
+        let (today, older) = (pins.join(format!("v{}", flynn_abi::LAYOUT)), pins.join("v2"));
+        fs::rename(&today, &older).unwrap();
+        // One that is not of today's shape.
+        fs::remove_file(older.join("lb_traffic")).unwrap();
+        let strange: Array<MapData, u64> = Array::create(1, 0).unwrap();
+        strange.pin(older.join("lb_traffic")).unwrap();
+
+        let mut bench = Bench::new(bpffs);
+        // Those of services are for whoever opens services.
+        let left = fs::read_dir(&older).unwrap();
+        let left: Vec<_> = left
+            .map(|pin| pin.unwrap().file_name().into_string().unwrap())
+            .collect();
+        assert!(left.iter().all(|name| name.starts_with("service_")), "{left:?}");
+        bench.set(service(&many));
+        assert_eq!(backends(&bench, Kind::Ack, 1000..1100), first);
+        assert_eq!(bench.event(Event::BackendGone) + bench.event(Event::Miss), 0);
+        let traffic = bench.balancer.traffic().unwrap();
+        let packets: u64 = traffic.iter().map(|(_, traffic)| traffic.packets).sum();
+        assert_eq!(packets, 100, "this count begins anew");
     });
 }

@@ -68,6 +68,10 @@ fn main() {
                 "what_was_set_survives_its_process",
                 flows::what_was_set_survives_its_process,
             ),
+            (
+                "what_an_older_layout_held_is_kept",
+                flows::what_an_older_layout_held_is_kept,
+            ),
             ("no_packet_passes_a_bound", paths::no_packet_passes_a_bound),
         ],
     )

@@ -54,6 +54,14 @@ pub(crate) fn what_is_not_for_a_vip_goes_on() {
         );
         bench.set(service(&[]));
         bench.drops(DropReason::NoBackend, &question4(Kind::Syn, 1));
+        let unserved: u64 = bench
+            .balancer
+            .traffic()
+            .unwrap()
+            .iter()
+            .map(|(_, traffic)| traffic.unserved)
+            .sum();
+        assert!(unserved > 0);
         bench.balancer.set(&[]).unwrap();
         assert_eq!(bench.uplink(&question4(Kind::Syn, 1)).action, Outcome::NEXT);
     });

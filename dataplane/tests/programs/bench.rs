@@ -143,9 +143,9 @@ impl Bench {
         assert_eq!(
             containers
                 .iter()
-                .map(|(container, _)| *container)
+                .map(|(container, _)| container.ipv4)
                 .collect::<Vec<_>>(),
-            [A, B]
+            [A.ipv4, B.ipv4]
         );
         [containers[0].1, containers[1].1]
     }

@@ -3,6 +3,7 @@
 #![expect(clippy::unwrap_used, reason = "a test says what is wrong by panicking")]
 
 mod bench;
+mod drops;
 mod one_host;
 mod policy;
 mod services;
@@ -26,6 +27,14 @@ fn main() {
             (
                 "a_container_reaches_the_host_and_beyond",
                 one_host::a_container_reaches_the_host_and_beyond,
+            ),
+            (
+                "drops_are_counted_for_sender_and_receiver",
+                drops::drops_are_counted_for_sender_and_receiver,
+            ),
+            (
+                "drops_of_what_came_through_a_tunnel_are_the_receivers",
+                drops::drops_of_what_came_through_a_tunnel_are_the_receivers,
             ),
             ("a_container_cannot_lie", one_host::a_container_cannot_lie),
             (

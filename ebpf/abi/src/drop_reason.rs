@@ -3,7 +3,7 @@
 macro_rules! drop_reasons {
     ($($(#[doc = $doc:literal])+ $variant:ident => $name:literal,)+) => {
         /// Why a packet was dropped: its number is the key in the map `drops`. Reasons are only ever added at the end.
-        #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
         #[repr(u32)]
         pub enum DropReason {
             $($(#[doc = $doc])+ $variant,)+

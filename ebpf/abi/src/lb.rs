@@ -270,6 +270,8 @@ pub struct VipTraffic {
     pub bytes: u64,
     /// Flows that were not in the table.
     pub flows: u64,
+    /// Packets for it that were dropped, since it has no backend.
+    pub unserved: u64,
 }
 
 /// The one entry of the per-CPU map `lb_cpu`.
@@ -375,7 +377,7 @@ const _: () = assert!(size_of::<Backend>() == 40);
 const _: () = assert!(size_of::<Config>() == 20);
 const _: () = assert!(size_of::<TranslationKey>() == 28);
 const _: () = assert!(size_of::<Translation>() == 28);
-const _: () = assert!(size_of::<VipTraffic>() == 24);
+const _: () = assert!(size_of::<VipTraffic>() == 32);
 const _: () = assert!(size_of::<Cpu>() == 8 + 8 * MAX_EVENTS);
 const _: () = assert!(size_of::<Tunnelled>() == 8);
 const _: () = assert!(Event::ALL.len() <= MAX_EVENTS);

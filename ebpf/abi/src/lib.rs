@@ -9,6 +9,7 @@
 mod address;
 pub mod bench;
 mod config;
+mod container_drop;
 mod counters;
 mod drop_reason;
 mod endpoint;
@@ -24,6 +25,7 @@ pub mod v1;
 
 pub use address::{Ipv4, Ipv6, Mac};
 pub use config::Config;
+pub use container_drop::ContainerDrop;
 pub use counters::Counters;
 pub use drop_reason::DropReason;
 pub use endpoint::Endpoint;
@@ -36,15 +38,20 @@ pub use service::{
 };
 pub use steer::{MAX_STEER_SOCKETS, MAX_STEERED_PORTS, SteerKey, Steered};
 
-/// The version of all layouts in this crate together. Maps of another version are never reused: what they hold is
-/// carried over, for which the older layout stays here in a module of its own.
-pub const LAYOUT: u32 = 2;
+/// The version of all layouts in this crate together. A map that has the same shape as in another version is taken over as
+/// it is (so one whose entries come to mean something else needs another name); what one of another shape held is carried
+/// over where it matters, for which the older layout stays here in a module of its own. Layout 2 had a `lb_traffic` without
+/// [`lb::VipTraffic::unserved`].
+pub const LAYOUT: u32 = 3;
 
 /// How many endpoints of each address family the cluster may have.
 pub const MAX_ENDPOINTS: u32 = 1 << 17;
 
 /// How many of them may be on this host, and so have counters.
 pub const MAX_LOCAL_ENDPOINTS: u32 = 1 << 12;
+
+/// How many pairs of a container of this host and a reason for drops are counted.
+pub const MAX_CONTAINER_DROPS: u32 = 1 << 16;
 
 /// How many hosts the cluster may have.
 pub const MAX_HOSTS: u32 = 1 << 12;

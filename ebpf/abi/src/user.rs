@@ -1,8 +1,8 @@
 //! What user space needs besides: leave to copy these types to and from maps.
 
 use crate::{
-    Backend, BackendKey, Config, Counters, DatagramFlow, DatagramPeer, Endpoint, Host, Ipv4, Ipv6, Limits,
-    OpenPort, PacketFlow, PacketPeer, Pair, Peer, ServiceConfig, SteerKey,
+    Backend, BackendKey, Config, ContainerDrop, Counters, DatagramFlow, DatagramPeer, Endpoint, Host, Ipv4,
+    Ipv6, Limits, OpenPort, PacketFlow, PacketPeer, Pair, Peer, ServiceConfig, SteerKey,
 };
 
 // SAFETY: `repr(transparent)` over bytes; every pattern of bits is a value.
@@ -11,6 +11,8 @@ unsafe impl aya::Pod for Ipv4 {}
 unsafe impl aya::Pod for Ipv6 {}
 // SAFETY: `repr(C)` of integers and bytes, with no padding: the sizes asserted beside the types are the sums of their fields.
 unsafe impl aya::Pod for Config {}
+// SAFETY: as above.
+unsafe impl aya::Pod for ContainerDrop {}
 // SAFETY: as above.
 unsafe impl aya::Pod for Counters {}
 // SAFETY: as above.

@@ -3,13 +3,13 @@
 use aya_ebpf::{
     bindings::BPF_F_NO_PREALLOC,
     macros::map,
-    maps::{Array, HashMap, PerCpuArray},
+    maps::{Array, HashMap, PerCpuArray, PerCpuHashMap},
     programs::TcContext,
 };
 use flynn_abi::{
-    Config, Counters, DropReason, Endpoint, Host, Ipv4, Ipv6, Limits, MAX_DROP_REASONS, MAX_ENDPOINTS,
-    MAX_HOST_ADDRESSES, MAX_HOSTS, MAX_IDENTITIES, MAX_LOCAL_ENDPOINTS, MAX_OPEN_PORTS, MAX_PAIRS, OpenPort,
-    Pair, Peer, policy::Identity,
+    Config, ContainerDrop, Counters, DropReason, Endpoint, Host, Ipv4, Ipv6, Limits, MAX_CONTAINER_DROPS,
+    MAX_DROP_REASONS, MAX_ENDPOINTS, MAX_HOST_ADDRESSES, MAX_HOSTS, MAX_IDENTITIES, MAX_LOCAL_ENDPOINTS,
+    MAX_OPEN_PORTS, MAX_PAIRS, OpenPort, Pair, Peer, policy::Identity,
 };
 
 #[map(name = "config")]
@@ -54,6 +54,14 @@ static COUNTERS: PerCpuArray<Counters> = PerCpuArray::pinned(MAX_LOCAL_ENDPOINTS
 
 #[map(name = "drops")]
 static DROPS: PerCpuArray<u64> = PerCpuArray::pinned(MAX_DROP_REASONS, 0);
+
+/// The slot of the container behind each interface of this host.
+#[map(name = "veths")]
+static VETHS: HashMap<u32, u32> = HashMap::pinned(MAX_LOCAL_ENDPOINTS, BPF_F_NO_PREALLOC);
+
+#[map(name = "container_drops")]
+static CONTAINER_DROPS: PerCpuHashMap<ContainerDrop, u64> =
+    PerCpuHashMap::pinned(MAX_CONTAINER_DROPS, BPF_F_NO_PREALLOC);
 
 #[inline(always)]
 pub fn config() -> Result<&'static Config, DropReason> {
@@ -179,6 +187,25 @@ pub fn count_drop(reason: DropReason) {
     if let Some(count) = DROPS.get_ptr_mut(reason as u32) {
         // SAFETY: as above.
         unsafe { *count += 1 };
+    }
+}
+
+/// The slot of the container whose veth this is.
+#[inline(always)]
+pub fn slot_behind(ifindex: u32) -> Option<u32> {
+    // SAFETY: as above.
+    unsafe { VETHS.get(ifindex) }.copied()
+}
+
+#[inline(always)]
+pub fn count_container_drop(drop: ContainerDrop) {
+    match CONTAINER_DROPS.get_ptr_mut(drop) {
+        // SAFETY: this CPU's own value, and programs are not preempted by one another on it.
+        Some(count) => unsafe { *count += 1 },
+        None => {
+            // A table that is full counts no more; the drop is counted by its reason all the same.
+            let _ = CONTAINER_DROPS.insert(drop, 1, 0);
+        }
     }
 }
 

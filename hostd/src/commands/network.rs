@@ -37,13 +37,16 @@ enum View {
     Routes,
     /// Packets that were dropped, by reason
     Drops {
+        /// Only those of this app's containers on this host: what they sent, and what was for them
+        #[arg(long)]
+        app: Option<String>,
         /// Also reasons for which none was
         #[arg(short, long)]
         all: bool,
     },
     /// How full the data plane's maps are
     Maps,
-    /// TCP connections of this host's containers: round-trip times, segments sent again
+    /// Connections and flows of datagrams of this host's containers: round-trip times, segments sent again
     Flows {
         /// Only those of this app
         #[arg(long)]
@@ -108,7 +111,7 @@ pub(super) async fn run(host: &HostClient, args: &Args) -> anyhow::Result<()> {
         println!("this host has no cluster network yet: run flynn-host bootstrap or flynn-host join");
         return Ok(());
     }
-    if let Some(View::Endpoints { app: Some(app), .. }) = &args.view {
+    if let Some(View::Endpoints { app: Some(app), .. } | View::Drops { app: Some(app), .. }) = &args.view {
         network.endpoints.retain(|endpoint| endpoint.app == *app);
     }
     if args.json {
@@ -119,6 +122,7 @@ pub(super) async fn run(host: &HostClient, args: &Args) -> anyhow::Result<()> {
             }
             Some(View::Endpoints { .. }) => print_json(&network.endpoints),
             Some(View::Hosts | View::Routes) => print_json(&network.hosts),
+            Some(View::Drops { app: Some(_), .. }) => print_json(&drops_of(&network)),
             Some(View::Drops { .. }) => print_json(&network.drops),
             Some(View::Maps) => print_json(&network.maps),
         };
@@ -133,7 +137,8 @@ fn shown(network: &NetworkStatus, view: Option<&View>) -> String {
         Some(View::Endpoints { all, .. }) => endpoints(network, *all),
         Some(View::Hosts) => hosts(network),
         Some(View::Routes) => routes(network),
-        Some(View::Drops { all }) => drops(network, *all),
+        Some(View::Drops { app: Some(_), .. }) => drops_of_app(network),
+        Some(View::Drops { all, .. }) => drops(network, *all),
         Some(View::Maps) => maps(network),
     }
 }
@@ -269,6 +274,42 @@ fn drops(network: &NetworkStatus, all: bool) -> String {
     drops.trim_fmt()
 }
 
+/// Packets of containers that were dropped.
+#[derive(Debug, Default, serde::Serialize)]
+struct OfApp {
+    sent: u64,
+    received: u64,
+}
+
+/// By reason, all containers together.
+fn drops_of(network: &NetworkStatus) -> BTreeMap<&str, OfApp> {
+    let mut drops: BTreeMap<&str, OfApp> = BTreeMap::new();
+    for endpoint in &network.endpoints {
+        for (reason, count) in &endpoint.tx_drops {
+            drops.entry(reason).or_default().sent += count;
+        }
+        for (reason, count) in &endpoint.rx_drops {
+            drops.entry(reason).or_default().received += count;
+        }
+    }
+    drops
+}
+
+fn drops_of_app(network: &NetworkStatus) -> String {
+    if network.endpoints.is_empty() {
+        return "the app has no container on this host".into();
+    }
+    let counted = drops_of(network);
+    if counted.is_empty() {
+        return "no packet of its containers on this host was dropped".into();
+    }
+    let mut drops = table(&["REASON", "SENT BY IT", "FOR IT"]);
+    for (reason, of) in counted {
+        drops.add_row([reason.to_owned(), of.sent.to_string(), of.received.to_string()]);
+    }
+    drops.trim_fmt()
+}
+
 fn maps(network: &NetworkStatus) -> String {
     let mut maps = table(&["MAP", "ENTRIES", "ROOM FOR"]);
     for map in &network.maps {
@@ -318,6 +359,7 @@ fn services_table(services: &[ServiceStatus]) -> String {
 
 fn flows_table(flows: &[Flow]) -> String {
     let mut table = table(&[
+        "PROTOCOL",
         "LOCAL",
         "REMOTE",
         "CAME BY",
@@ -330,17 +372,19 @@ fn flows_table(flows: &[Flow]) -> String {
         "RECEIVED",
     ]);
     for flow in flows {
+        let of_tcp = |value: String| if flow.protocol == "tcp" { value } else { "-".into() };
         table.add_row([
+            flow.protocol.clone(),
             flow.local.to_string(),
             flow.remote.to_string(),
             flow.route.map_or_else(String::new, |route| route.to_string()),
             flow.app.clone(),
             flow.process_type.clone(),
             flow.service.clone().unwrap_or_default(),
-            format!("{}.{:03} ms", flow.rtt_us / 1000, flow.rtt_us % 1000),
-            flow.retransmits.to_string(),
-            amount(flow.tx_bytes),
-            amount(flow.rx_bytes),
+            of_tcp(format!("{}.{:03} ms", flow.rtt_us / 1000, flow.rtt_us % 1000)),
+            of_tcp(flow.retransmits.to_string()),
+            of_tcp(amount(flow.tx_bytes)),
+            of_tcp(amount(flow.rx_bytes)),
         ]);
     }
     table.trim_fmt()
@@ -407,7 +451,14 @@ mod tests {
             Some(View::Endpoints { app: None, all: true }),
             Some(View::Hosts),
             Some(View::Routes),
-            Some(View::Drops { all: false }),
+            Some(View::Drops {
+                app: None,
+                all: false,
+            }),
+            Some(View::Drops {
+                app: Some("web".into()),
+                all: false,
+            }),
             Some(View::Maps),
         ] {
             assert!(!shown(&network, view.as_ref()).is_empty(), "{view:?}");

@@ -281,11 +281,15 @@ fn text(balancer: &Balancer) -> anyhow::Result<String> {
         ("flynn_router_l4_packets_total", "Packets to routes by port."),
         ("flynn_router_l4_bytes_total", "Bytes to routes by port."),
         ("flynn_router_l4_flows_total", "New flows to routes by port."),
+        (
+            "flynn_router_l4_unserved_packets_total",
+            "Packets to routes by port that were dropped for want of a container.",
+        ),
     ];
     for (nth, (name, help)) in series.into_iter().enumerate() {
         head(&mut text, name, help);
         for (vip, traffic) in &traffic {
-            let value = [traffic.packets, traffic.bytes, traffic.flows][nth];
+            let value = [traffic.packets, traffic.bytes, traffic.flows, traffic.unserved][nth];
             let protocol = format!("{:?}", vip.protocol).to_lowercase();
             let _ = writeln!(
                 text,

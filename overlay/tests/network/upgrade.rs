@@ -52,7 +52,7 @@ pub(crate) fn from_layout_1() {
 
 /// Puts programs and maps of layout 1 in the place of what is there.
 fn go_back(pins: &Path) {
-    let (old, new) = (pins.join("v1"), pins.join("v2"));
+    let (old, new) = (pins.join("v1"), pins.join(format!("v{}", flynn_abi::LAYOUT)));
     fs::create_dir(&old).unwrap();
     let mut object = EbpfLoader::new()
         .default_map_pin_directory(&old)

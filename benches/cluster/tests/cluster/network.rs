@@ -61,6 +61,14 @@ pub(crate) fn forged(cluster: &mut Cluster) -> Result<()> {
         );
         rises(platform, &[near.host], "spoofed_address", before)?;
     }
+    let network: NetworkStatus = ask(platform, near.host, "/host/network")?;
+    let of_it = network.endpoints.iter().find(|of| of.address == near.address);
+    let of_it = of_it.context("the container has no counters")?;
+    ensure!(
+        of_it.tx_drops.get("spoofed_address") >= Some(&2),
+        "the drops are not known for its own: {:?}",
+        of_it.tx_drops
+    );
 
     // From a machine that is no host of the cluster: through a tunnel, and without.
     let before = dropped(platform, &[far.host], "unknown_host")?;

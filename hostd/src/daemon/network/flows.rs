@@ -1,6 +1,6 @@
-//! Live TCP connections of this host's containers, and what they add up to for each service.
+//! Live connections and flows of datagrams of this host's containers, and what connections add up to for each service.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 use std::net::{Ipv4Addr, SocketAddr};
 
 use flynn_api::Result;
@@ -15,23 +15,37 @@ use crate::prepare;
 /// So many connections of the load balancer's are looked at.
 const MOST_BALANCED: usize = 20_000;
 
-/// A connection to a container: the container's address, its port, and the client as the container sees it.
-type Balanced = (Ipv4Addr, u16, SocketAddr);
+/// A flow to a container: its protocol, the container's address, its port, and the client as the container sees it.
+type Balanced = (Protocol, Ipv4Addr, u16, SocketAddr);
 
-/// Where clients sent the connections to that the load balancer gave to containers of this host.
-fn routes() -> HashMap<Balanced, SocketAddr> {
+/// Where clients sent to what the load balancer gave to containers of this host.
+fn routes() -> BTreeMap<Balanced, SocketAddr> {
     let flows = flynn_dataplane::lb::flows(PINS.as_ref(), MOST_BALANCED).unwrap_or_else(|error| {
         tracing::debug!(%error, "the load balancer's connections cannot be looked at");
         Vec::new()
     });
-    let tcp = flows
-        .into_iter()
-        .filter(|flow| flow.vip.protocol == Protocol::Tcp);
-    tcp.map(|flow| {
+    let flows = flows.into_iter().map(|flow| {
         let vip = SocketAddr::new(flow.vip.address, flow.vip.port);
-        ((*flow.backend.ip(), flow.backend.port(), flow.seen), vip)
+        let (address, port) = (*flow.backend.ip(), flow.backend.port());
+        ((flow.vip.protocol, address, port, flow.seen), vip)
+    });
+    flows.collect()
+}
+
+/// What routes brought to a container by datagrams, whose sockets say nothing of it.
+fn datagrams(routes: &BTreeMap<Balanced, SocketAddr>, address: Ipv4Addr) -> impl Iterator<Item = Connection> {
+    let to_it = routes
+        .keys()
+        .filter(move |(protocol, to, ..)| (*protocol, *to) == (Protocol::Udp, address));
+    to_it.map(|&(protocol, address, port, remote)| Connection {
+        protocol,
+        local: (address, port).into(),
+        remote,
+        rtt_us: 0,
+        retransmits: 0,
+        sent_bytes: 0,
+        received_bytes: 0,
     })
-    .collect()
 }
 
 /// A service's connections now.
@@ -49,7 +63,9 @@ pub(super) struct Service {
 pub(super) fn services(flows: &[Flow]) -> BTreeMap<&str, Service> {
     let mut services: BTreeMap<&str, Service> = BTreeMap::new();
     for flow in flows {
-        let Some(name) = &flow.service else { continue };
+        let Some(name) = flow.service.as_ref().filter(|_| flow.protocol == "tcp") else {
+            continue;
+        };
         let service = services.entry(name).or_default();
         service.connections += 1;
         service.rtt_us += u64::from(flow.rtt_us);
@@ -60,12 +76,17 @@ pub(super) fn services(flows: &[Flow]) -> BTreeMap<&str, Service> {
 
 fn flow(job: &Job, ports: &[u16], connection: &Connection) -> Flow {
     let label = |name| job.metadata.get(name).cloned().unwrap_or_default();
+    let protocol = match connection.protocol {
+        Protocol::Tcp => "tcp",
+        Protocol::Udp => "udp",
+    };
     let mut services = job.config.ports.iter().zip(ports);
     let service = services.find_map(|(port, number)| {
-        let fits = *number == connection.local.port() && port.proto == "tcp";
+        let fits = *number == connection.local.port() && port.proto == protocol;
         port.service.as_ref().filter(|_| fits)
     });
     Flow {
+        protocol: protocol.to_owned(),
         job_id: job.id.clone(),
         app: label(label::APP_NAME),
         process_type: label(label::PROCESS_TYPE),
@@ -102,14 +123,16 @@ impl Daemon {
             let ports = prepare::ports(&entry.job.config, || Ok(0)).unwrap_or_default();
             flows.extend(
                 connections
-                    .iter()
+                    .into_iter()
                     .filter(|connection| !connection.local.ip().is_loopback())
+                    .chain(datagrams(&routes, address))
                     .map(|connection| {
-                        let balanced = (address, connection.local.port(), connection.remote);
+                        let Connection { local, remote, .. } = connection;
+                        let balanced = (connection.protocol, address, local.port(), remote);
                         let route = routes.get(&balanced).copied();
                         Flow {
                             route,
-                            ..flow(&entry.job, &ports, connection)
+                            ..flow(&entry.job, &ports, &connection)
                         }
                     }),
             );
@@ -136,6 +159,7 @@ mod tests {
             }),
         }];
         let connection = |port: u16| Connection {
+            protocol: Protocol::Tcp,
             local: ([100, 100, 1, 2], port).into(),
             remote: ([100, 100, 1, 3], 4000).into(),
             rtt_us: 50,
@@ -143,9 +167,16 @@ mod tests {
             sent_bytes: 0,
             received_bytes: 0,
         };
-        let flows: Vec<_> = [80, 80, 5000]
-            .map(|port| flow(&job, &[80], &connection(port)))
-            .into();
+        let connections = [80, 80, 5000].map(connection);
+        let datagrams = Connection {
+            protocol: Protocol::Udp,
+            ..connections[0]
+        };
+        let connections = connections.iter().chain([&datagrams]);
+        let flows: Vec<_> = connections
+            .map(|connection| flow(&job, &[80], connection))
+            .collect();
+        assert_eq!((flows[3].protocol.as_str(), &flows[3].service), ("udp", &None));
         let web = Service {
             connections: 2,
             rtt_us: 100,

@@ -3,8 +3,8 @@
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 
-use flynn_api::host::{Flow, NetworkStatus};
-use flynn_overlay::Traffic;
+use flynn_api::host::{EndpointStatus, Flow, NetworkStatus};
+use flynn_overlay::{DropReason, Drops, Traffic};
 
 use super::flows::{self, Service};
 
@@ -17,31 +17,75 @@ type Gauge = fn(&Service) -> u64;
 /// App and process type.
 pub(super) type Owner = (String, String);
 
-/// The text for what the host shows of its network, and for what containers sent and received that are gone: counters
-/// must not go back when one ends.
-pub(crate) fn text(network: &NetworkStatus, gone: &BTreeMap<Owner, Traffic>, flows: &[Flow]) -> String {
-    let mut by_owner = gone.clone();
-    for endpoint in &network.endpoints {
-        let owner = (endpoint.app.clone(), endpoint.process_type.clone());
-        let traffic = by_owner.entry(owner).or_default();
-        add(
+/// What is counted of a container, or of several.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Counted {
+    traffic: Traffic,
+    /// Packets of theirs, by side (`sent`, `received`) and reason.
+    drops: BTreeMap<(&'static str, String), u64>,
+}
+
+impl Counted {
+    pub(super) fn new(traffic: Traffic, drops: Drops) -> Self {
+        let named = |side, of: BTreeMap<DropReason, u64>| {
+            let of = of.into_iter();
+            of.map(move |(reason, count)| ((side, reason.name().to_owned()), count))
+        };
+        let drops = named(SENT, drops.sent).chain(named(RECEIVED, drops.for_it));
+        Self {
             traffic,
-            &Traffic {
+            drops: drops.collect(),
+        }
+    }
+
+    fn of(endpoint: &EndpointStatus) -> Self {
+        let named = |side, of: &BTreeMap<String, u64>| {
+            let of = of.clone().into_iter();
+            of.map(move |(reason, count)| ((side, reason), count))
+        };
+        let drops = named(SENT, &endpoint.tx_drops).chain(named(RECEIVED, &endpoint.rx_drops));
+        Self {
+            traffic: Traffic {
                 sent_packets: endpoint.tx_packets,
                 sent_bytes: endpoint.tx_bytes,
                 received_packets: endpoint.rx_packets,
                 received_bytes: endpoint.rx_bytes,
             },
-        );
+            drops: drops.collect(),
+        }
+    }
+
+    /// Adds what is counted of another.
+    pub(super) fn add(&mut self, other: Self) {
+        self.traffic.sent_packets += other.traffic.sent_packets;
+        self.traffic.sent_bytes += other.traffic.sent_bytes;
+        self.traffic.received_packets += other.traffic.received_packets;
+        self.traffic.received_bytes += other.traffic.received_bytes;
+        for (key, count) in other.drops {
+            *self.drops.entry(key).or_default() += count;
+        }
+    }
+}
+
+const SENT: &str = "sent";
+const RECEIVED: &str = "received";
+
+/// The text for what the host shows of its network, and for what is counted of containers that are gone: counters must
+/// not go back when one ends.
+pub(crate) fn text(network: &NetworkStatus, gone: &BTreeMap<Owner, Counted>, flows: &[Flow]) -> String {
+    let mut by_owner = gone.clone();
+    for endpoint in &network.endpoints {
+        let owner = (endpoint.app.clone(), endpoint.process_type.clone());
+        by_owner.entry(owner).or_default().add(Counted::of(endpoint));
     }
     let mut text = String::new();
     let owners = |value: fn(&Traffic) -> u64| -> Vec<_> {
         by_owner
             .iter()
-            .map(|((app, kind), traffic)| {
+            .map(|((app, kind), counted)| {
                 (
                     vec![("app", app.as_str()), ("process_type", kind.as_str())],
-                    value(traffic),
+                    value(&counted.traffic),
                 )
             })
             .collect()
@@ -80,6 +124,25 @@ pub(crate) fn text(network: &NetworkStatus, gone: &BTreeMap<Owner, Traffic>, flo
         "flynn_network_dropped_packets_total",
         "counter",
         "Packets that were dropped",
+        &drops,
+    );
+    let mut drops = Vec::new();
+    for ((app, kind), counted) in &by_owner {
+        for ((side, reason), count) in &counted.drops {
+            let labels = vec![
+                ("app", app.as_str()),
+                ("process_type", kind),
+                ("direction", side),
+                ("reason", reason),
+            ];
+            drops.push((labels, *count));
+        }
+    }
+    family(
+        &mut text,
+        "flynn_network_app_dropped_packets_total",
+        "counter",
+        "Packets that were dropped, of those that containers sent or should have received on this host",
         &drops,
     );
     let maps = |value: fn(&flynn_api::host::MapFill) -> u64| -> Vec<_> {
@@ -162,14 +225,6 @@ pub(crate) fn text(network: &NetworkStatus, gone: &BTreeMap<Owner, Traffic>, flo
     text
 }
 
-/// Adds what one container sent and received to what others did.
-pub(super) fn add(sum: &mut Traffic, one: &Traffic) {
-    sum.sent_packets += one.sent_packets;
-    sum.sent_bytes += one.sent_bytes;
-    sum.received_packets += one.received_packets;
-    sum.received_bytes += one.received_bytes;
-}
-
 fn family(text: &mut String, name: &str, kind: &str, help: &str, values: &[(Vec<(&str, &str)>, u64)]) {
     let mut write = || -> std::fmt::Result {
         writeln!(text, "# HELP {name} {help}.\n# TYPE {name} {kind}")?;
@@ -207,7 +262,12 @@ mod tests {
             sent_bytes: 7,
             ..Traffic::default()
         };
-        let gone = [(("web".to_owned(), "a\"b".to_owned()), traffic)].into();
+        let drops = Drops {
+            sent: [(DropReason::SpoofedAddress, 2)].into(),
+            for_it: BTreeMap::new(),
+        };
+        let owner = ("web".to_owned(), "a\"b".to_owned());
+        let gone = [(owner, Counted::new(traffic, drops))].into();
         let mut network = NetworkStatus::default();
         network.drops.insert("isolated".into(), 3);
         let text = text(&network, &gone, &[]);
@@ -216,6 +276,12 @@ mod tests {
             "{text}"
         );
         assert!(text.contains("flynn_network_dropped_packets_total{reason=\"isolated\"} 3\n"));
+        let of_web =
+            "{app=\"web\",process_type=\"a\\\"b\",direction=\"sent\",reason=\"spoofed_address\"} 2\n";
+        assert!(
+            text.contains(&format!("flynn_network_app_dropped_packets_total{of_web}")),
+            "{text}"
+        );
         assert!(text.contains("flynn_network_hosts 0\n"));
         assert!(text.contains("flynn_network_encrypted_hosts 0\n"));
         for line in text.lines().filter(|line| line.starts_with("# TYPE")) {

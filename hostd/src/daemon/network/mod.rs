@@ -51,8 +51,8 @@ pub(super) struct Up {
     network: flynn_overlay::Network,
     addresses: Mutex<Allocator>,
     attached: Mutex<BTreeMap<Ipv4Addr, Attached>>,
-    /// What containers sent and received that are gone.
-    gone: Mutex<BTreeMap<metrics::Owner, Traffic>>,
+    /// What is counted of containers that are gone.
+    gone: Mutex<BTreeMap<metrics::Owner, metrics::Counted>>,
 }
 
 /// A container that is attached.
@@ -190,12 +190,12 @@ impl Up {
         attachments(&self.attached.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
-    /// What containers sent and received that are gone, by app and process type.
-    pub(super) fn gone(&self) -> BTreeMap<metrics::Owner, Traffic> {
+    /// What is counted of containers that are gone, by app and process type.
+    pub(super) fn gone(&self) -> BTreeMap<metrics::Owner, metrics::Counted> {
         self.gone.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// Forgets a container whose interface is still there, but not what it sent and received.
+    /// Forgets a container whose interface is still there, but not what was counted of it.
     fn forget(&self, address: Ipv4Addr) {
         let attached = self
             .attached
@@ -206,8 +206,10 @@ impl Up {
             return;
         };
         if let Some((_, traffic)) = endpoints.iter().find(|(container, _)| container.ipv4 == address) {
+            let mut drops = self.network.container_drops().unwrap_or_default();
+            let counted = metrics::Counted::new(*traffic, drops.remove(&address).unwrap_or_default());
             let mut gone = self.gone.lock().unwrap_or_else(PoisonError::into_inner);
-            metrics::add(gone.entry(attached.owner).or_default(), traffic);
+            gone.entry(attached.owner).or_default().add(counted);
         }
     }
 }

@@ -5,7 +5,7 @@ use std::net::Ipv4Addr;
 
 use flynn_api::Result;
 use flynn_api::host::{EndpointStatus, Job, MapFill, NetworkHost, NetworkStatus, RemoteEndpoint, label};
-use flynn_overlay::{Attachment, Port, Protocol, Reached};
+use flynn_overlay::{Attachment, DropReason, Port, Protocol, Reached};
 use ipnet::Ipv4Net;
 
 use super::wanted::Documented;
@@ -40,9 +40,14 @@ impl Daemon {
             .map_err(failed("look for the ways to other hosts"))?;
         let endpoints = up.network.endpoints().map_err(failed("read the counters"))?;
         let attached = up.attachments();
+        let of_containers = up.network.container_drops();
+        let mut of_containers = of_containers.map_err(failed("read the counters"))?;
         let endpoints = endpoints.iter().map(|(container, traffic)| {
             let (job, attachment) = (jobs.get(&container.ipv4), attached.get(&container.ipv4));
+            let drops = of_containers.remove(&container.ipv4).unwrap_or_default();
             EndpointStatus {
+                tx_drops: named(drops.sent),
+                rx_drops: named(drops.for_it),
                 tx_packets: traffic.sent_packets,
                 tx_bytes: traffic.sent_bytes,
                 rx_packets: traffic.received_packets,
@@ -60,10 +65,7 @@ impl Daemon {
             endpoints: endpoints.collect(),
             hosts: hosts(&documents, &self.host_id, &up, &ways),
             remote: remote(&documents, &self.host_id),
-            drops: drops
-                .into_iter()
-                .map(|(reason, count)| (reason.name().to_owned(), count))
-                .collect(),
+            drops: named(drops),
             maps: fills
                 .map(|(name, entries, room)| MapFill {
                     name: name.to_owned(),
@@ -73,6 +75,13 @@ impl Daemon {
                 .collect(),
         })
     }
+}
+
+fn named(drops: impl IntoIterator<Item = (DropReason, u64)>) -> BTreeMap<String, u64> {
+    let drops = drops.into_iter();
+    drops
+        .map(|(reason, count)| (reason.name().to_owned(), count))
+        .collect()
 }
 
 fn endpoint(
@@ -111,6 +120,8 @@ fn endpoint(
         tx_bytes: 0,
         rx_packets: 0,
         rx_bytes: 0,
+        tx_drops: BTreeMap::new(),
+        rx_drops: BTreeMap::new(),
     }
 }
 

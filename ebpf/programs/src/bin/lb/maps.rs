@@ -173,6 +173,14 @@ pub(crate) fn count_flow(vip: u16) {
 }
 
 #[inline(always)]
+pub(crate) fn count_unserved(vip: u16) {
+    if let Some(traffic) = TRAFFIC.get_ptr_mut(u32::from(vip)) {
+        // SAFETY: as above.
+        unsafe { (*traffic).unserved += 1 };
+    }
+}
+
+#[inline(always)]
 pub(crate) fn count(event: Event) {
     if let Some(cpu) = CPU.get_ptr_mut(0) {
         // SAFETY: as above.

@@ -206,6 +206,7 @@ fn from_ring(vip: &Vip, hash: u32) -> Result<(Pick, *mut Backend), DropReason> {
     // SAFETY: the entry of an array, which is there for ever. User space writes a backend before rings name it.
     let (flags, generation) = unsafe { ((*backend).flags, (*backend).generation) };
     if number == 0 || flags & Backend::USED == 0 {
+        maps::count_unserved(vip.number);
         return Err(DropReason::NoBackend);
     }
     let pick = Pick {

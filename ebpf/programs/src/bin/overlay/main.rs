@@ -10,6 +10,7 @@
 #![no_std]
 #![no_main]
 
+mod blame;
 mod bypass;
 mod from_container;
 mod from_encrypted;
@@ -24,34 +25,36 @@ mod tunnel;
 use aya_ebpf::{macros::classifier, programs::TcContext};
 use flynn_programs::{Decision, maps, packet, rate, room, verdict};
 
+use blame::Where;
+
 flynn_programs::object!();
 
 /// Host's end of a container's veth, ingress.
 #[classifier]
 fn from_container(ctx: TcContext) -> i32 {
-    verdict(from_container::decide(&ctx))
+    verdict(blame::noted(&ctx, Where::Frame, from_container::decide(&ctx)))
 }
 
 /// `flynn0`, egress.
 #[classifier]
 fn to_overlay(ctx: TcContext) -> i32 {
-    verdict(to_overlay::decide(&ctx))
+    verdict(blame::noted(&ctx, Where::Frame, to_overlay::decide(&ctx)))
 }
 
 /// `flynn0`, ingress.
 #[classifier]
 fn from_tunnel(ctx: TcContext) -> i32 {
-    verdict(from_tunnel::decide(&ctx))
+    verdict(blame::noted(&ctx, Where::Frame, from_tunnel::decide(&ctx)))
 }
 
 /// The uplink, ingress.
 #[classifier]
 fn from_uplink(ctx: TcContext) -> i32 {
-    verdict(from_uplink::decide(&ctx))
+    verdict(blame::noted(&ctx, Where::Tunnel, from_uplink::decide(&ctx)))
 }
 
 /// The device that decrypts, ingress.
 #[classifier]
 fn from_encrypted(ctx: TcContext) -> i32 {
-    verdict(from_encrypted::decide(&ctx))
+    verdict(blame::noted(&ctx, Where::Tunnel, from_encrypted::decide(&ctx)))
 }

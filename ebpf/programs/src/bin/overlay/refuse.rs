@@ -11,7 +11,7 @@ use flynn_programs::{
     translate,
 };
 
-use crate::{Decision, maps};
+use crate::{Decision, blame, maps};
 
 #[repr(C)]
 struct Tcp {
@@ -46,6 +46,7 @@ pub(crate) fn refuse<H: Header>(ctx: &TcContext, reason: DropReason) -> Decision
         return Err(reason);
     }
     maps::count_drop(reason);
+    blame::sent(ctx.skb.skb, reason as u32);
     // SAFETY: the kernel hands programs a valid context.
     let ifindex = unsafe { (*ctx.skb.skb).ifindex };
     // SAFETY: a helper that only notes where the packet goes.
