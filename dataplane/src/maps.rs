@@ -81,11 +81,11 @@ impl Maps {
             drops.map_err(|error| Error::kernel("reading the eBPF map container_drops")(error.into()))?;
         let gone = drops.iter().filter(|drop| !self.slots.contains(&drop.slot));
         let gone: Vec<_> = gone.copied().collect();
-        gone.iter().try_for_each(|drop| self.forget_drop(drop))
+        gone.into_iter().try_for_each(|drop| self.forget_drop(drop))
     }
 
-    fn forget_drop(&mut self, drop: &ContainerDrop) -> Result<()> {
-        match self.container_drops.remove(drop) {
+    fn forget_drop(&mut self, drop: ContainerDrop) -> Result<()> {
+        match self.container_drops.remove(&drop) {
             Ok(()) | Err(MapError::KeyNotFound) => Ok(()),
             Err(MapError::SyscallError(error)) if error.io_error.kind() == io::ErrorKind::NotFound => Ok(()),
             Err(error) => Err(Error::kernel("removing from the eBPF map container_drops")(
@@ -340,7 +340,7 @@ impl Maps {
             .remove_unless(|port, _| port.slot != endpoint.slot)?;
         for reason in DropReason::ALL {
             for side in [ContainerDrop::SENT, ContainerDrop::FOR_IT] {
-                self.forget_drop(&container_drop(endpoint.slot, *reason, side))?;
+                self.forget_drop(container_drop(endpoint.slot, *reason, side))?;
             }
         }
         self.slots.remove(&endpoint.slot);

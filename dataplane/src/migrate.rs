@@ -8,6 +8,7 @@
 
 use std::{
     fs::{self, DirEntry},
+    io,
     path::{Path, PathBuf},
 };
 
@@ -60,7 +61,11 @@ pub(crate) fn adopt(pins: &Pins, object: &[u8]) -> Result<()> {
         let map = MapData::from_pin(&from).map_err(|error| failed()(error.into()))?;
         let shape = map.info().map_err(|error| failed()(error.into()))?;
         if has_shape(&shape, &wanted) {
-            map.pin(to).map_err(|error| failed()(error.into()))?;
+            match map.pin(&to) {
+                // Another process was faster.
+                Err(_) if to.exists() => {}
+                pinned => pinned.map_err(|error| failed()(error.into()))?,
+            }
         } else {
             info!(map = name, layout, "the eBPF map had another shape");
         }
@@ -81,7 +86,8 @@ fn has_shape(map: &MapInfo, wanted: &aya_obj::Map) -> bool {
 /// Fills the overlay's maps that have another shape than in the newest older layout, if there is one.
 pub(crate) fn carry_over(pins: &Pins, maps: &mut Maps) -> Result<()> {
     match pins.other_layouts()?.pop() {
-        None => Ok(()),
+        // Nothing of the overlay's has changed since layout 2.
+        None | Some((2, _)) => Ok(()),
         Some((1, old)) => {
             info!(
                 from = 1,
@@ -90,8 +96,6 @@ pub(crate) fn carry_over(pins: &Pins, maps: &mut Maps) -> Result<()> {
             );
             from_1(&old, maps)
         }
-        // Nothing of the overlay's has changed since.
-        Some((2, _)) => Ok(()),
         Some((layout, _)) => {
             warn!(
                 layout,
@@ -110,7 +114,11 @@ pub(crate) fn remove(pins: &Pins, part: Part) -> Result<()> {
             path: directory.clone(),
             source,
         };
-        let entries = fs::read_dir(&directory).and_then(|entries| entries.collect::<Result<Vec<_>, _>>());
+        let entries = match fs::read_dir(&directory) {
+            // Another process has opened another part meanwhile.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+            entries => entries.and_then(Iterator::collect::<Result<Vec<_>, _>>),
+        };
         let is_of_part = |entry: &DirEntry| Part::of(&entry.file_name().to_string_lossy()) == part;
         let entries = entries.map_err(failed)?;
         let maps: Vec<PathBuf> = entries

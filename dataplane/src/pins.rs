@@ -152,12 +152,20 @@ impl Pins {
             Self::remove(map)?;
         }
         match fs::remove_dir(path) {
-            Err(error) if error.kind() != io::ErrorKind::DirectoryNotEmpty => Err(Error::Pins {
+            Ok(()) => Ok(()),
+            Err(error)
+                if matches!(
+                    error.kind(),
+                    io::ErrorKind::DirectoryNotEmpty | io::ErrorKind::NotFound
+                ) =>
+            {
+                Ok(())
+            }
+            Err(error) => Err(Error::Pins {
                 what: "removing",
                 path: path.into(),
                 source: error,
             }),
-            _ => Ok(()),
         }
     }
 

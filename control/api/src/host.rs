@@ -656,10 +656,6 @@ pub struct Flow {
     pub rx_bytes: u64,
 }
 
-fn tcp() -> String {
-    "tcp".to_owned()
-}
-
 /// A service as sockets of this host's jobs find it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ServiceStatus {

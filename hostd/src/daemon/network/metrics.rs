@@ -72,7 +72,7 @@ const RECEIVED: &str = "received";
 
 /// The text for what the host shows of its network, and for what is counted of containers that are gone: counters must
 /// not go back when one ends.
-pub(crate) fn text(network: &NetworkStatus, gone: &BTreeMap<Owner, Counted>, flows: &[Flow]) -> String {
+pub(super) fn text(network: &NetworkStatus, gone: &BTreeMap<Owner, Counted>, flows: &[Flow]) -> String {
     let mut by_owner = gone.clone();
     for endpoint in &network.endpoints {
         let owner = (endpoint.app.clone(), endpoint.process_type.clone());

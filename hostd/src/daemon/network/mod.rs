@@ -22,7 +22,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use flynn_api::host::NetworkConfig;
 use flynn_api::{Error, Result};
-use flynn_overlay::{Allocator, Attachment, Traffic, Wireguard};
+use flynn_overlay::{Allocator, Attachment, Wireguard};
 use rustix::mount::MountFlags;
 use tokio::sync::Notify;
 
@@ -191,7 +191,7 @@ impl Up {
     }
 
     /// What is counted of containers that are gone, by app and process type.
-    pub(super) fn gone(&self) -> BTreeMap<metrics::Owner, metrics::Counted> {
+    fn gone(&self) -> BTreeMap<metrics::Owner, metrics::Counted> {
         self.gone.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 

@@ -112,11 +112,11 @@ fn dump(family: u8, protocol: Protocol) -> io::Result<Vec<Connection>> {
 
 /// An `inet_diag_req_v2` for all established connections, with what TCP knows of them.
 fn request(family: u8, protocol: Protocol) -> Vec<u8> {
+    const LENGTH: u32 = 16 + 56;
     let number = match protocol {
         Protocol::Tcp => IPPROTO_TCP,
         Protocol::Udp => IPPROTO_UDP,
     };
-    const LENGTH: u32 = 16 + 56;
     let mut bytes = Vec::with_capacity(72);
     bytes.extend(LENGTH.to_ne_bytes());
     bytes.extend(SOCK_DIAG_BY_FAMILY.to_ne_bytes());
