@@ -11,13 +11,15 @@ use flynn_abi::{
     lb::{Translation, TranslationKey},
 };
 
+use rustix::time::{ClockId, clock_gettime};
+
 use super::{Vip, tables::protocol};
 use crate::{
     error::{Error, Refusal, Result},
     pins::Pins,
 };
 
-/// A flow that a container of this host serves, or served of late: nobody says when one is over.
+/// A flow that a container of this host serves, or served of late: datagrams are silent for a minute before it is over.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Flow {
     /// Whose it is.
@@ -43,6 +45,7 @@ pub fn flows(pins: &Path, most: usize) -> Result<Vec<Flow>> {
         let mut flows = Vec::new();
         for entry in &established {
             match entry {
+                Ok((key, value)) if value.is_over(key.protocol, now()) => {}
                 Ok((key, value)) => flows.push(flow(&key, &value)),
                 // It went while it was read.
                 Err(MapError::KeyNotFound) => {}
@@ -55,6 +58,14 @@ pub fn flows(pins: &Path, most: usize) -> Result<Vec<Flow>> {
         Ok(flows)
     };
     read().map_err(Error::kernel("reading the load balancer's flows"))
+}
+
+/// The programs' clock: in units of 2^30 ns.
+fn now() -> u32 {
+    let time = clock_gettime(ClockId::Monotonic);
+    let nanoseconds = i128::from(time.tv_sec) * 1_000_000_000 + i128::from(time.tv_nsec);
+    // The lower bits, as the programs have them.
+    u32::try_from((nanoseconds >> 30) & i128::from(u32::MAX)).unwrap_or_default()
 }
 
 fn flow(key: &TranslationKey, value: &Translation) -> Flow {

@@ -144,14 +144,16 @@ pub(crate) fn reach(platform: &Platform, doors: &[SocketAddr], wanted: &BTreeSet
     )
 }
 
-/// Each connection is one of the live flows of its container's host, with where the client sent it.
-fn are_shown(platform: &Platform, connections: &[Seen]) -> Result<()> {
+/// Each of them is one of the live flows of its container's host, with where the client sent it.
+fn are_shown(platform: &Platform, protocol: &str, connections: &[Seen]) -> Result<()> {
     let mut flows = Vec::new();
     for host in MEMBERS {
         flows.extend(ask::<Vec<Flow>>(platform, host, "/host/network/flows")?);
     }
     for seen in connections {
-        let shown = |flow: &&Flow| flow.remote == seen.client && flow.local.port() == PORT;
+        let shown = |flow: &&Flow| {
+            (flow.protocol.as_str(), flow.remote, flow.local.port()) == (protocol, seen.client, PORT)
+        };
         let flow = flows.iter().find(shown);
         let flow = flow.with_context(|| format!("{seen:?} is none of {} flows", flows.len()))?;
         ensure!(
@@ -197,7 +199,8 @@ pub(crate) fn lead(cluster: &mut Cluster) -> Result<()> {
     let mut held = Held::open(platform, 50, 10, &spread_doors)?;
     let before = held.whole()?;
     ensure!(backends(&before).len() > 2, "they are not spread: {before:?}");
-    are_shown(platform, &before)?;
+    are_shown(platform, "tcp", &before)?;
+    are_shown(platform, "udp", &datagrams(platform, 3, &spread_doors)?)?;
     let (platform, containers) = scaled(cluster, 9)?;
     reach(platform, &spread_doors, &addresses(&containers))?;
     held.whole()?;
