@@ -189,11 +189,17 @@ fn check_ports(config: &ContainerConfig) -> Result<()> {
 
 fn check_health(check: Option<&HealthCheck>) -> Result<()> {
     let Some(check) = check else { return Ok(()) };
-    if !matches!(check.kind.as_str(), "tcp" | "http" | "https") {
-        let what = "this host checks tcp, http and https";
+    if !matches!(check.kind.as_str(), "tcp" | "http" | "https" | "command") {
+        let what = "this host checks tcp, http, https and command";
         return Err(Error::invalid_field(
             "config.ports.service.check.type",
             format!("{:?}: {what}", check.kind),
+        ));
+    }
+    if (check.kind == "command") == check.command.is_empty() {
+        return Err(Error::invalid_field(
+            "config.ports.service.check.command",
+            "a check of the type command names a program, and no other does",
         ));
     }
     let path = check.path.as_deref().unwrap_or("/");

@@ -189,9 +189,15 @@ pub struct Service {
 /// A health check. Times are in nanoseconds, as Flynn writes them.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct HealthCheck {
-    /// `tcp`, `http` or `https`.
+    /// `tcp`, `http`, `https` or `command`.
     #[serde(rename = "type", default = "tcp")]
     pub kind: String,
+    /// For `command`: a program in the container and its arguments. It is well when it ends with status 0.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub command: Vec<String>,
+    /// How long one check may take; 2 s when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub timeout: Option<u64>,
     /// Between checks; 2 s when absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub interval: Option<u64>,

@@ -6,6 +6,7 @@
 //! a daemon of its own that could hang. Init is not executed anew but a fork: it stays undumpable, so nothing in the
 //! container can reach its program file through `/proc/1/exe`.
 
+mod exec;
 mod init;
 mod process;
 mod rootfs;
@@ -21,6 +22,8 @@ use rustix::net::{
     AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendFlags, SocketFlags, SocketType,
 };
 use rustix::pipe::{PipeFlags, pipe_with};
+
+pub use exec::Execution;
 
 use crate::launch::Launch;
 use crate::sys::{self, Cloned};

@@ -287,7 +287,7 @@ fn directory(path: &Path, mode: u32) -> Result<(), Failure> {
 }
 
 /// The launch's environment, what the network's start has told, and what programs take for granted.
-fn environment(launch: &Launch, place: &Place) -> Env {
+pub(super) fn environment(launch: &Launch, place: &Place) -> Env {
     let mut env = launch.env.clone();
     env.insert(
         "EXTERNAL_IP".into(),

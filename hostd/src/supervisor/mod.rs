@@ -5,6 +5,7 @@
 //! carries its output, watches its health, and leaves once the job is over and its status is on the disk.
 
 mod backoff;
+mod inside;
 mod output;
 mod run;
 mod server;
@@ -244,7 +245,11 @@ impl Supervisor {
         let stop_requested = self.status.borrow().stop_requested;
         let (state, mut error) = match &end {
             End::Failed(why) => (JobState::Failed, Some(why.clone())),
-            End::Stopped | End::Exited { status: 0, .. } => (JobState::Done, None),
+            // One that was ended for its health has failed, however well it took it.
+            End::Stopped
+            | End::Exited {
+                status: 0, why: None, ..
+            } => (JobState::Done, None),
             End::Exited { .. } if stop_requested => (JobState::Done, None),
             End::Exited { oom_killed: true, .. } => (JobState::Crashed, Some(end.describe())),
             End::Exited { why, .. } => (JobState::Crashed, why.clone()),

@@ -12,6 +12,7 @@ use tokio::sync::mpsc;
 use tokio::time::{Instant, sleep};
 
 use super::Supervisor;
+use super::inside::Inside;
 use super::server::Command;
 use super::services::{HealthEvent, Services};
 use super::streams::Streams;
@@ -78,6 +79,7 @@ impl End {
 pub(super) struct Run<'a> {
     supervisor: &'a mut Supervisor,
     init: Polled,
+    inside: Inside,
     streams: Option<Streams>,
     services: Option<Services>,
     unhealthy: Vec<bool>,
@@ -133,9 +135,11 @@ impl<'a> Run<'a> {
         };
         let (health_in, mut health) = mpsc::unbounded_channel();
         let unhealthy = vec![true; supervisor.launch.services.len()];
+        let inside = Inside::new(&supervisor.launch, &supervisor.group, Arc::clone(pidfd.get_ref()));
         let mut run = Self {
             supervisor,
             init: polled(init)?,
+            inside,
             streams,
             services: None,
             unhealthy,
@@ -185,6 +189,7 @@ impl<'a> Run<'a> {
                     &supervisor.launch,
                     &supervisor.place.subscribe(),
                     &self.health_in,
+                    &self.inside,
                 ));
                 let healthy = self.unhealthy.is_empty();
                 supervisor
@@ -314,7 +319,8 @@ impl<'a> Run<'a> {
     }
 }
 
-async fn receive(init: &Polled) -> io::Result<Option<FromInit>> {
+/// The next word from init, or from another one that keeps a program.
+pub(super) async fn receive(init: &Polled) -> io::Result<Option<FromInit>> {
     loop {
         let mut guard = init.readable().await?;
         match guard.try_io(|init| container::receive(init.get_ref())) {

@@ -13,6 +13,7 @@ use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, sleep, timeout};
 
+use super::inside::Inside;
 use crate::container::Place;
 use crate::launch::{Launch, Service};
 
@@ -22,7 +23,7 @@ const HEARTBEAT: Duration = Duration::from_secs(discovery::HEARTBEAT_SECS);
 /// Between attempts while discoverd cannot be reached.
 const RETRY: Duration = Duration::from_millis(500);
 
-/// How long one call or check may take.
+/// How long one call may take, and one check that says nothing else.
 const PATIENCE: Duration = Duration::from_secs(2);
 
 /// Between the first checks of a program that is not up yet.
@@ -58,6 +59,7 @@ impl Services {
         launch: &Launch,
         place: &watch::Receiver<Place>,
         events: &mpsc::UnboundedSender<HealthEvent>,
+        inside: &Inside,
     ) -> Self {
         let tasks = launch.services.iter().enumerate().map(|(index, service)| {
             let (stop, stopped) = watch::channel(false);
@@ -70,6 +72,7 @@ impl Services {
                 instance: Instance::new(&service.proto, address.to_string(), launch.instance_meta.clone()),
                 place: place.clone(),
                 events: events.clone(),
+                inside: inside.clone(),
             };
             Task {
                 stop,
@@ -107,6 +110,7 @@ struct Watcher {
     instance: Instance,
     place: watch::Receiver<Place>,
     events: mpsc::UnboundedSender<HealthEvent>,
+    inside: Inside,
 }
 
 impl Watcher {
@@ -136,8 +140,9 @@ impl Watcher {
         let started = Instant::now();
         let mut gate = Gate::new(threshold);
         loop {
-            // Nothing answers on a UDP port whose protocol is not known.
             let result = match self.service.proto.as_str() {
+                _ if check.kind == "command" => self.command(check).await,
+                // Nothing answers on a UDP port whose protocol is not known.
                 "udp" => Ok(()),
                 _ => probe(check, self.address).await,
             };
@@ -166,6 +171,13 @@ impl Watcher {
             })
             .await;
         }
+    }
+
+    async fn command(&self, check: &HealthCheck) -> Result<(), String> {
+        let place = self.place.borrow().clone();
+        self.inside
+            .succeeds(&place, &check.command, patience(check))
+            .await
     }
 
     /// Keeps the instance registered while it is healthy. Never ends.
@@ -262,6 +274,11 @@ impl Gate {
     }
 }
 
+/// How long one check may take.
+fn patience(check: &HealthCheck) -> Duration {
+    check.timeout.map_or(PATIENCE, Duration::from_nanos)
+}
+
 async fn probe(check: &HealthCheck, address: SocketAddr) -> Result<(), String> {
     let attempt = async {
         match check.kind.as_str() {
@@ -277,9 +294,10 @@ async fn probe(check: &HealthCheck, address: SocketAddr) -> Result<(), String> {
                 .map_err(|error| error.to_string()),
         }
     };
-    timeout(PATIENCE, attempt)
+    let patience = patience(check);
+    timeout(patience, attempt)
         .await
-        .unwrap_or_else(|_| Err(format!("no answer within {} s", PATIENCE.as_secs())))
+        .unwrap_or_else(|_| Err(format!("no answer within {} ms", patience.as_millis())))
 }
 
 async fn probe_http(check: &HealthCheck, client: flynn_api::Result<Http>) -> Result<(), String> {

@@ -2,7 +2,7 @@
 
 use flynn_api::ErrorCode;
 use flynn_api::client::Http;
-use flynn_api::host::{JobEventKind, JobState, Port};
+use flynn_api::host::{HealthCheck, JobEventKind, JobState, Port, Service};
 use futures::StreamExt as _;
 
 use crate::host::{Host, PATIENCE, lives};
@@ -207,4 +207,112 @@ pub(crate) async fn checks_ports() {
     let (_, lines) = host.finish(&job).await;
     let ports: Vec<u16> = lines[0].split(' ').map(|port| port.parse().unwrap()).collect();
     assert!(ports[0] == 7000 && ports[1] > 1024, "{ports:?}");
+}
+
+/// A port whose service is checked by a command.
+fn checked(command: &str, check: HealthCheck) -> Port {
+    Port {
+        port: 0,
+        proto: "udp".into(),
+        service: Some(Service {
+            name: "checked".into(),
+            check: Some(HealthCheck {
+                kind: "command".into(),
+                command: ["/bin/sh", "-c", command].map(str::to_owned).into(),
+                interval: Some(50_000_000),
+                ..check
+            }),
+            ..Service::default()
+        }),
+    }
+}
+
+pub(crate) async fn commands_check_health() {
+    let host = Host::boot().await;
+    let who = "echo $(id -u) $(grep -e CapEff -e NoNewPrivs -e Seccomp: /proc/self/status) $(hostname) $FLYNN_APP_NAME";
+    let mut job = host.job(&format!(
+        "trap 'rm -f /tmp/well' USR1; trap 'touch /tmp/well' USR2; trap 'exit 0' TERM; touch /tmp/well; {who}; \
+         until [ -e /tmp/who ]; do sleep 0.05; done; cat /tmp/who; ls /proc | grep -c '^[0-9]'; cat /tmp/count; \
+         while :; do sleep 0.05; done"
+    ));
+    job.config.uid = Some(1000);
+    job.config.ports = vec![checked(
+        &format!("{who} > /tmp/who; ls /proc | grep -c '^[0-9]' > /tmp/count; test -e /tmp/well"),
+        HealthCheck::default(),
+    )];
+    host.run(&job).await;
+    host.wait(&job.id, |job| job.healthy).await;
+    let lines = host
+        .until(async || Some(host.lines(&job.id).await).filter(|lines| lines.len() >= 4))
+        .await;
+    let lines: Vec<String> = lines.unwrap().into_iter().map(|line| line.msg).collect();
+    assert_eq!(lines[0], lines[1], "the check is what the program is");
+    assert!(
+        lines[0].starts_with("1000 ") && lines[0].contains("NoNewPrivs: 1"),
+        "{lines:?}"
+    );
+    let processes: u32 = lines[3].parse().unwrap();
+    assert!(
+        processes < 8,
+        "the check sees the container's processes alone, not {processes}"
+    );
+
+    host.api.signal_job(&job.id, 10).await.unwrap();
+    host.wait(&job.id, |job| !job.healthy).await;
+    host.api.signal_job(&job.id, 12).await.unwrap();
+    host.wait(&job.id, |job| job.healthy).await;
+    host.api.stop_job(&job.id).await.unwrap();
+    let ended = host.end(&job.id).await;
+    assert_eq!((ended.status, ended.exit_status), (JobState::Done, Some(0)));
+    assert!(host.job_groups(&job.id).is_empty(), "nothing of a check is left");
+}
+
+pub(crate) async fn commands_that_fail_are_explained() {
+    let host = Host::boot().await;
+    let kill = HealthCheck {
+        kill_down: true,
+        start_timeout: Some(1),
+        timeout: Some(300_000_000),
+        ..HealthCheck::default()
+    };
+    for (command, why) in [
+        (
+            "echo no database; exit 3",
+            "/bin/sh ended with status 3: no database",
+        ),
+        ("sleep 100", "/bin/sh: it took longer than 300 ms"),
+        ("kill -9 $$", "/bin/sh ended with status 137"),
+        // More than a pipe holds.
+        ("yes | head -c 1000000; exit 1", "/bin/sh ended with status 1: y"),
+    ] {
+        let mut job = host.job("trap 'exit 0' TERM; while :; do sleep 0.05; done");
+        job.config.ports = vec![checked(command, kill.clone())];
+        host.run(&job).await;
+        let ended = host.end(&job.id).await;
+        assert_eq!(ended.status, JobState::Crashed, "{ended:?}");
+        assert!(
+            ended.error.as_deref().unwrap_or_default().contains(why),
+            "{ended:?}"
+        );
+    }
+    let mut job = host.job("while :; do sleep 0.05; done");
+    job.config.ports = vec![checked("", kill)];
+    let check = job.config.ports[0]
+        .service
+        .as_mut()
+        .unwrap()
+        .check
+        .as_mut()
+        .unwrap();
+    check.command = vec!["/no/such".into()];
+    host.run(&job).await;
+    let ended = host.end(&job.id).await;
+    assert!(
+        ended
+            .error
+            .as_deref()
+            .unwrap_or_default()
+            .contains("cannot start /no/such"),
+        "{ended:?}"
+    );
 }

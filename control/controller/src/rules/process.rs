@@ -96,12 +96,18 @@ fn ports(field: &str, ports: &[Port]) -> Result<()> {
 
 fn health_check(field: &str, check: &HealthCheck) -> Result<()> {
     let refuse = |name: &str, rule: &str| Err(Error::invalid_field(&format!("{field}.{name}"), rule));
-    if !matches!(check.kind.as_str(), "tcp" | "http" | "https") {
-        return refuse("type", "must be tcp, http or https");
+    if !matches!(check.kind.as_str(), "tcp" | "http" | "https" | "command") {
+        return refuse("type", "must be tcp, http, https or command");
+    }
+    if (check.kind == "command") == check.command.is_empty() {
+        return refuse(
+            "command",
+            "a check of the type command names a program and its arguments, and no other does",
+        );
     }
     let of_http =
         check.path.is_some() || check.host.is_some() || check.contains.is_some() || check.status.is_some();
-    if check.kind == "tcp" && of_http {
+    if matches!(check.kind.as_str(), "tcp" | "command") && of_http {
         return refuse("type", "path, host, match and status are for http and https");
     }
     if check.path.as_ref().is_some_and(|path| !path.starts_with('/')) {
@@ -110,7 +116,7 @@ fn health_check(field: &str, check: &HealthCheck) -> Result<()> {
     if check.status.is_some_and(|status| !(100..=599).contains(&status)) {
         return refuse("status", "must be an HTTP status, 100 to 599");
     }
-    if check.interval == Some(0) || check.start_timeout == Some(0) {
+    if [check.interval, check.start_timeout, check.timeout].contains(&Some(0)) {
         return refuse("interval", "times are in nanoseconds and must not be 0");
     }
     if check.threshold == Some(0) {
