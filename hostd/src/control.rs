@@ -1,10 +1,10 @@
 //! What the daemon says to a supervisor over the job's socket: one line of JSON, answered by one line of JSON; after
-//! `watch` by many, and after `attach` by frames both ways ([`flynn_api::host::attach`]).
+//! `watch` by many, and after `attach` and `exec` by frames both ways ([`flynn_api::host::attach`]).
 
 use std::io;
 use std::path::Path;
 
-use flynn_api::host::TtySize;
+use flynn_api::host::{ExecRequest, TtySize};
 use serde::{Deserialize, Serialize};
 use tokio::io::{AsyncBufReadExt, AsyncRead, AsyncWriteExt, BufReader};
 use tokio::net::UnixStream;
@@ -45,9 +45,11 @@ pub enum Request {
         /// Lines of the past to get first.
         lines: u32,
     },
+    /// Start another program in the container and become its terminal.
+    Exec(ExecRequest),
 }
 
-/// The answer to all but `watch`.
+/// The answer to all but `watch`; after that of `attach` and `exec` come frames.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Reply {
     /// Why it was not done.

@@ -496,6 +496,32 @@ pub struct AttachRequest {
     pub lines: u32,
 }
 
+/// Another program in a running job's container: body of `POST /host/jobs/{id}/exec`, which upgrades as attaching does. It has
+/// the job's environment, limits and rights.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ExecRequest {
+    /// The program and its arguments.
+    pub args: Vec<String>,
+    /// Variables beside the job's.
+    #[serde(default, skip_serializing_if = "Env::is_empty")]
+    pub env: Env,
+    /// Where it begins; where the job's program did when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub working_dir: Option<String>,
+    /// Whose it is; as the job's program when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub uid: Option<u32>,
+    /// With a terminal.
+    #[serde(default)]
+    pub tty: bool,
+    /// The terminal's size now.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tty_size: Option<TtySize>,
+    /// Input follows; else it has none.
+    #[serde(default)]
+    pub stdin: bool,
+}
+
 /// The frames of an attached connection: one byte of kind, four of length (big-endian), the payload.
 pub mod attach {
     /// Standard output of the job.

@@ -1,6 +1,7 @@
 //! The operator's commands: they speak to the daemon of this host over its socket.
 
 mod attach;
+mod exec;
 pub mod members;
 mod network;
 mod run;
@@ -15,6 +16,7 @@ use flynn_api::client::host::HostClient;
 use flynn_api::host::{self, LogStream};
 use futures::StreamExt as _;
 
+pub use exec::ExecArgs;
 pub use run::RunArgs;
 
 /// What an operator can ask.
@@ -66,6 +68,8 @@ pub enum Operator {
     },
     /// Start a job from an image and stay attached to it
     Run(RunArgs),
+    /// Start another program in a job's container
+    Exec(ExecArgs),
     /// Show what this host is and how it does
     Status {
         /// As JSON
@@ -135,6 +139,10 @@ pub async fn operate(command: Operator) -> anyhow::Result<ExitCode> {
             host.signal_job(&find(&host, &job).await?, number).await?;
         }
         Operator::Run(args) => return run::run(&host, args).await,
+        Operator::Exec(args) => {
+            let job = find(&host, &args.job).await?;
+            return exec::exec(&host, &job, args).await;
+        }
         Operator::Status { json } => {
             let status = reach(host.status().await)?;
             if json {

@@ -4,83 +4,85 @@
 //! Not by the container's init: that has given up every right by which it could.
 
 use std::io::{self, Read as _};
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
-use std::time::Duration;
+use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd};
+use std::time::{Duration, Instant};
 
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::{AddressFamily, RecvFlags, SocketFlags, SocketType};
 use rustix::pipe::{PipeFlags, pipe_with};
-use rustix::process::{
-    DumpableBehavior, Signal, WaitId, WaitIdOptions, WaitIdStatus, pidfd_send_signal, waitid,
-};
+use rustix::process::{DumpableBehavior, Signal, WaitId, WaitIdOptions, waitid};
 use rustix::thread::{ThreadNameSpaceType, move_into_thread_name_spaces};
 
-use super::init::{Attempt, Failure};
-use super::{EXITED, FAILED, GO, Place, Stdio, process, rootfs, send};
+use super::init::{self, Attempt, Failure, Watched};
+use super::{EXITED, FAILED, GO, Pipes, Place, RUNNING, Stdio, process, rootfs, send};
 use crate::launch::Launch;
-use crate::sys::{self, Cloned};
+use crate::sys::{self, Cloned, Polled, polled};
 
-/// A program beside the job's own, which waits for [`Execution::go`]. Ends with this value.
+/// A program beside the job's own. Whoever drops this ends it.
 #[derive(Debug)]
 pub struct Execution {
     /// The pid of the clone outside.
     pub pid: i32,
-    pidfd: OwnedFd,
-    socket: OwnedFd,
-    output: OwnedFd,
+    /// Our ends of its pipes; none with a terminal.
+    pub pipes: Option<Pipes>,
+    /// The way to the clone, which says what a container's init does.
+    keeper: Polled,
+    pidfd: Option<OwnedFd>,
 }
 
 impl Execution {
     /// Clones the one that starts the program. It does nothing until it is told to [`go`](Self::go), so that it can be
-    /// put into cgroups first. `init` is a pidfd of the container's init; the program is killed after `patience`.
+    /// put into cgroups first. Program, terminal and standard input are as `launch` has them; `init` is a pidfd of the
+    /// container's init. The program is killed after `patience`.
     pub fn create(
         launch: &Launch,
         place: &Place,
         init: BorrowedFd<'_>,
-        args: &[String],
-        patience: Duration,
+        patience: Option<Duration>,
     ) -> io::Result<Self> {
-        let launch = Launch {
-            args: args.to_vec(),
-            tty: false,
-            stdin: false,
-            ..launch.clone()
-        };
-        let (socket, theirs) = rustix::net::socketpair(
+        let (keeper, theirs) = rustix::net::socketpair(
             AddressFamily::UNIX,
             SocketType::SEQPACKET,
             SocketFlags::CLOEXEC,
             None,
         )?;
-        let (output, stdout) = pipe_with(PipeFlags::CLOEXEC)?;
-        let stdio = Stdio {
-            stdin: None,
-            stderr: stdout.try_clone()?,
-            stdout,
+        let (pipes, stdio) = if launch.tty {
+            (None, None)
+        } else {
+            let (ours, stdio) = super::pipes(launch.stdin)?;
+            (Some(ours), Some(stdio))
         };
         match sys::clone(0)? {
-            Cloned::Child => run(&launch, place, init, &theirs, &stdio, patience),
+            Cloned::Child => run(launch, place, init, &theirs, stdio.as_ref(), patience),
             Cloned::Parent { pid, pidfd } => Ok(Self {
                 pid,
-                pidfd,
-                socket,
-                output,
+                pipes,
+                keeper: polled(keeper)?,
+                pidfd: Some(pidfd),
             }),
         }
     }
 
-    /// Lets the program begin. What it is heard by: the word of how it ended, and what it says until then.
-    pub fn go(&self) -> io::Result<(OwnedFd, OwnedFd)> {
-        send(&self.socket, GO, &[])?;
-        Ok((self.socket.try_clone()?, self.output.try_clone()?))
+    /// Lets the program begin.
+    pub fn go(&self) -> io::Result<()> {
+        send(self.keeper.get_ref(), GO, &[])
+    }
+
+    /// By which [`super::receive`] hears of it.
+    pub fn keeper(&self) -> &Polled {
+        &self.keeper
     }
 }
 
 impl Drop for Execution {
     fn drop(&mut self) {
-        // One that is over already is what is wanted.
-        let _ = pidfd_send_signal(&self.pidfd, Signal::KILL);
-        let _ = waitid(WaitId::PidFd(self.pidfd.as_fd()), WaitIdOptions::EXITED);
+        // The clone sees the end of its socket, kills the program and leaves.
+        let _ = rustix::net::shutdown(self.keeper.get_ref(), rustix::net::Shutdown::Both);
+        let Some(pidfd) = self.pidfd.take() else { return };
+        tokio::spawn(async move {
+            let Ok(pidfd) = polled(pidfd) else { return };
+            let _ = pidfd.readable().await;
+            let _ = waitid(WaitId::PidFd(pidfd.get_ref().as_fd()), WaitIdOptions::EXITED);
+        });
     }
 }
 
@@ -89,8 +91,8 @@ fn run(
     place: &Place,
     init: BorrowedFd<'_>,
     socket: &OwnedFd,
-    stdio: &Stdio,
-    patience: Duration,
+    stdio: Option<&Stdio>,
+    patience: Option<Duration>,
 ) -> ! {
     let _ = match live(launch, place, init, socket, stdio, patience) {
         Ok(status) => send(socket, EXITED, &status.to_be_bytes()),
@@ -104,23 +106,16 @@ fn live(
     place: &Place,
     init: BorrowedFd<'_>,
     socket: &OwnedFd,
-    stdio: &Stdio,
-    patience: Duration,
+    stdio: Option<&Stdio>,
+    patience: Option<Duration>,
 ) -> Result<i32, Failure> {
     rustix::process::set_parent_process_death_signal(Some(Signal::KILL))
         .attempt("bind a program to its supervisor")?;
     // In the container's sight there is a copy of the supervisor until the program takes its place.
     rustix::process::set_dumpable_behavior(DumpableBehavior::NotDumpable)
         .attempt("hide from the container")?;
-    let keep = [
-        0,
-        1,
-        2,
-        socket.as_raw_fd(),
-        init.as_raw_fd(),
-        stdio.stdout.as_raw_fd(),
-        stdio.stderr.as_raw_fd(),
-    ];
+    let mut keep = vec![0, 1, 2, socket.as_raw_fd(), init.as_raw_fd()];
+    keep.extend(stdio.into_iter().flat_map(Stdio::descriptors));
     // SAFETY: this fork never touches anything of the supervisor's but what is kept, and leaves without destructors.
     unsafe { sys::close_all_but(&keep) };
 
@@ -138,36 +133,37 @@ fn live(
     }
     move_into_thread_name_spaces(init, namespaces).attempt("enter the container")?;
     let env = rootfs::environment(launch, place);
-    let (error_read, error_write) = pipe_with(PipeFlags::CLOEXEC).attempt("make a pipe")?;
-    // SAFETY: a fork of a process with one thread has one, and has started none.
-    let (program, pidfd) = match unsafe { sys::clone_unchecked(0) }.attempt("fork")? {
-        Cloned::Child => process::run(launch, &env, Some(stdio), None, &error_write),
-        Cloned::Parent { pid, pidfd } => (pid, pidfd),
+    let terminal = if launch.tty {
+        Some(init::open_terminal(launch, socket)?)
+    } else {
+        None
     };
-    drop(error_write);
+    let (error_read, error_write) = pipe_with(PipeFlags::CLOEXEC).attempt("make a pipe")?;
+    let signals = sys::signal_fd().attempt("block signals")?;
+    let deadline = patience.map(|patience| Instant::now() + patience);
+    // SAFETY: a fork of a process with one thread has one, and has started none.
+    let program = match unsafe { sys::clone_unchecked(0) }.attempt("fork")? {
+        Cloned::Child => process::run(launch, &env, stdio, terminal.as_ref(), &error_write),
+        Cloned::Parent { pid, .. } => pid,
+    };
+    drop((terminal, error_write));
     let mut failure = String::new();
     let _ = io::Read::take(std::fs::File::from(error_read), 1024).read_to_string(&mut failure);
     if !failure.is_empty() {
         return Err(failure);
     }
-    let patience = Timespec::try_from(patience).attempt("wait for so long")?;
-    let ended = poll(&mut [PollFd::new(&pidfd, PollFlags::IN)], Some(&patience)).attempt("wait")?;
-    if ended == 0 {
-        // It leads a session: what it has started goes with it, unless it took care not to.
-        let _ = sys::kill(-program, libc::SIGKILL);
-        return Err(format!(
-            "it took longer than {} ms",
-            patience.tv_sec * 1000 + patience.tv_nsec / 1_000_000
-        ));
+    send(socket, RUNNING, &[]).attempt("report")?;
+    let ended = init::watch(socket, &signals, program, deadline)?;
+    if let Watched::Ended(status) = ended {
+        return Ok(status);
     }
-    let status = waitid(WaitId::PidFd(pidfd.as_fd()), WaitIdOptions::EXITED).attempt("see how it ended")?;
-    Ok(status.as_ref().map_or(255, exit_status))
-}
-
-/// The shell's convention.
-fn exit_status(status: &WaitIdStatus) -> i32 {
-    status
-        .exit_status()
-        .or_else(|| status.terminating_signal().map(|signal| 128 + signal))
-        .unwrap_or(255)
+    // It leads a session: what it has started goes with it, unless it took care not to.
+    let _ = sys::kill(-program, libc::SIGKILL);
+    match ended {
+        Watched::Late => Err(format!(
+            "it took longer than {} ms",
+            patience.unwrap_or_default().as_millis()
+        )),
+        _ => sys::exit_now(125),
+    }
 }

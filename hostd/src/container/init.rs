@@ -5,8 +5,9 @@ use std::io::{self, IoSlice, Read};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::Path;
+use std::time::Instant;
 
-use rustix::event::{PollFd, PollFlags, poll};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::{RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
 use rustix::process::{DumpableBehavior, Pid, Signal, WaitOptions, WaitStatus};
 use rustix::pty::OpenptFlags;
@@ -63,10 +64,7 @@ fn live(
         .attempt("bind init to its supervisor")?;
     rustix::process::set_dumpable_behavior(DumpableBehavior::NotDumpable).attempt("hide init")?;
     let mut keep = vec![0, 1, 2, socket.as_raw_fd()];
-    if let Some(stdio) = stdio {
-        keep.extend([stdio.stdout.as_raw_fd(), stdio.stderr.as_raw_fd()]);
-        keep.extend(stdio.stdin.as_ref().map(AsRawFd::as_raw_fd));
-    }
+    keep.extend(stdio.into_iter().flat_map(Stdio::descriptors));
     // SAFETY: this fork never touches anything of the supervisor's but what is kept, and leaves without destructors.
     unsafe { sys::close_all_but(&keep) };
 
@@ -104,11 +102,15 @@ fn live(
     send(socket, RUNNING, &[]).attempt("report")?;
     // From here on init only forwards signals.
     process::keep_only_kill().attempt("drop capabilities")?;
-    watch(socket, &signals, program)
+    match watch(socket, &signals, program, None)? {
+        Watched::Ended(status) => Ok(status),
+        // The supervisor is gone; the death signal is on its way.
+        Watched::Alone | Watched::Late => sys::exit_now(125),
+    }
 }
 
 /// Makes a terminal in the container's own devpts and hands its master side to the supervisor.
-fn open_terminal(launch: &Launch, socket: &OwnedFd) -> Result<OwnedFd, Failure> {
+pub(super) fn open_terminal(launch: &Launch, socket: &OwnedFd) -> Result<OwnedFd, Failure> {
     let master = rustix::fs::open(
         "/dev/pts/ptmx",
         rustix::fs::OFlags::RDWR | rustix::fs::OFlags::NOCTTY | rustix::fs::OFlags::CLOEXEC,
@@ -144,20 +146,38 @@ fn open_terminal(launch: &Launch, socket: &OwnedFd) -> Result<OwnedFd, Failure> 
     Ok(slave)
 }
 
-/// Forwards signals and reaps until the program has ended; gives its status.
-fn watch(socket: &OwnedFd, signals: &OwnedFd, program: i32) -> Result<i32, Failure> {
+/// Why nobody watches any more.
+pub(super) enum Watched {
+    /// The program has ended, with this status.
+    Ended(i32),
+    /// The supervisor is gone, or wants no more.
+    Alone,
+    /// It is past the deadline.
+    Late,
+}
+
+/// Forwards signals and reaps until the program has ended.
+pub(super) fn watch(
+    socket: &OwnedFd,
+    signals: &OwnedFd,
+    program: i32,
+    deadline: Option<Instant>,
+) -> Result<Watched, Failure> {
     loop {
         // Before the wait, so that a child which died before signals were watched is seen as well.
         while let Some((pid, status)) = reap() {
             if pid.as_raw_nonzero().get() == program {
-                return Ok(exit_status(status));
+                return Ok(Watched::Ended(exit_status(status)));
             }
         }
+        let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
+        let left = left.map(Timespec::try_from).transpose().attempt("wait")?;
         let mut fds = [
             PollFd::new(socket, PollFlags::IN),
             PollFd::new(signals, PollFlags::IN),
         ];
-        match poll(&mut fds, None) {
+        match poll(&mut fds, left.as_ref()) {
+            Ok(0) => return Ok(Watched::Late),
             Err(rustix::io::Errno::INTR) | Ok(_) => {}
             Err(error) => return Err(error).attempt("wait"),
         }
@@ -168,8 +188,7 @@ fn watch(socket: &OwnedFd, signals: &OwnedFd, program: i32) -> Result<i32, Failu
         if !from_supervisor.is_empty() {
             let mut packet = [0; 8];
             match rustix::net::recv(socket, &mut packet, RecvFlags::DONTWAIT) {
-                // The supervisor is gone; the death signal is on its way.
-                Ok((_, 0)) => sys::exit_now(125),
+                Ok((_, 0)) => return Ok(Watched::Alone),
                 Ok((_, 5)) if packet[0] == SIGNAL => {
                     let signal = i32::from_be_bytes([packet[1], packet[2], packet[3], packet[4]]);
                     let _ = sys::kill(program, signal);

@@ -15,7 +15,7 @@ mod seccomp;
 use std::io;
 use std::mem::MaybeUninit;
 use std::net::Ipv4Addr;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::path::Path;
 
 use rustix::net::{
@@ -89,6 +89,13 @@ struct Stdio {
     stdin: Option<OwnedFd>,
     stdout: OwnedFd,
     stderr: OwnedFd,
+}
+
+impl Stdio {
+    fn descriptors(&self) -> impl Iterator<Item = RawFd> {
+        let all = [Some(&self.stdout), Some(&self.stderr), self.stdin.as_ref()];
+        all.into_iter().flatten().map(AsRawFd::as_raw_fd)
+    }
 }
 
 impl Container {

@@ -7,16 +7,18 @@ use axum::Router;
 use axum::body::Body;
 use axum::extract::{Path, Query, Request as HttpRequest, State};
 use axum::http::header::{CONNECTION, CONTENT_LENGTH, CONTENT_TYPE, UPGRADE};
+use axum::http::request::Parts;
 use axum::http::{HeaderMap, Method, StatusCode};
 use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{delete, get, post, put};
 use flynn_api::client::attach::write_frame;
-use flynn_api::host::{AttachRequest, Job, JobEvent, LogLine, NetworkConfig, attach};
+use flynn_api::host::{AttachRequest, ExecRequest, Job, JobEvent, LogLine, NetworkConfig, attach};
 use flynn_api::server::{Json, Peer, StrictJson, disk, events, wants_events};
 use flynn_api::tls::PeerIdentity;
 use flynn_api::{Digest, Error, ErrorCode, Result};
 use futures::{Stream, StreamExt};
+use hyper::upgrade::Upgraded;
 use hyper_util::rt::TokioIo;
 use serde::Deserialize;
 use tokio::sync::broadcast;
@@ -44,6 +46,7 @@ pub(super) fn router(daemon: Arc<Daemon>) -> Router {
         .route("/host/jobs/{id}/signal/{signal}", put(signal_job))
         .route("/host/jobs/{id}/discoverd-deregister", put(deregister_job))
         .route("/host/jobs/{id}/log", get(log))
+        .route("/host/jobs/{id}/exec", post(exec))
         .route("/attach", post(attach_job))
         .route("/host/network", get(network).put(configure_network))
         .route("/host/layers/{digest}", get(layer).put(put_layer))
@@ -293,8 +296,11 @@ async fn remove_volume(State(daemon): Shared, Path(id): Path<String>) -> Result<
     done(daemon.remove_volume(&id))
 }
 
-async fn attach_job(State(daemon): Shared, request: HttpRequest) -> Result<Response> {
-    const PROTOCOL: &str = "flynn-attach/0";
+/// The protocol of attached connections.
+const PROTOCOL: &str = "flynn-attach/0";
+
+/// Reads what a client wishes that wants its connection upgraded.
+async fn upgrading<T: serde::de::DeserializeOwned>(request: HttpRequest) -> Result<(Parts, T)> {
     if request
         .headers()
         .get(UPGRADE)
@@ -308,8 +314,53 @@ async fn attach_job(State(daemon): Shared, request: HttpRequest) -> Result<Respo
     let body = axum::body::to_bytes(body, 64 << 10)
         .await
         .map_err(|_| Error::validation("the body is cut short or longer than 64 KiB"))?;
-    let wish: AttachRequest = serde_json::from_slice(&body)
-        .map_err(|error| Error::validation(format!("the body is no attach request: {error}")))?;
+    let wish = serde_json::from_slice(&body)
+        .map_err(|error| Error::validation(format!("the body cannot be read: {error}")))?;
+    Ok((parts, wish))
+}
+
+/// Answers with the upgrade, and then has `carry` serve the connection.
+fn upgrade<F>(parts: Parts, carry: impl FnOnce(TokioIo<Upgraded>) -> F + Send + 'static) -> Response
+where
+    F: Future<Output = std::io::Result<()>> + Send,
+{
+    let mut request = HttpRequest::from_parts(parts, Body::empty());
+    let upgrade = hyper::upgrade::on(&mut request);
+    tokio::spawn(async move {
+        let Ok(upgraded) = upgrade.await else { return };
+        if let Err(error) = carry(TokioIo::new(upgraded)).await {
+            tracing::debug!(%error, "attached connection");
+        }
+    });
+    let headers = [(CONNECTION, "Upgrade"), (UPGRADE, PROTOCOL)];
+    (StatusCode::SWITCHING_PROTOCOLS, headers).into_response()
+}
+
+async fn exec(State(daemon): Shared, Path(id): Path<String>, request: HttpRequest) -> Result<Response> {
+    let (parts, wish) = upgrading::<ExecRequest>(request).await?;
+    if wish.args.first().is_none_or(String::is_empty) {
+        return Err(Error::invalid_field("args", "names no program"));
+    }
+    let entry = daemon
+        .table
+        .get(&id)
+        .ok_or_else(|| Error::not_found("job", &id))?;
+    if entry.status.state.is_terminal() {
+        return Err(Error::conflict(format!("the job {id} is over")));
+    }
+    let failed = |error| Error::conflict(format!("cannot start it in the job {id}: {error}"));
+    let mut supervisor = Connection::open(&Paths::socket(&id)).await.map_err(failed)?;
+    supervisor.call(&Request::Exec(wish)).await.map_err(failed)?;
+    Ok(upgrade(parts, async move |mut client| {
+        let mut supervisor = supervisor.into_stream();
+        tokio::io::copy_bidirectional(&mut client, &mut supervisor)
+            .await
+            .map(drop)
+    }))
+}
+
+async fn attach_job(State(daemon): Shared, request: HttpRequest) -> Result<Response> {
+    let (parts, wish) = upgrading::<AttachRequest>(request).await?;
     let entry = wait_for(&daemon, &wish.job_id).await?;
     let has = |stream: &str| wish.flags.iter().any(|flag| flag == stream);
     let streams = [has("stdout"), has("stderr")];
@@ -335,26 +386,15 @@ async fn attach_job(State(daemon): Shared, request: HttpRequest) -> Result<Respo
             )));
         }
     };
-    let mut request = HttpRequest::from_parts(parts, Body::empty());
-    let upgrade = hyper::upgrade::on(&mut request);
-    tokio::spawn(async move {
-        let Ok(upgraded) = upgrade.await else { return };
-        let mut client = TokioIo::new(upgraded);
-        let result = match supervisor {
-            Some(connection) => {
-                let mut supervisor = connection.into_stream();
-                tokio::io::copy_bidirectional(&mut client, &mut supervisor)
-                    .await
-                    .map(drop)
-            }
-            None => replay(&daemon, &wish, streams, &mut client).await,
-        };
-        if let Err(error) = result {
-            tracing::debug!(job = wish.job_id, %error, "attached connection");
+    Ok(upgrade(parts, async move |mut client| match supervisor {
+        Some(connection) => {
+            let mut supervisor = connection.into_stream();
+            tokio::io::copy_bidirectional(&mut client, &mut supervisor)
+                .await
+                .map(drop)
         }
-    });
-    let headers = [(CONNECTION, "Upgrade"), (UPGRADE, PROTOCOL)];
-    Ok((StatusCode::SWITCHING_PROTOCOLS, headers).into_response())
+        None => replay(&daemon, &wish, streams, &mut client).await,
+    }))
 }
 
 /// The job once its supervisor can be attached to. Clients may attach before they ask for the job.

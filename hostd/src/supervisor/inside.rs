@@ -65,21 +65,50 @@ impl Inside {
         args: &[String],
         patience: Duration,
     ) -> io::Result<(Option<FromInit>, Vec<u8>)> {
-        let execution = Execution::create(&self.launch, place, self.init.as_fd(), args, patience)?;
-        self.group.add(execution.pid)?;
-        let (socket, output) = execution.go()?;
-        let (socket, output) = (polled(socket)?, polled(output)?);
-        let mut said = Vec::new();
-        let mut open = true;
+        let launch = Launch {
+            args: args.to_vec(),
+            tty: false,
+            stdin: false,
+            ..Launch::clone(&self.launch)
+        };
+        let mut execution = self.start(&launch, place, Some(patience))?;
+        let pipes = execution.pipes.take().ok_or(io::ErrorKind::BrokenPipe)?;
+        let outputs = [polled(pipes.stdout)?, polled(pipes.stderr)?];
+        let (mut said, mut errors) = (Vec::new(), Vec::new());
+        let mut open = [true; 2];
         let word = loop {
             tokio::select! {
-                word = receive(&socket) => break word?,
-                read = read(&output, &mut said), if open => open = read?,
+                word = receive(execution.keeper()) => match word? {
+                    Some(FromInit::Running) => {}
+                    last => break last,
+                },
+                read = read(&outputs[0], &mut said), if open[0] => open[0] = read?,
+                read = read(&outputs[1], &mut errors), if open[1] => open[1] = read?,
             }
         };
-        // What it said last may still be in the pipe; what it has left behind may hold that open for ever.
-        while open && matches!(take(&output, &mut said), Ok(true)) {}
+        // What it said last may still be in the pipes; what it has left behind may hold them open for ever.
+        while open[0] && matches!(take(&outputs[0], &mut said), Ok(true)) {}
+        while open[1] && matches!(take(&outputs[1], &mut errors), Ok(true)) {}
+        said.extend(errors);
         Ok((word, said))
+    }
+
+    /// Starts the program that `launch` names.
+    pub(super) fn start(
+        &self,
+        launch: &Launch,
+        place: &Place,
+        patience: Option<Duration>,
+    ) -> io::Result<Execution> {
+        let execution = Execution::create(launch, place, self.init.as_fd(), patience)?;
+        self.group.add(execution.pid)?;
+        execution.go()?;
+        Ok(execution)
+    }
+
+    /// How the job's own program was started.
+    pub(super) fn launch(&self) -> &Launch {
+        &self.launch
     }
 }
 

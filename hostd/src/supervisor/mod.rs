@@ -5,6 +5,7 @@
 //! carries its output, watches its health, and leaves once the job is over and its status is on the disk.
 
 mod backoff;
+mod exec;
 mod inside;
 mod output;
 mod run;
@@ -28,6 +29,7 @@ use tokio::time::{Instant, sleep, timeout};
 pub use self::backoff::Backoff;
 pub use output::frame_of;
 
+use self::inside::Inside;
 use self::output::Output;
 use self::run::{End, Run};
 use self::server::{Command, Server};
@@ -85,6 +87,8 @@ struct Supervisor {
     input: streams::Input,
     status: watch::Sender<Status>,
     place: watch::Sender<Place>,
+    /// The container while the program runs.
+    inside: watch::Sender<Option<Inside>>,
     commands: mpsc::Receiver<Command>,
     /// The host is going down: a stop that nobody asked for.
     terminate: tokio::signal::unix::Signal,
@@ -105,11 +109,14 @@ impl Supervisor {
         let (commands_in, commands) = mpsc::channel(16);
         let status = watch::Sender::new(status);
         let (open, mut closed) = mpsc::channel::<()>(1);
+        let (inside, place) = (watch::Sender::new(None), watch::Sender::new(Place::default()));
         let server = Server {
             job_dir: Arc::clone(&job_dir),
             commands: commands_in,
             status: status.subscribe(),
             output: Arc::clone(&output),
+            inside: inside.subscribe(),
+            place: place.subscribe(),
         };
         let accepting = tokio::spawn(server.run(listener, open));
         let socket = launch.socket.clone();
@@ -120,7 +127,8 @@ impl Supervisor {
             output,
             input: Arc::new(tokio::sync::Mutex::new(input)),
             status,
-            place: watch::Sender::new(Place::default()),
+            inside,
+            place,
             commands,
             terminate: tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate())?,
             terminated: false,

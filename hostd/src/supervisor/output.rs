@@ -13,6 +13,7 @@ use flynn_api::host::{LogLine, LogStream, TtySize, attach};
 use jiff::Timestamp;
 use tokio::sync::{Notify, mpsc};
 
+use super::streams::set_size;
 use crate::launch::Launch;
 use crate::logs::{Follower, Framer, Writer};
 
@@ -225,13 +226,7 @@ impl Output {
 
 fn apply_size(state: &State) {
     if let (Some(terminal), Some(size)) = (&state.terminal, state.size) {
-        let size = rustix::termios::Winsize {
-            ws_row: size.lines,
-            ws_col: size.columns,
-            ws_xpixel: 0,
-            ws_ypixel: 0,
-        };
-        let _ = rustix::termios::tcsetwinsize(terminal, size);
+        set_size(terminal, size);
     }
 }
 

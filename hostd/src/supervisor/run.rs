@@ -191,6 +191,7 @@ impl<'a> Run<'a> {
                     &self.health_in,
                     &self.inside,
                 ));
+                supervisor.inside.send_replace(Some(self.inside.clone()));
                 let healthy = self.unhealthy.is_empty();
                 supervisor
                     .change(|status| {
@@ -278,6 +279,7 @@ impl<'a> Run<'a> {
 
     /// Everything in the container is dead, or, in the host's pid namespace, init is.
     async fn end(mut self, pidfd: &OwnedFd, oom_kills: u64) -> io::Result<End> {
+        self.supervisor.inside.send_replace(None);
         // What init said last may still be in its socket.
         while let Ok(Some(message)) = container::receive(self.init.get_ref()) {
             self.hear(Some(message)).await?;

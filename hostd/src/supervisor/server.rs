@@ -5,11 +5,13 @@ use std::path::Path;
 use std::sync::Arc;
 
 use flynn_api::client::attach::{read_frame, write_frame};
-use flynn_api::host::{TtySize, attach};
+use flynn_api::host::{ExecRequest, TtySize, attach};
 use tokio::io::{AsyncWriteExt, BufReader};
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::{mpsc, oneshot, watch};
 
+use super::exec::Session;
+use super::inside::Inside;
 use super::output::{Output, Subscription};
 use crate::container::Place;
 use crate::control::{Reply, Request, read_line, write_line};
@@ -34,6 +36,8 @@ pub(super) struct Server {
     pub(super) commands: mpsc::Sender<Command>,
     pub(super) status: watch::Receiver<Status>,
     pub(super) output: Arc<Output>,
+    pub(super) inside: watch::Receiver<Option<Inside>>,
+    pub(super) place: watch::Receiver<Place>,
 }
 
 impl Server {
@@ -81,6 +85,17 @@ impl Server {
                     write_line(stream.get_mut(), &Reply::default()).await?;
                     return self.attached(stream, subscription, stdin).await;
                 }
+                Request::Exec(wish) => {
+                    let (session, error) = match self.exec(wish) {
+                        Ok(session) => (Some(session), None),
+                        Err(error) => (None, Some(error)),
+                    };
+                    write_line(stream.get_mut(), &Reply { error }).await?;
+                    match session {
+                        Some(session) => return session.carry(stream).await,
+                        None => continue,
+                    }
+                }
                 Request::Go(place) => self.send(Command::Go(place)).await,
                 Request::Stop => self.send(Command::Stop).await,
                 Request::Signal { signal } => self.ask(|reply| Command::Signal(signal, reply)).await,
@@ -89,6 +104,13 @@ impl Server {
             write_line(stream.get_mut(), &Reply { error }).await?;
         }
         Ok(())
+    }
+
+    fn exec(&self, wish: ExecRequest) -> Result<Session, String> {
+        let inside = self.inside.borrow().clone();
+        let inside = inside.ok_or("the job's program is not running")?;
+        let place = self.place.borrow().clone();
+        Session::begin(&inside, &place, wish).map_err(|error| error.to_string())
     }
 
     async fn send(&self, command: Command) -> Option<String> {

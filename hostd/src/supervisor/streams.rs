@@ -1,10 +1,10 @@
 //! Descriptors of pipes and terminals under tokio.
 
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 
-use flynn_api::host::LogStream;
+use flynn_api::host::{LogStream, TtySize};
 use tokio::io::Interest;
 use tokio::sync::{Mutex, mpsc};
 use tokio::task::JoinHandle;
@@ -18,7 +18,7 @@ use crate::sys::{Polled, polled};
 const CHUNK: usize = 16 << 10;
 
 /// Ctrl-D: the end of input, on a terminal.
-const END_OF_TRANSMISSION: u8 = 4;
+pub(super) const END_OF_TRANSMISSION: u8 = 4;
 
 /// The tasks that carry one run's streams.
 pub(super) struct Streams {
@@ -127,7 +127,8 @@ async fn feed_terminal(fd: Polled, input: Input) {
     }
 }
 
-async fn write_all(fd: &Polled, mut bytes: &[u8]) -> io::Result<()> {
+/// Writes all of it.
+pub(super) async fn write_all(fd: &Polled, mut bytes: &[u8]) -> io::Result<()> {
     while !bytes.is_empty() {
         let count = fd
             .async_io(Interest::WRITABLE, |fd| Ok(rustix::io::write(fd, bytes)?))
@@ -135,4 +136,16 @@ async fn write_all(fd: &Polled, mut bytes: &[u8]) -> io::Result<()> {
         bytes = &bytes[count..];
     }
     Ok(())
+}
+
+/// Sets a terminal's size.
+pub(super) fn set_size(terminal: impl AsFd, size: TtySize) {
+    let size = rustix::termios::Winsize {
+        ws_row: size.lines,
+        ws_col: size.columns,
+        ws_xpixel: 0,
+        ws_ypixel: 0,
+    };
+    // A terminal whose other side is closed has none.
+    let _ = rustix::termios::tcsetwinsize(terminal, size);
 }

@@ -1,7 +1,8 @@
 //! Clients at a job.
 
+use flynn_api::ErrorCode;
 use flynn_api::client::attach::{read_frame, write_frame};
-use flynn_api::host::{AttachRequest, Job, TtySize, attach};
+use flynn_api::host::{AttachRequest, ExecRequest, Job, TtySize, attach};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::time::timeout;
 
@@ -152,4 +153,152 @@ pub(crate) async fn attaches_before_and_after() {
     };
     let (out, _, exit) = read_all(&mut host.api.attach(&wish).await.unwrap()).await;
     assert_eq!((out.as_slice(), exit), (&b"hello\n"[..], 10));
+}
+
+fn shell(script: &str) -> ExecRequest {
+    ExecRequest {
+        args: ["/bin/sh", "-c", script].map(str::to_owned).into(),
+        stdin: true,
+        ..ExecRequest::default()
+    }
+}
+
+pub(crate) async fn programs_run_beside_the_job_s() {
+    let host = Host::boot().await;
+    let mut job = host.job("echo mine > /tmp/file; trap 'exit 0' TERM; while :; do sleep 0.05; done");
+    job.config.env.insert("COLOR".into(), "blue".into());
+    host.run(&job).await;
+
+    // The container's files, environment and processes; input, output, errors and the exit status.
+    let mut request = shell(
+        "until [ -e /tmp/file ]; do sleep 0.05; done; cat /tmp/file; echo $COLOR $SIZE; pwd; cat; echo bad >&2; exit 9",
+    );
+    request.env.insert("SIZE".into(), "large".into());
+    request.working_dir = Some("/tmp".into());
+    let stream = host.api.exec(&job.id, &request).await.unwrap();
+    let (mut from, mut to) = tokio::io::split(stream);
+    let bytes: Vec<u8> = (0..3_000_000_u32)
+        .map(|number| (number % 251).to_le_bytes()[0])
+        .collect();
+    let sent = bytes.clone();
+    let sender = tokio::spawn(async move {
+        for piece in sent.chunks(50_000) {
+            send(&mut to, attach::STDIN, piece).await;
+        }
+        send(&mut to, attach::STDIN, &[]).await;
+        to
+    });
+    let (out, err, exit) = read_all(&mut from).await;
+    let expected = [b"mine\nblue large\n/tmp\n".as_slice(), &bytes].concat();
+    assert!(out == expected, "{} of {} bytes", out.len(), expected.len());
+    assert_eq!((err.as_slice(), exit), (&b"bad\n"[..], 9));
+    drop(sender.await.unwrap());
+
+    // A terminal of its own.
+    let mut request = shell("tty; stty size; read line; stty size; echo got $line; exit 4");
+    request.tty = true;
+    request.tty_size = Some(TtySize {
+        columns: 99,
+        lines: 33,
+    });
+    let mut stream = host.api.exec(&job.id, &request).await.unwrap();
+    let mut seen = String::new();
+    expect(&mut stream, &mut seen, "/dev/pts/").await;
+    expect(&mut stream, &mut seen, "33 99").await;
+    let size = serde_json::to_vec(&TtySize {
+        columns: 77,
+        lines: 22,
+    })
+    .unwrap();
+    send(&mut stream, attach::RESIZE, &size).await;
+    send(&mut stream, attach::STDIN, b"hello\n").await;
+    expect(&mut stream, &mut seen, "22 77").await;
+    expect(&mut stream, &mut seen, "got hello").await;
+    assert_eq!(read_all(&mut stream).await.2, 4);
+
+    // A signal is for it alone.
+    let mut stream = host
+        .api
+        .exec(
+            &job.id,
+            &shell("trap 'exit 3' TERM; echo up; while :; do sleep 0.05; done"),
+        )
+        .await
+        .unwrap();
+    let mut seen = String::new();
+    expect(&mut stream, &mut seen, "up").await;
+    send(&mut stream, attach::SIGNAL, &15_i32.to_be_bytes()).await;
+    assert_eq!(read_all(&mut stream).await.2, 3);
+
+    // What the job says is not what they say.
+    assert!(host.lines(&job.id).await.is_empty());
+    host.api.stop_job(&job.id).await.unwrap();
+    assert_eq!(host.end(&job.id).await.exit_status, Some(0));
+    assert!(host.job_groups(&job.id).is_empty());
+}
+
+pub(crate) async fn programs_end_with_their_client_or_their_job() {
+    let host = Host::boot().await;
+    let job = host.job("trap 'exit 0' TERM; while :; do sleep 0.05; done");
+    host.run(&job).await;
+    let count = || {
+        let groups = host.job_groups(&job.id);
+        let procs = std::fs::read_to_string(groups[0].join("cgroup.procs")).unwrap();
+        procs.lines().count()
+    };
+    let before = count();
+    let mut stream = host
+        .api
+        .exec(&job.id, &shell("echo up; sleep 1000"))
+        .await
+        .unwrap();
+    expect(&mut stream, &mut String::new(), "up").await;
+    assert!(count() > before);
+    drop(stream);
+    // The job's own shell has a sleep or has none.
+    assert!(
+        host.until(async || (count() <= before + 1).then_some(()))
+            .await
+            .is_some(),
+        "it is left"
+    );
+
+    let failure = async |args: &[&str]| {
+        let args = args.iter().map(|arg| (*arg).to_owned()).collect();
+        let request = ExecRequest {
+            args,
+            ..ExecRequest::default()
+        };
+        let mut stream = host.api.exec(&job.id, &request).await.unwrap();
+        let frame = timeout(PATIENCE, read_frame(&mut stream))
+            .await
+            .unwrap()
+            .unwrap()
+            .unwrap();
+        assert_eq!(frame.kind, attach::ERROR);
+        String::from_utf8(frame.payload).unwrap()
+    };
+    assert!(failure(&["/no/such"]).await.contains("cannot start /no/such"));
+
+    let mut stream = host
+        .api
+        .exec(
+            &job.id,
+            &shell("trap '' TERM HUP; echo up; while :; do sleep 0.05; done"),
+        )
+        .await
+        .unwrap();
+    expect(&mut stream, &mut String::new(), "up").await;
+    host.api.stop_job(&job.id).await.unwrap();
+    let frame = timeout(PATIENCE, read_frame(&mut stream))
+        .await
+        .unwrap()
+        .unwrap()
+        .unwrap();
+    assert!(matches!(frame.kind, attach::EXIT | attach::ERROR), "{frame:?}");
+    host.end(&job.id).await;
+    let over = host.api.exec(&job.id, &shell("true")).await.unwrap_err();
+    assert_eq!(over.code, ErrorCode::Conflict);
+    let none = host.api.exec("one-none", &shell("true")).await.unwrap_err();
+    assert_eq!(none.code, ErrorCode::NotFound);
 }

@@ -5,8 +5,8 @@ use std::collections::BTreeMap;
 use super::{EventStream, Http, Upgraded, encode};
 use crate::Result;
 use crate::host::{
-    ActiveJob, AttachRequest, Flow, HostStatus, Job, JobEvent, LogLine, NetworkConfig, NetworkStatus,
-    ServiceStatus, Volume,
+    ActiveJob, AttachRequest, ExecRequest, Flow, HostStatus, Job, JobEvent, LogLine, NetworkConfig,
+    NetworkStatus, ServiceStatus, Volume,
 };
 
 /// Talks to one host.
@@ -72,6 +72,17 @@ impl HostClient {
         let lines = lines.map_or(String::new(), |lines| format!("&lines={lines}"));
         self.http
             .events(&format!("/host/jobs/{}/log?follow={follow}{lines}", encode(id)))
+            .await
+    }
+
+    /// Starts another program in a job's container; frames of [`super::attach`] follow.
+    pub async fn exec(&self, id: &str, request: &ExecRequest) -> Result<Upgraded> {
+        self.http
+            .upgrade(
+                &format!("/host/jobs/{}/exec", encode(id)),
+                "flynn-attach/0",
+                request,
+            )
             .await
     }
 

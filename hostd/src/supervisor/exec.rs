@@ -1,0 +1,181 @@
+//! Somebody's program in the container of a job that runs, with their terminal or their pipes.
+
+use std::io;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::time::Duration;
+
+use flynn_api::client::attach::{Frame, read_frame, write_frame};
+use flynn_api::host::{ExecRequest, TtySize, attach};
+use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt as _};
+use tokio::sync::mpsc;
+use tokio::task::JoinSet;
+
+use super::inside::Inside;
+use super::run::receive;
+use super::streams::{END_OF_TRANSMISSION, set_size, write_all};
+use crate::container::{self, Execution, FromInit, Place};
+use crate::launch::Launch;
+use crate::sys::{Polled, polled};
+
+/// Frames that wait for the client.
+const QUEUE: usize = 16;
+
+/// What is read at once.
+const CHUNK: usize = 16 << 10;
+
+/// How long output may still come when the program has ended: what it has left behind may hold the pipes open.
+const LAST_WORDS: Duration = Duration::from_millis(500);
+
+/// A session that has begun.
+pub(super) struct Session {
+    execution: Execution,
+}
+
+impl Session {
+    /// Starts what is wished for.
+    pub(super) fn begin(inside: &Inside, place: &Place, wish: ExecRequest) -> io::Result<Self> {
+        let own = inside.launch();
+        let mut env = own.env.clone();
+        env.extend(wish.env);
+        let launch = Launch {
+            args: wish.args,
+            env,
+            working_dir: wish.working_dir.unwrap_or_else(|| own.working_dir.clone()),
+            uid: wish.uid.unwrap_or(own.uid),
+            tty: wish.tty,
+            tty_size: wish.tty_size,
+            stdin: wish.stdin,
+            ..own.clone()
+        };
+        Ok(Self {
+            execution: inside.start(&launch, place, None)?,
+        })
+    }
+
+    /// Carries input, output and signals until the program has ended; it is killed when the client leaves before.
+    pub(super) async fn carry(
+        mut self,
+        stream: impl AsyncRead + AsyncWrite + Send + 'static,
+    ) -> io::Result<()> {
+        let (read, mut write) = tokio::io::split(stream);
+        let (frames_in, mut frames) = mpsc::channel(QUEUE);
+        let (orders_in, mut orders) = mpsc::channel(QUEUE);
+        let (stdin_in, stdin) = mpsc::channel(QUEUE);
+        let mut stdin = Some(stdin);
+        // Ended with the session. A program that waits for its output to be read may not read its input meanwhile: each has
+        // a task of its own.
+        let mut tasks = JoinSet::new();
+        tasks.spawn(listen(read, stdin_in, orders_in));
+        if let Some(pipes) = self.execution.pipes.take() {
+            tasks.spawn(speak(polled(pipes.stdout)?, attach::STDOUT, frames_in.clone()));
+            tasks.spawn(speak(polled(pipes.stderr)?, attach::STDERR, frames_in.clone()));
+            if let Some(frames) = stdin.take() {
+                tasks.spawn(feed(pipes.stdin.map(polled).transpose()?, frames, &[]));
+            }
+        }
+        let mut frames_in = Some(frames_in);
+        let mut terminal: Option<Arc<OwnedFd>> = None;
+        let last = loop {
+            tokio::select! {
+                word = receive(self.execution.keeper()) => match word? {
+                    Some(FromInit::Terminal(fd)) => {
+                        let output = polled(fd)?;
+                        terminal = Some(Arc::clone(output.get_ref()));
+                        if let (Some(bytes), Some(frames)) = (stdin.take(), frames_in.clone()) {
+                            let input = polled(output.get_ref().try_clone()?)?;
+                            tasks.spawn(feed(Some(input), bytes, &[END_OF_TRANSMISSION]));
+                            tasks.spawn(speak(output, attach::STDOUT, frames));
+                        }
+                    }
+                    Some(FromInit::Running) => {}
+                    Some(FromInit::Exited(status)) => break Frame::new(attach::EXIT, status.to_be_bytes()),
+                    Some(FromInit::Failed(why)) => break Frame::new(attach::ERROR, why),
+                    None => break Frame::new(attach::ERROR, "the program was killed with its container"),
+                },
+                Some(frame) = frames.recv() => write_frame(&mut write, frame.kind, &frame.payload).await?,
+                order = orders.recv() => match order {
+                    Some(order) => self.obey(order, terminal.as_ref()),
+                    // Whom would it be for?
+                    None => return Ok(()),
+                },
+            }
+        };
+        frames_in.take();
+        let rest = async {
+            while let Some(frame) = frames.recv().await {
+                write_frame(&mut write, frame.kind, &frame.payload).await?;
+            }
+            Ok::<_, io::Error>(())
+        };
+        // The pipes may be held open; then there is no more to wait for.
+        if let Ok(result) = tokio::time::timeout(LAST_WORDS, rest).await {
+            result?;
+        }
+        write_frame(&mut write, last.kind, &last.payload).await?;
+        write.shutdown().await
+    }
+
+    /// Does what the client wants beside input. What goes wrong with it is the program's doing, and shows in its end.
+    fn obey(&self, order: Frame, terminal: Option<&Arc<OwnedFd>>) {
+        match order.kind {
+            attach::RESIZE => {
+                if let (Ok(size), Some(terminal)) =
+                    (serde_json::from_slice::<TtySize>(&order.payload), terminal)
+                {
+                    set_size(terminal, size);
+                }
+            }
+            attach::SIGNAL => {
+                if let Ok(number) = <[u8; 4]>::try_from(order.payload) {
+                    let _ = container::signal(self.execution.keeper().get_ref(), i32::from_be_bytes(number));
+                }
+            }
+            _ => {}
+        }
+    }
+}
+
+/// Passes on what the client sends, until it leaves.
+async fn listen(mut read: impl AsyncRead + Unpin, stdin: mpsc::Sender<Vec<u8>>, orders: mpsc::Sender<Frame>) {
+    while let Ok(Some(frame)) = read_frame(&mut read).await {
+        if frame.kind == attach::STDIN {
+            // Nobody takes it any more: its end still matters.
+            let _ = stdin.send(frame.payload).await;
+        } else if orders.send(frame).await.is_err() {
+            return;
+        }
+    }
+}
+
+/// Gives the program its input. Its end, an empty piece, closes a pipe, or is typed as `end` at a terminal.
+async fn feed(fd: Option<Polled>, mut pieces: mpsc::Receiver<Vec<u8>>, end: &'static [u8]) {
+    let Some(fd) = fd else { return };
+    while let Some(piece) = pieces.recv().await {
+        let bytes = if piece.is_empty() { end } else { &piece };
+        if bytes.is_empty() || write_all(&fd, bytes).await.is_err() {
+            return;
+        }
+    }
+}
+
+/// Passes the program's output on until it ends.
+async fn speak(fd: Polled, kind: u8, frames: mpsc::Sender<Frame>) {
+    loop {
+        let Ok(mut guard) = fd.readable().await else {
+            return;
+        };
+        let mut chunk = vec![0; CHUNK];
+        match guard.try_io(|fd| Ok(rustix::io::read(fd.get_ref(), &mut chunk)?)) {
+            // A terminal whose other side is closed fails rather than ends.
+            Ok(Ok(0) | Err(_)) => return,
+            Ok(Ok(count)) => {
+                chunk.truncate(count);
+                if frames.send(Frame::new(kind, chunk)).await.is_err() {
+                    return;
+                }
+            }
+            Err(_would_block) => {}
+        }
+    }
+}
