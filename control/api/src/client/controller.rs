@@ -7,7 +7,7 @@ use super::{EventStream, Http, Upgraded, encode};
 use crate::controller::{
     App, Deployment, DeploymentEvent, Event, ExpandedFormation, Formation, Job, NewJob, Release, ScaleRequest,
 };
-use crate::host::LogLine;
+use crate::host::{ExecRequest, LogLine};
 use crate::image::Artifact;
 use crate::route::{Route, RouteKind};
 use crate::{Error, Result};
@@ -264,6 +264,12 @@ impl ControllerClient {
         self.http
             .upgrade(&path(app, "/jobs"), "flynn-attach/0", job)
             .await
+    }
+
+    /// Starts another program in a running job's container, and becomes its terminal.
+    pub async fn exec(&self, app: &str, id: &str, request: &ExecRequest) -> Result<Upgraded> {
+        let path = path(app, &format!("/jobs/{}/exec", encode(id)));
+        self.http.upgrade(&path, "flynn-attach/0", request).await
     }
 
     /// Deploys a release.

@@ -5,6 +5,7 @@ mod cluster;
 mod deployment;
 mod docker;
 mod env;
+mod exec;
 mod limit;
 mod log;
 mod meta;
@@ -75,6 +76,8 @@ enum Command {
     Scale(scale::Scale),
     /// Run a program in a new job of the app
     Run(run::Run),
+    /// Run a program in the container of a job that is up
+    Exec(exec::Exec),
     /// Show or change the environment, by a new release
     Env(env::Env),
     /// Show or change limits of process types, by a new release
@@ -128,6 +131,7 @@ pub(crate) async fn run(cli: Cli) -> Result<ExitCode> {
         Command::Log(command) => command.run(&context).await?,
         Command::Scale(command) => command.run(&context).await?,
         Command::Run(command) => return command.run(&context).await,
+        Command::Exec(command) => return command.run(&context).await,
         Command::Env(command) => command.run(&context).await?,
         Command::Limit(command) => command.run(&context).await?,
         Command::Meta(command) => command.run(&context).await?,

@@ -29,7 +29,11 @@ pub(crate) async fn get(state: State, Path((app, id)): Path<(String, String)>) -
     Ok(Json(find(&client, &app, &id).await?))
 }
 
-async fn find(c: &impl deadpool_postgres::GenericClient, app: &apps::Found, id: &str) -> Result<Job> {
+pub(super) async fn find(
+    c: &impl deadpool_postgres::GenericClient,
+    app: &apps::Found,
+    id: &str,
+) -> Result<Job> {
     let (host, uuid) = rules::job::split_id(id)?;
     let job = jobs::find(c, uuid).await?;
     let fits = |job: &Job| job.app_id == app.app.id && (host.is_empty() || job.host_id == host);

@@ -5,6 +5,7 @@ mod artifacts;
 mod auth;
 mod deployments;
 mod events;
+mod exec;
 mod formations;
 mod jobs;
 mod log;
@@ -62,6 +63,7 @@ pub(crate) fn router(shared: &Arc<Shared>) -> Router {
             "/apps/{app}/jobs/{id}",
             get(jobs::get).put(jobs::put).delete(jobs::stop),
         )
+        .route("/apps/{app}/jobs/{id}/exec", post(exec::exec))
         .route("/apps/{app}/deploy", post(deployments::create))
         .route("/apps/{app}/deployments", get(deployments::of_app))
         .route("/deployments/{id}", get(deployments::get))

@@ -71,7 +71,7 @@ pub(crate) async fn run(state: State, Path(app): Path<String>, mut request: Requ
             return Err(why);
         }
     };
-    let id = HeaderValue::from_str(&job.id).map_err(|_| Error::internal("a job's id is no header value"))?;
+    let answer = switching(&job.id)?;
     let shared = Arc::clone(&state);
     tokio::spawn(async move {
         let end = match upgrade.await {
@@ -83,6 +83,12 @@ pub(crate) async fn run(state: State, Path(app): Path<String>, mut request: Requ
         };
         settle(&shared, &found, &release, &client, job, end).await;
     });
+    Ok(answer)
+}
+
+/// The answer after which the connection is the job's.
+pub(super) fn switching(job: &str) -> Result<Response> {
+    let id = HeaderValue::from_str(job).map_err(|_| Error::internal("a job's id is no header value"))?;
     let headers = [
         (CONNECTION, HeaderValue::from_static("Upgrade")),
         (UPGRADE, HeaderValue::from_static(PROTOCOL)),
@@ -91,7 +97,7 @@ pub(crate) async fn run(state: State, Path(app): Path<String>, mut request: Requ
     Ok((StatusCode::SWITCHING_PROTOCOLS, headers).into_response())
 }
 
-fn wants_attach(headers: &HeaderMap) -> Result<bool> {
+pub(super) fn wants_attach(headers: &HeaderMap) -> Result<bool> {
     match headers.get(UPGRADE) {
         None => Ok(false),
         Some(protocol) if protocol == PROTOCOL => Ok(true),
@@ -200,7 +206,7 @@ async fn attach_to(client: &HostClient, job: &Job, new: &NewJob) -> Result<Upgra
 
 /// How an attached job's connection came to its end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum End {
+pub(super) enum End {
     /// The job ended with this status, if it is known.
     Job(Option<i32>),
     /// The caller went away while the job ran.
@@ -211,7 +217,7 @@ enum End {
 
 /// Pipes both ways until the job's last frame. Each direction holds one piece at a time; an end of the caller's
 /// input is passed on, and the output goes on.
-async fn pipe(caller: TokioIo<hyper::upgrade::Upgraded>, host: Upgraded) -> End {
+pub(super) async fn pipe(caller: TokioIo<hyper::upgrade::Upgraded>, host: Upgraded) -> End {
     let (mut from_caller, mut to_caller) = tokio::io::split(caller);
     let (mut from_host, mut to_host) = tokio::io::split(host);
     let input = async {

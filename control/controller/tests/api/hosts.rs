@@ -3,7 +3,7 @@
 use flynn_api::client::attach::{read_frame, write_frame};
 use flynn_api::client::controller::LogOptions;
 use flynn_api::controller::{App, Job, JobState, NewJob};
-use flynn_api::host::attach;
+use flynn_api::host::{ExecRequest, attach};
 use flynn_api::tls::PeerIdentity;
 use flynn_api::{Env, Error, ErrorCode};
 use futures::StreamExt as _;
@@ -16,6 +16,7 @@ pub(crate) fn trials() -> Vec<libtest_mimic::Trial> {
         trial("a_detached_job_is_given_to_a_host", detached),
         trial("a_refused_job_is_recorded_as_down", refused),
         trial("an_attached_job_is_piped_both_ways_to_its_exit", attached),
+        trial("a_program_beside_a_job_is_piped_both_ways", beside),
         trial("an_attached_job_without_its_caller_is_stopped", abandoned),
         trial("without_hosts_the_way_out_is_named", no_hosts),
         trial("a_job_is_stopped_on_its_host", stop),
@@ -151,6 +152,36 @@ async fn attached() {
         last = Some(frame.kind);
     }
     assert_eq!(last, Some(attach::EXIT));
+    running.stop().await;
+}
+
+async fn beside() {
+    let (_host, options) = host::start().await;
+    let running = start_with(options).await;
+    let (_, release, _) = running.running_app("shop", 0).await;
+    let client = &running.client;
+    let job = client.run_detached("shop", &new_job(&release.id)).await.unwrap();
+    let request = ExecRequest {
+        args: vec!["psql".into()],
+        stdin: true,
+        ..ExecRequest::default()
+    };
+    let mut stream = client.exec("shop", &job.id, &request).await.unwrap();
+    write_frame(&mut stream, attach::STDIN, b"?").await.unwrap();
+    let said = read_frame(&mut stream).await.unwrap().unwrap();
+    assert_eq!(
+        (said.kind, said.payload.as_slice()),
+        (attach::STDOUT, &b"psql?"[..])
+    );
+    let end = read_frame(&mut stream).await.unwrap().unwrap();
+    assert_eq!(
+        (end.kind, end.payload),
+        (attach::EXIT, 3i32.to_be_bytes().to_vec())
+    );
+
+    let none = "host1-00000000-0000-4000-8000-000000000000";
+    let refused = client.exec("shop", none, &request).await.unwrap_err();
+    assert_eq!(refused.code, ErrorCode::NotFound);
     running.stop().await;
 }
 

@@ -9,7 +9,7 @@ use axum::response::{IntoResponse as _, Response};
 use axum::routing::{get, post, put};
 use flynn_api::client::attach::{read_frame, write_frame};
 use flynn_api::discovery::Instance;
-use flynn_api::host::{AttachRequest, Job, LogLine, LogStream, attach};
+use flynn_api::host::{AttachRequest, ExecRequest, Job, LogLine, LogStream, attach};
 use flynn_api::server::{CancellationToken, Json, Listener, Peer, events, serve};
 use flynn_api::tls::{Ca, ClientAuth, PeerIdentity};
 use flynn_api::{Error, Result};
@@ -73,6 +73,7 @@ pub(crate) async fn start() -> (FakeHost, flynn_controller::Options) {
     let router = Router::new()
         .route("/host/jobs/{id}", put(add).delete(stop))
         .route("/host/jobs/{id}/log", get(log))
+        .route("/host/jobs/{id}/exec", post(exec))
         .route("/attach", post(attach_to))
         .with_state(Arc::clone(&fake.seen));
     spawn(listener, router, &fake.stop);
@@ -113,6 +114,27 @@ async fn add(
 async fn stop(State(seen): Shared, Path(id): Path<String>) -> Result<Json<()>> {
     seen.lock().unwrap().stopped.push(id);
     Ok(Json(()))
+}
+
+/// A program beside the job's: it says its name and what it reads, and ends with 3.
+async fn exec(State(seen): Shared, Path(id): Path<String>, mut request: Request) -> Result<Response> {
+    let upgrade = hyper::upgrade::on(&mut request);
+    let Json(wanted) =
+        <Json<ExecRequest> as axum::extract::FromRequest<()>>::from_request(request, &()).await?;
+    if !seen.lock().unwrap().jobs.contains_key(&id) {
+        return Err(Error::not_found("job", id));
+    }
+    tokio::spawn(async move {
+        let Ok(mut stream) = upgrade.await.map(TokioIo::new) else {
+            return;
+        };
+        let frame = read_frame(&mut stream).await.unwrap().unwrap();
+        let said = [wanted.args[0].as_bytes(), &frame.payload].concat();
+        let _ = write_frame(&mut stream, attach::STDOUT, &said).await;
+        let _ = write_frame(&mut stream, attach::EXIT, &3i32.to_be_bytes()).await;
+    });
+    let headers = [("connection", "Upgrade"), ("upgrade", "flynn-attach/0")];
+    Ok((http::StatusCode::SWITCHING_PROTOCOLS, headers).into_response())
 }
 
 /// The job's program: says hello, repeats what it reads, and exits with 7 at the end of its input.
