@@ -110,37 +110,43 @@ fn main() {
             ("limits_hold_and_recover", policy::limits_hold_and_recover),
             (
                 "packets_to_a_service_go_to_an_instance_and_back",
-                services::packets_to_a_service_go_to_an_instance_and_back,
+                services::paths::packets_to_a_service_go_to_an_instance_and_back,
             ),
-            ("instances_may_be_anywhere", services::instances_may_be_anywhere),
+            (
+                "instances_may_be_anywhere",
+                services::paths::instances_may_be_anywhere,
+            ),
             (
                 "errors_are_about_what_was_sent",
-                services::errors_are_about_what_was_sent,
+                services::paths::errors_are_about_what_was_sent,
             ),
             (
                 "no_packet_leaves_for_a_virtual_address",
-                services::no_packet_leaves_for_a_virtual_address,
+                services::paths::no_packet_leaves_for_a_virtual_address,
             ),
             (
                 "whoever_is_behind_an_address_obeys_the_policy",
-                services::whoever_is_behind_an_address_obeys_the_policy,
+                services::paths::whoever_is_behind_an_address_obeys_the_policy,
             ),
             (
                 "flows_stay_with_their_instance",
-                services::flows_stay_with_their_instance,
+                services::flows::flows_stay_with_their_instance,
             ),
             (
                 "a_port_reaches_an_instance_once",
-                services::a_port_reaches_an_instance_once,
+                services::flows::a_port_reaches_an_instance_once,
             ),
             (
                 "what_user_space_writes_ends_no_flow",
-                services::what_user_space_writes_ends_no_flow,
+                services::flows::what_user_space_writes_ends_no_flow,
             ),
-            ("no_instance_is_a_way_out", services::no_instance_is_a_way_out),
+            (
+                "no_instance_is_a_way_out",
+                services::flows::no_instance_is_a_way_out,
+            ),
             (
                 "no_change_to_a_packet_gets_it_past_its_bounds",
-                services::no_change_to_a_packet_gets_it_past_its_bounds,
+                services::flows::no_change_to_a_packet_gets_it_past_its_bounds,
             ),
         ],
     )
