@@ -32,6 +32,11 @@ pub enum Request {
     },
     /// Take the job's instances out of discoverd.
     Deregister,
+    /// Have every process of the job stand still, or go on.
+    Pause {
+        /// Whether to stand still.
+        paused: bool,
+    },
     /// Become one of the job's terminals.
     Attach {
         /// Send input.

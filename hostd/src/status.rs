@@ -42,6 +42,9 @@ pub struct Status {
     pub oom_killed: bool,
     /// Whether all its services are healthy.
     pub healthy: bool,
+    /// Its processes stand still.
+    #[serde(default)]
+    pub paused: bool,
     /// Somebody asked it to stop: it is not started again, whatever happens.
     pub stop_requested: bool,
 }
@@ -64,6 +67,7 @@ impl Status {
             restarts: 0,
             oom_killed: false,
             healthy: false,
+            paused: false,
             stop_requested: false,
         }
     }
@@ -74,6 +78,7 @@ impl Status {
         self.ended_at = Some(now);
         self.pid = None;
         self.healthy = false;
+        self.paused = false;
     }
 
     /// Writes it so that it survives a crash at any moment.

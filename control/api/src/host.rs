@@ -368,6 +368,9 @@ pub struct ActiveJob {
     /// Whether each registered service of it is healthy now.
     #[serde(default)]
     pub healthy: bool,
+    /// Its processes stand still, and its services are not registered.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub paused: bool,
 }
 
 /// Something that happened to a job.

@@ -21,6 +21,9 @@ pub use hierarchy::{Hierarchies, Hierarchy};
 /// The group below which the supervisors themselves live.
 const SUPERVISORS: &str = "flynn/supervisor";
 
+/// How long processes may take to stand still: one that waits for a disk does not before it is served.
+const FREEZING: Duration = Duration::from_secs(1);
+
 /// What a job may have at most.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct Limits {
@@ -104,6 +107,39 @@ impl Group {
             })
             .max()
             .unwrap_or(0)
+    }
+
+    /// Has every process in the groups stand still, or go on; waits until they do.
+    pub fn freeze(&self, frozen: bool) -> io::Result<()> {
+        let v2 = self.dirs.iter().find(|(hierarchy, _)| hierarchy.is_v2());
+        let v2 = v2
+            .map(|(_, dir)| dir)
+            .filter(|dir| dir.join("cgroup.freeze").exists());
+        let v1 = self.dirs.iter().find(|(hierarchy, _)| hierarchy.has("freezer"));
+        let deadline = Instant::now() + FREEZING;
+        let is_done: Box<dyn Fn() -> io::Result<bool>> = if let Some(dir) = v2 {
+            write(&dir.join("cgroup.freeze"), if frozen { "1" } else { "0" })?;
+            let wanted = if frozen { "frozen 1" } else { "frozen 0" };
+            let events = dir.join("cgroup.events");
+            Box::new(move || Ok(fs::read_to_string(&events)?.lines().any(|line| line == wanted)))
+        } else if let Some((_, dir)) = v1 {
+            let wanted = if frozen { "FROZEN" } else { "THAWED" };
+            let state = dir.join("freezer.state");
+            write(&state, wanted)?;
+            Box::new(move || Ok(fs::read_to_string(&state)?.trim() == wanted))
+        } else {
+            return Err(io::Error::new(
+                io::ErrorKind::Unsupported,
+                "this host has no cgroup that can have processes stand still",
+            ));
+        };
+        while !is_done()? {
+            if Instant::now() > deadline {
+                return Err(io::ErrorKind::TimedOut.into());
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        Ok(())
     }
 
     /// Kills every process in the groups, those that fork while it happens included.

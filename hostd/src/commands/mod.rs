@@ -66,6 +66,18 @@ pub enum Operator {
         /// Its number, or a name such as HUP
         signal: String,
     },
+    /// Have jobs stand still, all their processes, out of discoverd
+    Pause {
+        /// Their ids, or the starts of them
+        #[arg(required = true)]
+        jobs: Vec<String>,
+    },
+    /// Have paused jobs go on
+    Resume {
+        /// Their ids, or the starts of them
+        #[arg(required = true)]
+        jobs: Vec<String>,
+    },
     /// Start a job from an image and stay attached to it
     Run(RunArgs),
     /// Start another program in a job's container
@@ -137,6 +149,16 @@ pub async fn operate(command: Operator) -> anyhow::Result<ExitCode> {
         Operator::Signal { job, signal } => {
             let number = signal_number(&signal).with_context(|| format!("{signal:?} is no signal"))?;
             host.signal_job(&find(&host, &job).await?, number).await?;
+        }
+        Operator::Pause { jobs } => {
+            for job in jobs {
+                host.pause_job(&find(&host, &job).await?).await?;
+            }
+        }
+        Operator::Resume { jobs } => {
+            for job in jobs {
+                host.resume_job(&find(&host, &job).await?).await?;
+            }
         }
         Operator::Run(args) => return run::run(&host, args).await,
         Operator::Exec(args) => {

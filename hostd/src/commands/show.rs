@@ -23,6 +23,9 @@ pub(super) fn jobs<'a>(jobs: impl Iterator<Item = &'a ActiveJob>, now: Timestamp
         let name = |name| job.job.metadata.get(name).map_or("", String::as_str);
         let since = job.ended_at.or(job.started_at).unwrap_or(job.created_at);
         let mut state = format!("{:?}", job.status).to_lowercase();
+        if job.paused {
+            state = "paused".into();
+        }
         if let Some(status) = job.exit_status.filter(|status| *status != 0) {
             state.push_str(&format!(" ({status})"));
         }

@@ -47,6 +47,8 @@ pub(super) fn router(daemon: Arc<Daemon>) -> Router {
         .route("/host/jobs/{id}/discoverd-deregister", put(deregister_job))
         .route("/host/jobs/{id}/log", get(log))
         .route("/host/jobs/{id}/exec", post(exec))
+        .route("/host/jobs/{id}/pause", put(pause))
+        .route("/host/jobs/{id}/resume", put(resume))
         .route("/attach", post(attach_job))
         .route("/host/network", get(network).put(configure_network))
         .route("/host/layers/{digest}", get(layer).put(put_layer))
@@ -158,6 +160,14 @@ async fn signal_job(State(daemon): Shared, Path((id, signal)): Path<(String, Str
     let signal = signal.parse().ok().filter(|signal| (1..=64).contains(signal));
     let signal = signal.ok_or_else(|| Error::invalid_field("signal", "a number from 1 to 64 is wanted"))?;
     done(daemon.tell(&id, &Request::Signal { signal }).await)
+}
+
+async fn pause(State(daemon): Shared, Path(id): Path<String>) -> Result<Response> {
+    done(daemon.tell(&id, &Request::Pause { paused: true }).await)
+}
+
+async fn resume(State(daemon): Shared, Path(id): Path<String>) -> Result<Response> {
+    done(daemon.tell(&id, &Request::Pause { paused: false }).await)
 }
 
 async fn deregister_job(State(daemon): Shared, Path(id): Path<String>) -> Result<Response> {

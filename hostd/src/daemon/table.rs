@@ -148,6 +148,7 @@ impl Table {
             restarts: status.restarts,
             oom_killed: status.oom_killed,
             healthy: status.healthy,
+            paused: status.paused,
         }
     }
 
@@ -166,7 +167,9 @@ fn event_of(old: &Status, new: &Status) -> Option<JobEventKind> {
         (_, JobState::Failed) => Some(JobEventKind::Error),
         (_, new) if new.is_terminal() => Some(JobEventKind::Stop),
         (old, JobState::Running) if old != JobState::Running => Some(JobEventKind::Start),
-        _ if old.restarts != new.restarts || old.healthy != new.healthy => Some(JobEventKind::Update),
+        _ if old.restarts != new.restarts || old.healthy != new.healthy || old.paused != new.paused => {
+            Some(JobEventKind::Update)
+        }
         _ => None,
     }
 }

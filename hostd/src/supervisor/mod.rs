@@ -170,6 +170,7 @@ impl Supervisor {
                 status.state = JobState::Starting;
                 status.pid = None;
                 status.healthy = false;
+                status.paused = false;
                 status.error = Some(why);
                 status.exit_status = end.status();
                 status.oom_killed = end.oom_killed();
@@ -228,6 +229,7 @@ impl Supervisor {
             Command::Stop => self.change(|status| status.stop_requested = true).await,
             Command::Signal(_, reply) => drop(reply.send(Some("the job's program is not running".into()))),
             Command::Deregister(reply) => drop(reply.send(None)),
+            Command::Pause(_, reply) => drop(reply.send(Some("the job's program is not running".into()))),
         }
     }
 

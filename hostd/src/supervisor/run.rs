@@ -184,13 +184,8 @@ impl<'a> Run<'a> {
             }
             Some(FromInit::Running) => {
                 self.running = true;
+                self.serve();
                 let supervisor = &self.supervisor;
-                self.services = Some(Services::start(
-                    &supervisor.launch,
-                    &supervisor.place.subscribe(),
-                    &self.health_in,
-                    &self.inside,
-                ));
                 supervisor.inside.send_replace(Some(self.inside.clone()));
                 let healthy = self.unhealthy.is_empty();
                 supervisor
@@ -207,6 +202,53 @@ impl<'a> Run<'a> {
             // Init died without a word: its pidfd says the rest.
             None => self.exited = Some(128 + libc::SIGKILL),
         }
+        Ok(())
+    }
+
+    /// Begins to check and register.
+    fn serve(&mut self) {
+        let supervisor = &self.supervisor;
+        self.services = Some(Services::start(
+            &supervisor.launch,
+            &supervisor.place.subscribe(),
+            &self.health_in,
+            &self.inside,
+        ));
+    }
+
+    /// Has the processes stand still, out of discoverd before, or go on.
+    async fn pause(&mut self, paused: bool) -> Result<(), String> {
+        if !self.running {
+            return Err("the job's program is not running yet".into());
+        }
+        if self.supervisor.status.borrow().paused == paused {
+            return Ok(());
+        }
+        if self.kill_at.is_some() {
+            return Err("the job is being stopped".into());
+        }
+        if paused && let Some(services) = self.services.take() {
+            services.deregister().await;
+        }
+        if let Err(error) = self.supervisor.group.freeze(paused) {
+            if paused {
+                let _ = self.supervisor.group.freeze(false);
+                self.serve();
+            }
+            return Err(error.to_string());
+        }
+        // As at the start: who has services is well once they are.
+        self.unhealthy.fill(true);
+        let healthy = !paused && self.unhealthy.is_empty();
+        if !paused {
+            self.serve();
+        }
+        self.supervisor
+            .change(|status| {
+                status.paused = paused;
+                status.healthy = healthy;
+            })
+            .await;
         Ok(())
     }
 
@@ -236,6 +278,9 @@ impl<'a> Run<'a> {
                 }
                 let _ = reply.send(None);
             }
+            Command::Pause(paused, reply) => {
+                let _ = reply.send(self.pause(paused).await.err());
+            }
         }
     }
 
@@ -247,6 +292,10 @@ impl<'a> Run<'a> {
             if told && self.running {
                 sleep(GOODBYE).await;
             }
+        }
+        if self.supervisor.status.borrow().paused {
+            // It could not take the signal.
+            let _ = self.supervisor.group.freeze(false);
         }
         if self.running {
             let _ = container::signal(self.init.get_ref(), libc::SIGTERM);

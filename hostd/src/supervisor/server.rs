@@ -27,6 +27,7 @@ pub(super) enum Command {
     Stop,
     Signal(i32, oneshot::Sender<Option<String>>),
     Deregister(oneshot::Sender<Option<String>>),
+    Pause(bool, oneshot::Sender<Option<String>>),
 }
 
 /// What a connection needs.
@@ -100,6 +101,7 @@ impl Server {
                 Request::Stop => self.send(Command::Stop).await,
                 Request::Signal { signal } => self.ask(|reply| Command::Signal(signal, reply)).await,
                 Request::Deregister => self.ask(Command::Deregister).await,
+                Request::Pause { paused } => self.ask(|reply| Command::Pause(paused, reply)).await,
             };
             write_line(stream.get_mut(), &Reply { error }).await?;
         }
@@ -109,6 +111,9 @@ impl Server {
     fn exec(&self, wish: ExecRequest) -> Result<Session, String> {
         let inside = self.inside.borrow().clone();
         let inside = inside.ok_or("the job's program is not running")?;
+        if self.status.borrow().paused {
+            return Err("the job is paused".into());
+        }
         let place = self.place.borrow().clone();
         Session::begin(&inside, &place, wish).map_err(|error| error.to_string())
     }

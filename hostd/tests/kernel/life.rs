@@ -2,7 +2,7 @@
 
 use flynn_api::ErrorCode;
 use flynn_api::client::Http;
-use flynn_api::host::{HealthCheck, JobEventKind, JobState, Port, Service};
+use flynn_api::host::{ExecRequest, HealthCheck, JobEventKind, JobState, Port, Service};
 use futures::StreamExt as _;
 
 use crate::host::{Host, PATIENCE, lives};
@@ -207,6 +207,78 @@ pub(crate) async fn checks_ports() {
     let (_, lines) = host.finish(&job).await;
     let ports: Vec<u16> = lines[0].split(' ').map(|port| port.parse().unwrap()).collect();
     assert!(ports[0] == 7000 && ports[1] > 1024, "{ports:?}");
+}
+
+pub(crate) async fn pauses_and_resumes() {
+    let host = Host::boot().await;
+    let mut job = host.job(
+        "trap 'exit 4' TERM; echo ready; i=0; while :; do i=$((i+1)); echo $i > /tmp/n; sleep 0.01; done",
+    );
+    job.config.ports = vec![checked("true", HealthCheck::default())];
+    let running = host.run(&job).await;
+    host.wait(&job.id, |job| job.healthy).await;
+    host.api.pause_job(&job.id).await.unwrap();
+    host.api.pause_job(&job.id).await.unwrap();
+    let paused = host.wait(&job.id, |job| job.paused).await;
+    assert!(!paused.healthy && paused.status == JobState::Running);
+    // The state of each of its processes, and how much it has run.
+    let at_work = || {
+        let tasks = host.job_groups(&job.id).into_iter().flat_map(|group| {
+            let procs = std::fs::read_to_string(group.join("cgroup.procs")).unwrap();
+            procs.lines().map(str::to_owned).collect::<Vec<_>>()
+        });
+        let tasks: std::collections::BTreeSet<String> = tasks.collect();
+        let stat = |pid: &String| std::fs::read_to_string(format!("/proc/{pid}/sched")).unwrap_or_default();
+        let switches = |pid: &String| {
+            let sched = stat(pid);
+            let line = sched
+                .lines()
+                .find(|line| line.starts_with("nr_switches"))
+                .unwrap_or_default();
+            line.rsplit(' ').next().unwrap_or_default().to_owned()
+        };
+        tasks
+            .iter()
+            .map(|pid| (pid.clone(), switches(pid)))
+            .collect::<Vec<_>>()
+    };
+    let before = at_work();
+    assert!(before.len() >= 2, "{before:?}");
+    // Ten of its rounds: that nothing happens is seen by waiting alone.
+    tokio::time::sleep(std::time::Duration::from_millis(100)).await;
+    assert_eq!(at_work(), before, "nothing moves");
+    let refused = host
+        .api
+        .exec(
+            &job.id,
+            &ExecRequest {
+                args: vec!["true".into()],
+                ..ExecRequest::default()
+            },
+        )
+        .await;
+    assert!(refused.unwrap_err().message.contains("paused"));
+
+    host.api.resume_job(&job.id).await.unwrap();
+    let resumed = host.wait(&job.id, |job| !job.paused && job.healthy).await;
+    assert_eq!((resumed.pid, resumed.restarts), (running.pid, 0));
+    assert!(
+        host.until(async || (at_work() != before).then_some(()))
+            .await
+            .is_some()
+    );
+    // A paused job hears that it is to stop.
+    host.api.pause_job(&job.id).await.unwrap();
+    host.api.stop_job(&job.id).await.unwrap();
+    let ended = host.end(&job.id).await;
+    assert_eq!(
+        (ended.status, ended.exit_status, ended.paused),
+        (JobState::Done, Some(4), false)
+    );
+    assert_eq!(
+        host.api.pause_job(&job.id).await.unwrap_err().code,
+        ErrorCode::Conflict
+    );
 }
 
 /// A port whose service is checked by a command.

@@ -60,6 +60,20 @@ impl HostClient {
             .await
     }
 
+    /// Has every process of a job stand still. Its services are taken out of discoverd before.
+    pub async fn pause_job(&self, id: &str) -> Result<()> {
+        self.http
+            .put(&format!("/host/jobs/{}/pause", encode(id)), &())
+            .await
+    }
+
+    /// Has a paused job go on.
+    pub async fn resume_job(&self, id: &str) -> Result<()> {
+        self.http
+            .put(&format!("/host/jobs/{}/resume", encode(id)), &())
+            .await
+    }
+
     /// Takes a job's instances out of discoverd.
     pub async fn deregister_job(&self, id: &str) -> Result<()> {
         self.http
