@@ -227,9 +227,10 @@ impl Supervisor {
         match command {
             Command::Go(place) => drop(self.place.send_replace(place)),
             Command::Stop => self.change(|status| status.stop_requested = true).await,
-            Command::Signal(_, reply) => drop(reply.send(Some("the job's program is not running".into()))),
+            Command::Signal(_, reply) | Command::Pause(_, reply) => {
+                drop(reply.send(Some("the job's program is not running".into())));
+            }
             Command::Deregister(reply) => drop(reply.send(None)),
-            Command::Pause(_, reply) => drop(reply.send(Some("the job's program is not running".into()))),
         }
     }
 
