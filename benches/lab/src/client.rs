@@ -142,6 +142,18 @@ impl Lab {
         self.ask(&Request::Mend { from: other, to: one }).map(drop)
     }
 
+    /// Has these links, and no others, lose frames, all at once: of a hundred frames from the first host to the second so
+    /// many. A hundred is a cut; without any link all is mended.
+    pub fn lose(&self, links: &[(u8, u8, u8)]) -> Result<()> {
+        let links = links.to_vec();
+        self.ask(&Request::Lose { links }).map(drop)
+    }
+
+    /// Frames that were lost on purpose so far.
+    pub fn lost(&self) -> Result<u64> {
+        Ok(self.ask(&Request::Count)?.lost)
+    }
+
     /// Ends the lab and sees that nothing is left of it.
     pub fn down(mut self) -> Result<()> {
         self.end()

@@ -238,6 +238,18 @@ impl Keeper {
                 switch.cut(from, to)
             }
             Request::Mend { from, to } => switch.mend(from, to),
+            Request::Count => switch.count(),
+            Request::Lose { links } => {
+                for (from, to, percent) in &links {
+                    find(hosts, *from)?;
+                    find(hosts, *to)?;
+                    if !(1..=100).contains(percent) {
+                        bail!("a link loses 1 to 100 frames of a hundred, not {percent}");
+                    }
+                }
+                let losses = links.into_iter().map(|(from, to, percent)| ((from, to), percent));
+                switch.lose(losses.collect())
+            }
         }
     }
 
@@ -250,6 +262,7 @@ impl Keeper {
                 .map(|host| host.status(&self.config.services))
                 .collect(),
             cuts: self.switch.cuts(),
+            lost: self.switch.lost(),
             forwards: self.forwarders.iter().map(|(address, _)| *address).collect(),
         }
     }

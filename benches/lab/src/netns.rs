@@ -38,13 +38,22 @@ pub fn ip(lines: &str) -> Result<()> {
 
 /// What `ip` says.
 pub fn output(arguments: &[&str]) -> Result<String> {
-    let output = Command::new("ip")
+    said("ip", arguments)
+}
+
+/// The nftables rules that there are, with their counters.
+pub fn nft_rules() -> Result<String> {
+    said("nft", &["list", "ruleset"])
+}
+
+fn said(program: &str, arguments: &[&str]) -> Result<String> {
+    let output = Command::new(program)
         .args(arguments)
         .output()
-        .context("cannot start ip; `cargo xtask setup` installs it")?;
+        .with_context(|| format!("cannot start {program}; `cargo xtask setup` installs it"))?;
     if !output.status.success() {
         bail!(
-            "ip {arguments:?}: {}",
+            "{program} {arguments:?}: {}",
             String::from_utf8_lossy(&output.stderr).trim()
         );
     }

@@ -22,6 +22,10 @@ pub(crate) enum Request {
     Cut { from: u8, to: u8 },
     /// Undoes a cut.
     Mend { from: u8, to: u8 },
+    /// Has these links, and no others, lose so many frames of a hundred: from, to, how many.
+    Lose { links: Vec<(u8, u8, u8)> },
+    /// Counts the frames that were lost.
+    Count,
     /// Ends the lab.
     Down,
 }
@@ -45,6 +49,8 @@ pub struct LabStatus {
     pub hosts: Vec<HostStatus>,
     /// The cuts there are: nothing passes from the first to the second.
     pub cuts: Vec<(u8, u8)>,
+    /// Frames that were lost on purpose, when they were counted last.
+    pub lost: u64,
     /// Where the machine's side of each forward listens, in the order of the configuration.
     pub forwards: Vec<SocketAddr>,
 }

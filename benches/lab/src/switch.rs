@@ -1,9 +1,9 @@
-//! The switch: a network namespace with a bridge, one port per host, and the cuts between them.
+//! The switch: a network namespace with a bridge, one port per host, and the frames that are lost between them.
 
 use crate::config::{SWITCH_ADDRESS, host_address, host_address6};
-use crate::netns::{inside, ip, nft};
+use crate::netns::{inside, ip, nft, nft_rules};
 use anyhow::{Context, Result};
-use std::collections::BTreeSet;
+use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::fs::File;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -11,9 +11,16 @@ use std::os::fd::{AsFd, BorrowedFd};
 /// The switch of a lab. It is gone when dropped, for nothing but this holds its namespace.
 pub(crate) struct Switch {
     namespace: File,
-    /// Pairs of ports: what comes in at the first does not go out at the second.
-    cuts: BTreeSet<(u8, u8)>,
+    /// Of a hundred frames that come in at the first port and are to go out at the second, how many are lost.
+    losses: BTreeMap<(u8, u8), u8>,
+    /// Frames that were lost by rules which are gone.
+    lost_before: u64,
+    /// Frames that were lost at all, when they were counted last.
+    lost: u64,
 }
+
+/// All of them.
+const CUT: u8 = 100;
 
 impl Switch {
     /// Makes one. The caller has a single thread, which comes back to its own namespace.
@@ -24,7 +31,9 @@ impl Switch {
         rustix::thread::move_into_link_name_space(own.as_fd(), None).context("cannot leave the switch")?;
         let switch = Self {
             namespace,
-            cuts: BTreeSet::new(),
+            losses: BTreeMap::new(),
+            lost_before: 0,
+            lost: 0,
         };
         inside(switch.namespace.as_fd(), || {
             // Packets to nowhere are answered, so that nobody waits for them.
@@ -70,36 +79,72 @@ impl Switch {
 
     /// Lets no frame pass from one host to another, in this direction.
     pub(crate) fn cut(&mut self, from: u8, to: u8) -> Result<()> {
-        self.cuts.insert((from, to));
+        self.losses.insert((from, to), CUT);
         self.apply()
     }
 
     /// Undoes [`Switch::cut`].
     pub(crate) fn mend(&mut self, from: u8, to: u8) -> Result<()> {
-        self.cuts.remove(&(from, to));
+        self.losses.remove(&(from, to));
+        self.apply()
+    }
+
+    /// Has these links lose frames, and no others.
+    pub(crate) fn lose(&mut self, losses: BTreeMap<(u8, u8), u8>) -> Result<()> {
+        self.losses = losses;
         self.apply()
     }
 
     /// The cuts there are.
     pub(crate) fn cuts(&self) -> Vec<(u8, u8)> {
-        self.cuts.iter().copied().collect()
+        let cuts = self.losses.iter().filter(|(_, percent)| **percent == CUT);
+        cuts.map(|(link, _)| *link).collect()
     }
 
-    fn apply(&self) -> Result<()> {
-        let script = script(&self.cuts)?;
+    /// Counts the frames that were lost.
+    pub(crate) fn count(&mut self) -> Result<()> {
+        let rules = inside(self.namespace.as_fd(), nft_rules)?;
+        self.lost = self.lost_before + counted(&rules);
+        Ok(())
+    }
+
+    /// What was counted last.
+    pub(crate) fn lost(&self) -> u64 {
+        self.lost
+    }
+
+    fn apply(&mut self) -> Result<()> {
+        self.count()?;
+        self.lost_before = self.lost;
+        let script = script(&self.losses)?;
         inside(self.namespace.as_fd(), || nft(&script))
     }
 }
 
 /// The whole rule set, replaced at once.
-fn script(cuts: &BTreeSet<(u8, u8)>) -> Result<String> {
+fn script(losses: &BTreeMap<(u8, u8), u8>) -> Result<String> {
     let mut script = String::from("table bridge lab\ndelete table bridge lab\ntable bridge lab {\n");
     script.push_str("chain forward { type filter hook forward priority 0; policy accept;\n");
-    for (from, to) in cuts {
-        writeln!(script, "iifname p{from} oifname p{to} counter drop")?;
+    for ((from, to), percent) in losses {
+        let some = if *percent == CUT {
+            String::new()
+        } else {
+            format!("numgen random mod 100 < {percent} ")
+        };
+        writeln!(script, "iifname p{from} oifname p{to} {some}counter drop")?;
     }
     script.push_str("}\n}\n");
     Ok(script)
+}
+
+/// What the counters of these rules add up to, in packets.
+fn counted(rules: &str) -> u64 {
+    let words: Vec<&str> = rules.split_whitespace().collect();
+    let counts = words.windows(3).filter_map(|words| match words {
+        ["counter", "packets", count] => count.parse::<u64>().ok(),
+        _ => None,
+    });
+    counts.sum()
 }
 
 fn open_own() -> Result<File> {

@@ -18,7 +18,7 @@ const SOON: Duration = Duration::from_secs(20);
 fn main() -> ExitCode {
     flynn_lab::reexec();
     let arguments = Arguments::from_args();
-    let reason = obstacle();
+    let reason = flynn_lab::obstacle();
     if let Some(reason) = reason {
         eprintln!("the lab's tests are skipped: {reason}");
     }
@@ -54,28 +54,6 @@ fn main() -> ExitCode {
         })
         .collect();
     libtest_mimic::run(&arguments, trials).exit_code()
-}
-
-/// Why this machine cannot have a lab, if so.
-fn obstacle() -> Option<&'static str> {
-    let tool = |name: &str| {
-        ["/usr/sbin", "/usr/bin", "/sbin", "/bin"]
-            .iter()
-            .any(|dir| Path::new(dir).join(name).exists())
-    };
-    let have = |text: &str, word: &str| fs::read_to_string(text).is_ok_and(|text| text.contains(word));
-    if !rustix::process::geteuid().is_root() {
-        Some("they need root")
-    } else if !["ip", "nft", "mkfs.btrfs", "mkfs.ext4", "mount"]
-        .into_iter()
-        .all(tool)
-    {
-        Some("iproute2, nftables, btrfs-progs, e2fsprogs and mount are needed")
-    } else if !have("/proc/mounts", " cgroup2 ") {
-        Some("no cgroup v2 is mounted")
-    } else {
-        None
-    }
 }
 
 /// A lab in a directory of its own, and what the machine had before it.
@@ -189,6 +167,15 @@ fn hosts_reach_each_other_until_they_are_cut() -> Result<()> {
     ensure!(heard()? > before, "nothing came over the way that is not cut");
     lab.mend(1, 2)?;
     until(SOON, "the mended link to work", || reach(1, 2))?;
+
+    let before = lab.lost()?;
+    lab.lose(&[(1, 2, 50), (2, 1, 100)])?;
+    ensure!(lab.status()?.cuts == [(2, 1)]);
+    ensure!(!reach(1, 2)?, "an answer came over a link that loses all");
+    ensure!(lab.lost()? > before, "nothing was counted");
+    ensure!(lab.lose(&[(1, 2, 101)]).is_err(), "a link loses more than all");
+    lab.lose(&[])?;
+    until(SOON, "the good links to work", || reach(1, 2))?;
 
     ensure!(
         !one.exec("bash", ["-c", "exec 3<>/dev/tcp/198.51.100.1/80"])?
