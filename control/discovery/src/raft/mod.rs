@@ -114,6 +114,9 @@ impl Timing {
             max_in_snapshot_log_to_keep: KEPT_LOGS.min(self.snapshot_after),
             purge_batch_size: 256,
             enable_pre_vote: Some(true),
+            // A leader that begins anew may have lost the end of its log, which others hold committed; in its old term it
+            // would write other entries to the same places, and answer reads without those that it does not know.
+            enable_leader_restore: Some(false),
             ..Config::default()
         };
         Ok(Arc::new(config.validate()?))
