@@ -27,13 +27,16 @@ pub fn app_dir(state: &Path, app: &str) -> PathBuf {
 /// # Errors
 /// The host has no configuration that can be read, or no certificate.
 pub(crate) fn discoverd(state: &Path) -> anyhow::Result<DiscoveryClient> {
+    discoverd_within(state, Duration::from_secs(10))
+}
+
+/// [`discoverd`] with calls that may take so long.
+pub(crate) fn discoverd_within(state: &Path, timeout: Duration) -> anyhow::Result<DiscoveryClient> {
     let config = HostConfig::load(state, &Overrides::default())?;
     let identity = Identity::load(&host_dir(state))
         .context("this host is in no cluster yet: run flynn-host bootstrap or flynn-host join")?;
     let http = Http::new(&format!("https://{}:{}", config.address, discovery::PORT))?;
-    Ok(DiscoveryClient::new(
-        http.identity(&identity)?.timeout(Duration::from_secs(10)),
-    ))
+    Ok(DiscoveryClient::new(http.identity(&identity)?.timeout(timeout)))
 }
 
 /// Sees to it that a system app's certificate is there: discoverd's leader signs it when it is not.

@@ -44,6 +44,8 @@ enum Command {
     Token(join::TokenArgs),
     /// Take another host out of the cluster for good
     Remove(remove::Args),
+    /// Take a lost host out of the cluster for good, and let another take its place
+    Replace(remove::ReplaceArgs),
     /// Renew this host's certificates now, and not when they are due
     Renew(join::TokenArgs),
     /// Bring images into this host's store
@@ -138,6 +140,7 @@ fn run(command: Command) -> anyhow::Result<ExitCode> {
         Command::Join(args) => runtime(join::run(&args))?,
         Command::Token(args) => runtime(join::token(&args))?,
         Command::Remove(args) => runtime(remove::run(&args))?,
+        Command::Replace(args) => runtime(remove::replace(&args))?,
         Command::Renew(args) => runtime(join::renew(&args))?,
         Command::Download(args) => runtime(bootstrap::download(&args))?,
         Command::Floating(args) => runtime(floating::command::run(&args))?,

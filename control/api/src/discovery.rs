@@ -17,6 +17,10 @@
 //! | `GET /cluster/members`, `GET /cluster/status` | `[`[`MemberStatus`]`]` by the leader; [`OwnStatus`] |
 //! | `PUT /raft/peers/{p}/vote`, `DELETE /raft/peers/{p}` | [`Voting`]; takes a member out. `p`: address, host or id |
 //! | `POST /cluster/tokens`, `POST /cluster/join`, `POST /cluster/renew` | [`JoinToken`], [`JoinRequest`], [`RenewRequest`] |
+//! | `GET /cluster/snapshot` | all of the registry as one file, for hosts alone |
+//! | `GET /cluster/recovery`, `POST /cluster/recover` | [`RecoveryPlan`]; lets this member go on alone ([`RecoverRequest`]) |
+//! | `POST /cluster/restore` | puts a snapshot in place of this member's registry, says what is lost ([`RestorePlan`]) |
+//! | `POST /cluster/rejoin` | has this member leave its cluster and join another ([`RejoinRequest`]) |
 //! | `PUT`/`GET /cluster/virtual-networks` | [`VirtualNetworks`]; they can be set once |
 //! | `GET /metrics` | figures in Prometheus' text format |
 //! | `GET /ping`, `GET /.well-known/status` | is it there; [`Status`] |
@@ -32,11 +36,15 @@
 //! with 410 (`gone`): begin anew, without an id.
 
 mod reads;
+mod recovery;
 
 use serde::{Deserialize, Serialize};
 
 use crate::Meta;
 pub use crate::discovery::reads::{Consistency, INDEX_HEADER, Position};
+pub use crate::discovery::recovery::{
+    MAX_SNAPSHOT, OtherMember, RecoverRequest, RecoveryPlan, RejoinRequest, RestorePlan,
+};
 pub use crate::virtual_address::{VirtualAddresses, VirtualNetworks};
 
 /// The port of discoverd.
@@ -251,6 +259,9 @@ pub struct OwnStatus {
     pub leader: Option<String>,
     /// The last entry of its log.
     pub last_log: u64,
+    /// The Raft term of that entry.
+    #[serde(default)]
+    pub last_term: u64,
     /// The last entry of which it knows that a majority has it.
     pub committed: u64,
     /// The last entry that its state reflects.
@@ -261,6 +272,9 @@ pub struct OwnStatus {
     pub journal_bytes: u64,
     /// Writes wait for room on its disk.
     pub disk_full: bool,
+    /// Why the last recovery, restoration or change of clusters was not made.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub refused_order: Option<String>,
 }
 
 /// The service whose instances are the hosts, and whose metadata holds the [`NetworkLeases`].

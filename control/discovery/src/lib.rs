@@ -24,6 +24,8 @@
 //!   that each instance speaks to ([`claims`]), so that a new leader knows it at once.
 //! - DNS and watches answer from memory and never wait for disk or network. After a restart they answer by the last
 //!   state that this host had committed, whether or not other members are there.
+//! - What consensus cannot do, an operator orders ([`recovery`]): it is done while Raft is not open, and the store that it
+//!   replaces is kept.
 //! - Secrets (the CA's key, tokens) are in files of mode 0600 and never in logs; tokens are kept as digests.
 
 pub mod beats;
@@ -41,6 +43,7 @@ pub mod node;
 mod options;
 pub mod raft;
 pub mod reads;
+pub mod recovery;
 pub mod state;
 pub mod view;
 pub mod voters;
@@ -66,9 +69,10 @@ use crate::raft::network::Dialer;
 /// Between two rounds of the leader's chores.
 const ROUND: Duration = Duration::from_secs(1);
 
-/// Runs discoverd until `shutdown`, or until its disk fails or its certificate was renewed: whoever runs it starts it
-/// again.
-pub async fn run(options: Options, shutdown: CancellationToken) -> anyhow::Result<()> {
+/// Runs discoverd until `shutdown`, or until its disk fails, its certificate was renewed or its store is to be another
+/// one ([`recovery`]): whoever runs it starts it again.
+pub async fn run(mut options: Options, shutdown: CancellationToken) -> anyhow::Result<()> {
+    options = tokio::task::spawn_blocking(move || recovery::begin(options)).await??;
     let identity = Identity::load(&options.tls).context("cannot read this job's certificate")?;
     let dialer = Dialer::new(identity.client_config()?);
     let node = Node::start(&options.data.join("raft"), dialer, options.timing).await?;
@@ -109,6 +113,7 @@ pub async fn run(options: Options, shutdown: CancellationToken) -> anyhow::Resul
     let result = tokio::select! {
         result = chores(&node, &options) => result,
         result = &mut served => result.context("the cluster listener has failed")?.map_err(Into::into),
+        () = node.orders.anew.cancelled() => Ok(()),
         () = shutdown.cancelled() => Ok(()),
     };
     members::hand_over(&node).await;

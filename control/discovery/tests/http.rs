@@ -93,6 +93,7 @@ fn authorisation() {
         (Action::Join, "11110000"),
         (Action::Raft, "01100000"),
         (Action::MakeToken, "01000000"),
+        (Action::Recover, "01000000"),
         (Action::Renew, "01110000"),
         (Action::ReadMembers, "01111111"),
         (Action::ChangeMembers, "01100000"),

@@ -4,6 +4,7 @@ mod asked;
 pub mod auth;
 pub mod cluster;
 mod input;
+mod recovery;
 mod services;
 mod stream;
 
@@ -59,6 +60,11 @@ pub fn router(node: Node, door: Door) -> Router {
             .route("/cluster/tokens", post(cluster::make_token))
             .route("/cluster/join", post(cluster::join))
             .route("/cluster/renew", post(cluster::renew))
+            .route("/cluster/snapshot", get(recovery::snapshot))
+            .route("/cluster/recovery", get(recovery::plan))
+            .route("/cluster/recover", post(recovery::recover))
+            .route("/cluster/restore", post(recovery::restore))
+            .route("/cluster/rejoin", post(recovery::rejoin))
             .merge(rpc::routes());
     }
     routes
