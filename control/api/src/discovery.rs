@@ -17,6 +17,10 @@
 //! | `GET /cluster/members`, `GET /cluster/status` | `[`[`MemberStatus`]`]` by the leader; [`OwnStatus`] |
 //! | `PUT /raft/peers/{p}/vote`, `DELETE /raft/peers/{p}` | [`Voting`]; takes a member out. `p`: address, host or id |
 //! | `POST /cluster/tokens`, `POST /cluster/join`, `POST /cluster/renew` | [`JoinToken`], [`JoinRequest`], [`RenewRequest`] |
+//! | `GET /cluster/snapshot` | all of the registry as one file, for hosts alone |
+//! | `GET /cluster/recovery`, `POST /cluster/recover` | [`RecoveryPlan`]; lets this member go on alone ([`RecoverRequest`]) |
+//! | `POST /cluster/restore` | puts a snapshot in place of this member's registry, says what is lost ([`RestorePlan`]) |
+//! | `POST /cluster/rejoin` | has this member leave its cluster and join another ([`RejoinRequest`]) |
 //! | `PUT`/`GET /cluster/virtual-networks` | [`VirtualNetworks`]; they can be set once |
 //! | `GET /metrics` | figures in Prometheus' text format |
 //! | `GET /ping`, `GET /.well-known/status` | is it there; [`Status`] |
@@ -31,17 +35,16 @@
 //! `current` where it has caught up. Hosts keep some thousands of changes; what can no longer be told in full is answered
 //! with 410 (`gone`): begin anew, without an id.
 
-mod ca;
 mod reads;
+mod recovery;
 
 use serde::{Deserialize, Serialize};
 
 use crate::Meta;
-pub use crate::discovery::ca::{
-    CaStatus, ClusterCa, Held, LateRequest, Loaded, Retired, Root, RootStatus, Rotation, RotationStatus,
-    Stage, Wait,
-};
 pub use crate::discovery::reads::{Consistency, INDEX_HEADER, Position};
+pub use crate::discovery::recovery::{
+    MAX_SNAPSHOT, OtherMember, RecoverRequest, RecoveryPlan, RejoinRequest, RestorePlan,
+};
 pub use crate::virtual_address::{VirtualAddresses, VirtualNetworks};
 
 /// The port of discoverd.
@@ -256,6 +259,9 @@ pub struct OwnStatus {
     pub leader: Option<String>,
     /// The last entry of its log.
     pub last_log: u64,
+    /// The Raft term of that entry.
+    #[serde(default)]
+    pub last_term: u64,
     /// The last entry of which it knows that a majority has it.
     pub committed: u64,
     /// The last entry that its state reflects.
@@ -266,12 +272,15 @@ pub struct OwnStatus {
     pub journal_bytes: u64,
     /// Writes wait for room on its disk.
     pub disk_full: bool,
+    /// Why the last recovery, restoration or change of clusters was not made.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub refused_order: Option<String>,
 }
 
 /// The service whose instances are the hosts, and whose metadata holds the [`NetworkLeases`].
 pub const HOST_SERVICE: &str = "flynn-host";
 
-/// The service whose metadata holds the cluster CA ([`ClusterCa`]), and whose instances say what hosts hold ([`Held`]).
+/// The service whose metadata holds the cluster CA ([`ClusterCa`]).
 pub const CA_SERVICE: &str = "flynn-ca";
 
 /// Metadata of [`HOST_SERVICE`]: the cluster's networks, and which host holds which subnet.
@@ -330,6 +339,23 @@ pub struct SubnetLease {
     /// When the host took it, or said last that it has it: at each start, and once a day.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub renewed_at: Option<jiff::Timestamp>,
+}
+
+/// Metadata of [`CA_SERVICE`]. Only `host:` certificates and discoverd itself may read it.
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ClusterCa {
+    /// PEM.
+    pub cert: String,
+    /// PEM.
+    pub key: String,
+}
+
+impl std::fmt::Debug for ClusterCa {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("ClusterCa")
+            .field("cert", &self.cert)
+            .finish_non_exhaustive()
+    }
 }
 
 /// The service whose metadata holds the cluster's [`FloatingAddresses`].

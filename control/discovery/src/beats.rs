@@ -8,6 +8,7 @@ use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use flynn_api::ErrorCode;
 use flynn_api::discovery::Peer;
 use tokio::net::TcpStream;
 use tokio::task::AbortHandle;
@@ -16,6 +17,7 @@ use tokio::time::{MissedTickBehavior, interval, timeout};
 use crate::claims::{Beat, Heard, Told};
 use crate::node::Node;
 use crate::raft::Member;
+use crate::recovery;
 
 /// Between two rounds.
 const ROUND: Duration = Duration::from_millis(100);
@@ -179,6 +181,9 @@ async fn call<T: serde::de::DeserializeOwned>(
         Ok(Ok(answer)) => Some(answer),
         Ok(Err(error)) => {
             tracing::debug!(member = id, %error, "{what}: no answer");
+            if error.code == ErrorCode::Gone {
+                recovery::follow(node, &member.addr);
+            }
             None
         }
         Err(_) => None,

@@ -4,6 +4,7 @@
 //! vote, and makes one change at a time towards that.
 
 use std::collections::BTreeSet;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use flynn_api::discovery::{HOST_SERVICE, MemberStatus, Voting};
@@ -39,6 +40,11 @@ pub enum MemberChange {
         peer: String,
         /// Whether.
         vote: Voting,
+    },
+    /// A member is to be the only voter.
+    Sole {
+        /// Its Raft id.
+        id: u64,
     },
     /// A member goes.
     Remove {
@@ -88,6 +94,9 @@ pub async fn change_here(node: &Node, change: &MemberChange) -> Result<Forwarded
             carry_out(node, members).await
         }
         MemberChange::Vote { peer, vote } => set_vote(node, peer, *vote).await,
+        MemberChange::Sole { id } => {
+            carry_out(node, ChangeMembers::ReplaceAllVoters(BTreeSet::from([*id]))).await
+        }
         MemberChange::Remove { peer } => remove(node, peer).await,
     }
 }
@@ -243,6 +252,10 @@ pub async fn reconcile(node: &Node) -> Result<(), Error> {
     let Some(standings) = node.standings() else {
         return Ok(());
     };
+    if node.orders.given.load(Ordering::Relaxed) {
+        // It is about to end, and perhaps the only voter on purpose.
+        return Ok(());
+    }
     let configs = configs(node);
     if let Some(next) = voters::next(&standings, &configs, node.id(), node.rules()) {
         let (from, to) = (configs.last(), &next);

@@ -4,13 +4,14 @@
 //! answered from this host's [`View`], after [`Node::ready_for`] where they must not be stale. The HTTP API therefore
 //! works alike on every host.
 
-use std::path::Path;
-use std::sync::atomic::Ordering;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::Context as _;
 use flynn_api::discovery::{Instance, OwnStatus, Peer};
+use flynn_api::server::CancellationToken;
 use flynn_api::{Error, ErrorCode};
 use openraft::{ServerState, async_runtime::WatchReceiver as _};
 use serde::{Deserialize, Serialize};
@@ -25,6 +26,7 @@ use crate::raft::network::Dialer;
 use crate::raft::snapshot::SnapshotFile;
 use crate::raft::{Member, Raft, Timing};
 use crate::reads::Questions;
+use crate::recovery;
 use crate::state::State;
 use crate::view::View;
 use crate::voters::{Rules, Standing};
@@ -53,7 +55,7 @@ pub struct Node {
     pub(crate) questions: Questions,
     pub(crate) writes: Writes,
     rules: Rules,
-    ca_settle: Duration,
+    pub(crate) orders: Arc<Orders>,
     began: Instant,
     /// Told from those of other starts.
     session: u64,
@@ -67,6 +69,25 @@ impl std::fmt::Debug for Node {
             .field("id", &self.id)
             .finish_non_exhaustive()
     }
+}
+
+/// What is to be done about this member's store when it is not open ([`recovery`]).
+#[derive(Debug)]
+pub(crate) struct Orders {
+    /// The data directory.
+    pub(crate) data: PathBuf,
+    /// Why the last one was not carried out.
+    refused: Option<String>,
+    /// Ids that this member had before it was recovered or restored.
+    former: Vec<u64>,
+    /// One is given: this member is about to end.
+    pub(crate) given: AtomicBool,
+    /// It must start anew.
+    pub(crate) anew: CancellationToken,
+    /// It looks into whether it must follow a recovered cluster.
+    pub(crate) following: AtomicBool,
+    /// It has heard a leader, or has led, since its start.
+    pub(crate) led: AtomicBool,
 }
 
 /// Since when the leader has seen what it sees.
@@ -96,6 +117,11 @@ impl Node {
         let id = node_id(dir)?;
         let log = LogStore::open(dir).context("cannot open the Raft journal")?;
         let view = Arc::new(View::default());
+        if log.last().is_some() || SnapshotFile::new(dir).exists() {
+            recovery::forget_last_known(dir);
+        } else if let Some(last) = recovery::last_known(dir) {
+            view.replace(0, last);
+        }
         let machine = Machine::new(Arc::clone(&view), SnapshotFile::new(dir));
         let raft = Raft::new(id, timing.config()?, dialer.clone(), log.clone(), machine)
             .await
@@ -121,7 +147,15 @@ impl Node {
                 settle: millis(timing.settle),
                 lag: CAUGHT_UP,
             },
-            ca_settle: timing.ca_settle,
+            orders: Arc::new(Orders {
+                data: recovery::data_of(dir).to_owned(),
+                refused: recovery::refusal(recovery::data_of(dir)),
+                former: recovery::former(dir),
+                given: AtomicBool::new(false),
+                anew: CancellationToken::new(),
+                following: AtomicBool::new(false),
+                led: AtomicBool::new(false),
+            }),
             began: Instant::now(),
             session: rand::random_range(1..1_u64 << 48),
             _lock: Arc::new(lock),
@@ -131,6 +165,11 @@ impl Node {
     /// Its Raft id.
     pub fn id(&self) -> u64 {
         self.id
+    }
+
+    /// Whether it had the id `id` in a cluster that it has left behind by being recovered or restored.
+    pub fn was(&self, id: u64) -> bool {
+        self.orders.former.contains(&id)
     }
 
     /// How other members are reached.
@@ -290,11 +329,6 @@ impl Node {
         self.rules
     }
 
-    /// How long a step of a change of the CA's roots is let sink in.
-    pub fn ca_settle(&self) -> Duration {
-        self.ca_settle
-    }
-
     /// If this member leads, how all do. Signs of life are beats and answers to what is replicated; a new leader gives
     /// everybody the full time. To be called each second, for whoever is well between two calls has been well all along.
     pub fn standings(&self) -> Option<Vec<Standing>> {
@@ -362,11 +396,13 @@ impl Node {
             term: metrics.current_term,
             leader: self.leader().map(|(_, member)| member.addr),
             last_log: metrics.last_log_index.unwrap_or(0),
+            last_term: self.log.last().map_or(0, |last| last.leader_id.term),
             committed: index(metrics.cluster_committed),
             applied: index(metrics.last_applied),
             snapshot: index(metrics.snapshot),
             journal_bytes: self.log.bytes(),
             disk_full: self.log.disk_is_full(),
+            refused_order: self.orders.refused.clone(),
         }
     }
 
@@ -473,7 +509,8 @@ pub fn wall_clock() -> u64 {
     millis(SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default())
 }
 
-fn lock(dir: &Path) -> anyhow::Result<std::fs::File> {
+/// Locks a store against other processes, as long as the file is open.
+pub(crate) fn lock(dir: &Path) -> anyhow::Result<std::fs::File> {
     let path = dir.join("lock");
     let file = std::fs::OpenOptions::new()
         .write(true)
@@ -489,30 +526,43 @@ fn lock(dir: &Path) -> anyhow::Result<std::fs::File> {
     Ok(file)
 }
 
-/// The member's id: drawn when the store is made, and kept in it, so that a store that was lost never comes back under
-/// the same id (a member that forgot its vote could split the cluster).
-fn node_id(dir: &Path) -> anyhow::Result<u64> {
+/// An id that no member has had.
+pub(crate) fn new_id() -> u64 {
+    // 48 bits: exact in every JSON reader.
+    rand::random_range(1..1_u64 << 48)
+}
+
+/// The id of the member whose store `dir` is.
+pub(crate) fn stored_id(dir: &Path) -> anyhow::Result<Option<u64>> {
     let path = dir.join("id");
     match std::fs::read_to_string(&path) {
         Ok(text) => text
             .trim()
             .parse()
+            .map(Some)
             .with_context(|| format!("{} does not hold a member's id", path.display())),
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
-            anyhow::ensure!(
-                !dir.join("journal").exists(),
-                "{} is missing, but the journal is there: put it back, or move the whole directory away and join anew",
-                path.display()
-            );
-            // 48 bits: exact in every JSON reader.
-            let id = rand::random_range(1..1_u64 << 48);
-            let temporary = dir.join("id.new");
-            std::fs::write(&temporary, format!("{id}\n"))?;
-            std::fs::File::open(&temporary)?.sync_all()?;
-            std::fs::rename(&temporary, &path)?;
-            crate::raft::journal::sync_directory(&path)?;
-            Ok(id)
-        }
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
         Err(error) => Err(error).with_context(|| format!("cannot read {}", path.display())),
     }
+}
+
+/// The member's id: drawn when the store is made, and kept in it, so that a store that was lost never comes back under
+/// the same id (a member that forgot its vote could split the cluster).
+fn node_id(dir: &Path) -> anyhow::Result<u64> {
+    if let Some(id) = stored_id(dir)? {
+        return Ok(id);
+    }
+    let path = dir.join("id");
+    anyhow::ensure!(
+        !dir.join("journal").exists(),
+        "{} is missing, but the journal is there: put it back, or move the whole directory away and join anew",
+        path.display()
+    );
+    let id = new_id();
+    let temporary = dir.join("id.new");
+    std::fs::write(&temporary, format!("{id}\n"))?;
+    std::fs::File::open(&temporary)?.sync_all()?;
+    std::fs::rename(&temporary, &path)?;
+    crate::raft::journal::sync_directory(&path)?;
+    Ok(id)
 }

@@ -148,6 +148,23 @@ impl State {
         events
     }
 
+    /// As a cluster begins with it that was recovered or restored: join tokens are void, for nobody knows whether
+    /// they have been used since.
+    #[must_use]
+    pub fn begun_anew(mut self) -> Self {
+        self.tokens.clear();
+        self
+    }
+
+    /// Has a service as it is in `other`, but for its number, if it is there.
+    pub fn adopt(&mut self, service: &str, other: &Self) {
+        if let Some(of) = other.service(service) {
+            let number = self.service(service).map_or(0, |own| own.number);
+            let of = Service { number, ..of.clone() };
+            self.services.insert(service.to_owned(), Arc::new(of));
+        }
+    }
+
     /// Applies the command at `index` of the log.
     pub fn apply(&mut self, index: u64, command: &Command) -> (Outcome, Vec<Event>) {
         match self.try_apply(index, command) {

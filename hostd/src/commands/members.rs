@@ -4,8 +4,9 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use flynn_api::ErrorCode;
-use flynn_api::discovery::{Instance, MemberStatus, OwnStatus, Voting};
+use flynn_api::discovery::{Instance, MemberStatus, Voting};
 
+use super::discoverd::{self, Discoverd};
 use super::show::{table, within};
 use crate::identities;
 
@@ -29,13 +30,6 @@ pub enum Command {
     /// Look after this host's discoverd
     #[command(subcommand)]
     Discoverd(Discoverd),
-}
-
-/// What can be asked of one discoverd.
-#[derive(clap::Subcommand, Debug)]
-pub enum Discoverd {
-    /// Show how this host's discoverd does
-    Status(Shown),
 }
 
 /// How an answer is shown, and by which host's identity it is asked for.
@@ -87,10 +81,7 @@ pub async fn run(command: &Command) -> anyhow::Result<()> {
         }
         Command::Promote(choice) => choose(choice, Voting::Promoted).await,
         Command::Demote(choice) => choose(choice, Voting::Demoted).await,
-        Command::Discoverd(Discoverd::Status(shown)) => {
-            let status = identities::discoverd(&shown.state)?.own_status().await?;
-            shown.say(&status, || own(&status))
-        }
+        Command::Discoverd(command) => discoverd::run(command).await,
     }
 }
 
@@ -113,8 +104,18 @@ async fn choose(choice: &Choice, wanted: Voting) -> anyhow::Result<()> {
 }
 
 impl Shown {
+    /// The state directory.
     pub(super) fn state(&self) -> &Path {
         &self.state
+    }
+
+    /// Of a host with this state directory, as text.
+    #[cfg(test)]
+    pub(super) fn of(state: &str) -> Self {
+        Self {
+            json: false,
+            state: state.into(),
+        }
     }
 
     pub(super) fn say(
@@ -170,34 +171,6 @@ fn discovered(instances: &[Instance], leader: Option<&str>) -> String {
     for instance in instances {
         let leads = if leader == Some(&instance.id) { "yes" } else { "" };
         table.add_row([instance.addr.as_str(), &instance.proto, leads, &instance.id]);
-    }
-    table.trim_fmt()
-}
-
-fn own(status: &OwnStatus) -> String {
-    let mut table = table(&["WHAT", "IS"]);
-    let nobody = || "nobody that is known".to_owned();
-    for (what, is) in [
-        ("id", status.id.to_string()),
-        ("state", status.state.clone()),
-        ("term", status.term.to_string()),
-        ("leader", status.leader.clone().unwrap_or_else(nobody)),
-        ("last entry", status.last_log.to_string()),
-        ("committed", status.committed.to_string()),
-        ("applied", status.applied.to_string()),
-        ("snapshot", status.snapshot.to_string()),
-        ("journal", format!("{} bytes", status.journal_bytes)),
-        (
-            "disk",
-            if status.disk_full {
-                "full: writes wait"
-            } else {
-                "has room"
-            }
-            .to_owned(),
-        ),
-    ] {
-        table.add_row([what, &is]);
     }
     table.trim_fmt()
 }

@@ -1,12 +1,14 @@
 //! Client of discoverd ([`crate::discovery`]).
 
+use bytes::Bytes;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use super::{EventStream, Http, encode};
 use crate::discovery::{
-    CaStatus, Consistency, Event, Instance, JoinRequest, JoinToken, LateRequest, MemberStatus, OwnStatus,
-    Peer, RenewRequest, ServiceConfig, ServiceInfo, ServiceMeta, SignedIdentity, VirtualNetworks, Voting,
+    Consistency, Event, Instance, JoinRequest, JoinToken, MAX_SNAPSHOT, MemberStatus, OwnStatus, Peer,
+    RecoverRequest, RecoveryPlan, RejoinRequest, RenewRequest, RestorePlan, ServiceConfig, ServiceInfo,
+    ServiceMeta, SignedIdentity, VirtualNetworks, Voting,
 };
 use crate::{Error, ErrorCode, Result};
 
@@ -244,6 +246,43 @@ impl DiscoveryClient {
         self.http.delete(&format!("/raft/peers/{}", encode(addr))).await
     }
 
+    /// All of the registry, as one file.
+    pub async fn snapshot(&self) -> Result<Bytes> {
+        let consistency = self.consistency.unwrap_or(Consistency::Linearizable);
+        let path = format!("/cluster/snapshot?consistency={consistency}");
+        self.http.get_bytes(&path, MAX_SNAPSHOT).await
+    }
+
+    /// What it would mean to let the discoverd that answers go on alone.
+    pub async fn recovery(&self) -> Result<RecoveryPlan> {
+        self.http.get("/cluster/recovery").await
+    }
+
+    /// Lets it go on alone. It starts anew for that.
+    pub async fn recover(&self, force: bool) -> Result<RecoveryPlan> {
+        self.http
+            .post("/cluster/recover", &RecoverRequest { force })
+            .await
+    }
+
+    /// What it would mean to put `snapshot` in place of the registry of the discoverd that answers.
+    pub async fn check_restore(&self, snapshot: Bytes) -> Result<RestorePlan> {
+        self.http
+            .post_bytes("/cluster/restore?check=true", snapshot)
+            .await
+    }
+
+    /// Puts it there. The discoverd starts anew for that.
+    pub async fn restore(&self, snapshot: Bytes, force: bool) -> Result<RestorePlan> {
+        let path = format!("/cluster/restore?force={force}");
+        self.http.post_bytes(&path, snapshot).await
+    }
+
+    /// Has the discoverd that answers leave its cluster and join another. It starts anew for that.
+    pub async fn rejoin(&self, request: &RejoinRequest) -> Result<()> {
+        self.http.post("/cluster/rejoin", request).await
+    }
+
     /// A token that lets one host join.
     pub async fn join_token(&self) -> Result<JoinToken> {
         self.http.post("/cluster/tokens", &()).await
@@ -252,21 +291,6 @@ impl DiscoveryClient {
     /// A new certificate.
     pub async fn renew(&self, request: &RenewRequest) -> Result<SignedIdentity> {
         self.http.post("/cluster/renew", request).await
-    }
-
-    /// A new certificate for one that may have run out; over a transport that shows none.
-    pub async fn renew_late(&self, request: &LateRequest) -> Result<SignedIdentity> {
-        self.http.post("/cluster/renew-late", request).await
-    }
-
-    /// How the certificate authority is, as far as it is known there.
-    pub async fn ca(&self) -> Result<CaStatus> {
-        self.http.get("/cluster/ca").await
-    }
-
-    /// Has the certificate authority take another root, unless it is about to.
-    pub async fn rotate_ca(&self) -> Result<CaStatus> {
-        self.http.post("/cluster/ca/rotate", &()).await
     }
 
     /// Joins with a token.

@@ -143,6 +143,29 @@ impl Http {
         self.call(Method::POST, path, json(body)?).await
     }
 
+    /// `GET`, answered by a file of no more than `limit` bytes.
+    pub async fn get_bytes(&self, path: &str, limit: usize) -> Result<Bytes> {
+        let request = Request::get(path)
+            .body(empty())
+            .map_err(|why| bad_request(path, &why))?;
+        let answer = async {
+            let response = self.send(request).await?;
+            read(response.into_body(), limit)
+                .await
+                .map_err(|why| self.broken(path, why.as_ref()))
+        };
+        tokio::time::timeout(self.timeout, answer)
+            .await
+            .unwrap_or_else(|_| Err(self.late(&Method::GET, path)))
+    }
+
+    /// `POST` of a file, answered by JSON.
+    pub async fn post_bytes<T: DeserializeOwned>(&self, path: &str, body: Bytes) -> Result<T> {
+        let request = Request::post(path).header(CONTENT_TYPE, "application/octet-stream");
+        let request = request.body(full(body)).map_err(|why| bad_request(path, &why))?;
+        self.ask(request).await
+    }
+
     /// `DELETE`.
     pub async fn delete(&self, path: &str) -> Result<()> {
         self.call(Method::DELETE, path, empty()).await
@@ -155,10 +178,16 @@ impl Http {
 
     async fn call<T: DeserializeOwned>(&self, method: Method, path: &str, body: Body) -> Result<T> {
         let request = Request::builder()
-            .method(method.clone())
+            .method(method)
             .uri(path)
             .header(CONTENT_TYPE, "application/json");
-        let request = request.body(body).map_err(|why| bad_request(path, &why))?;
+        self.ask(request.body(body).map_err(|why| bad_request(path, &why))?)
+            .await
+    }
+
+    async fn ask<T: DeserializeOwned>(&self, request: Request<Body>) -> Result<T> {
+        let (method, path) = (request.method().clone(), request.uri().to_string());
+        let path = path.as_str();
         let answer = async {
             let response = self.send(request).await?;
             let bytes = read(response.into_body(), MAX_ANSWER)
@@ -176,15 +205,16 @@ impl Http {
                 ))
             })
         };
-        let late = || {
-            Error::new(
-                ErrorCode::Timeout,
-                format!("{method} {}{path} took too long", self.base),
-            )
-        };
         tokio::time::timeout(self.timeout, answer)
             .await
-            .unwrap_or_else(|_| Err(late()))
+            .unwrap_or_else(|_| Err(self.late(&method, path)))
+    }
+
+    fn late(&self, method: &Method, path: &str) -> Error {
+        Error::new(
+            ErrorCode::Timeout,
+            format!("{method} {}{path} took too long", self.base),
+        )
     }
 
     /// Sends `request`, whose URI is a path, and gives the answer's head; an error status becomes an [`Error`].

@@ -24,7 +24,7 @@ use tokio_util::sync::CancellationToken;
 use tower::ServiceExt as _;
 
 use crate::tcp::tune;
-use crate::tls::{Live, PeerIdentity};
+use crate::tls::PeerIdentity;
 
 /// Connections at a time.
 const MAX_CONNECTIONS: usize = 4096;
@@ -52,12 +52,9 @@ pub struct Listener(Kind);
 
 enum Kind {
     Tcp(TcpListener),
-    Tls(TcpListener, Configuration),
+    Tls(TcpListener, TlsAcceptor),
     Unix(UnixListener),
 }
-
-/// What the next connection is taken with.
-type Configuration = Box<dyn Fn() -> Arc<rustls::ServerConfig> + Send + Sync>;
 
 impl Listener {
     /// Plain TCP.
@@ -72,14 +69,10 @@ impl Listener {
 
     /// TLS.
     pub async fn tls(addr: SocketAddr, config: Arc<rustls::ServerConfig>) -> io::Result<Self> {
-        let config: Configuration = Box::new(move || Arc::clone(&config));
-        Ok(Self(Kind::Tls(TcpListener::bind(addr).await?, config)))
-    }
-
-    /// TLS with an identity that is renewed: each connection is taken with what is in use then.
-    pub async fn tls_live(addr: SocketAddr, live: Arc<Live>) -> io::Result<Self> {
-        let config: Configuration = Box::new(move || Arc::clone(&live.current().server));
-        Ok(Self(Kind::Tls(TcpListener::bind(addr).await?, config)))
+        Ok(Self(Kind::Tls(
+            TcpListener::bind(addr).await?,
+            TlsAcceptor::from(config),
+        )))
     }
 
     /// A Unix socket that only its owner may open; one that is there from an earlier process is replaced.
@@ -149,9 +142,9 @@ async fn accept(listener: &Kind) -> io::Result<Accepted> {
             let (stream, addr) = listener.accept().await?;
             Accepted::Tcp(stream, addr)
         }
-        Kind::Tls(listener, config) => {
+        Kind::Tls(listener, acceptor) => {
             let (stream, addr) = listener.accept().await?;
-            Accepted::Tls(stream, addr, TlsAcceptor::from(config()))
+            Accepted::Tls(stream, addr, acceptor.clone())
         }
         Kind::Unix(listener) => Accepted::Unix(listener.accept().await?.0),
     })

@@ -63,6 +63,11 @@ impl Log {
         }
     }
 
+    fn last(&self) -> Option<LogId> {
+        let last = self.entries.last_key_value().map(|(_, entry)| entry.log_id);
+        last.or(self.purged)
+    }
+
     /// The shortest list of records that adds up to this log.
     fn records(&self) -> io::Result<Encoded> {
         let mut records = Encoded::default();
@@ -106,6 +111,21 @@ impl LogStore {
     /// How long a batch takes to be written and synced.
     pub fn syncs(&self) -> &Times {
         self.shared.journal.syncs()
+    }
+
+    /// The last entry, which may be in the snapshot alone.
+    pub fn last(&self) -> Option<LogId> {
+        self.log().last()
+    }
+
+    /// The Raft term of the vote.
+    pub fn term(&self) -> u64 {
+        self.log().vote.map_or(0, |vote| vote.leader_id.term)
+    }
+
+    /// All entries that are not in the snapshot alone.
+    pub fn entries(&self) -> Vec<Entry> {
+        self.log().entries.values().cloned().collect()
     }
 
     fn log(&self) -> MutexGuard<'_, Log> {
@@ -176,10 +196,9 @@ impl RaftLogStorage<TypeConfig> for LogStore {
 
     async fn get_log_state(&mut self) -> Result<LogState<TypeConfig>, io::Error> {
         let log = self.log();
-        let last = log.entries.last_key_value().map(|(_, entry)| entry.log_id);
         Ok(LogState {
             last_purged_log_id: log.purged,
-            last_log_id: last.or(log.purged),
+            last_log_id: log.last(),
         })
     }
 

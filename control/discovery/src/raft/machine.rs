@@ -38,6 +38,25 @@ struct Versioned<S> {
     state: S,
 }
 
+/// The state as it is stored in a snapshot.
+pub fn encode_state(state: &State) -> io::Result<Vec<u8>> {
+    let version = state::VERSION;
+    Ok(serde_json::to_vec(&Versioned { version, state })?)
+}
+
+/// The state that [`encode_state`] stored, here or in an earlier release.
+pub fn decode_state(data: &[u8]) -> io::Result<State> {
+    let versioned: Versioned<State> = serde_json::from_slice(data)?;
+    if versioned.version > state::VERSION {
+        let message = format!(
+            "a snapshot of version {} needs a newer release",
+            versioned.version
+        );
+        return Err(io::Error::new(io::ErrorKind::InvalidData, message));
+    }
+    Ok(versioned.state)
+}
+
 impl Machine {
     /// An empty machine that keeps `view` and stores snapshots in `file`.
     pub fn new(view: Arc<View>, file: SnapshotFile) -> Self {
@@ -83,6 +102,10 @@ impl RaftStateMachine<TypeConfig> for Machine {
     where
         S: Stream<Item = Result<EntryResponder<TypeConfig>, io::Error>> + Unpin + OptionalSend,
     {
+        if self.applied.is_none() {
+            // Before the first entry there is nothing, whatever was answered until it came.
+            self.view.replace(0, State::default());
+        }
         let mut chunks = entries.ready_chunks(APPLIED_AT_ONCE);
         while let Some(chunk) = chunks.next().await {
             let chunk = chunk.into_iter().collect::<Result<Vec<_>, _>>()?;
@@ -116,18 +139,11 @@ impl RaftStateMachine<TypeConfig> for Machine {
     }
 
     async fn install_snapshot(&mut self, meta: &SnapshotMeta, data: Vec<u8>) -> Result<(), io::Error> {
-        let versioned: Versioned<State> = serde_json::from_slice(&data)?;
-        if versioned.version > state::VERSION {
-            let message = format!(
-                "a snapshot of version {} needs a newer release",
-                versioned.version
-            );
-            return Err(io::Error::new(io::ErrorKind::InvalidData, message));
-        }
+        let state = decode_state(&data)?;
         write(&self.file, meta, data).await?;
         (self.applied, self.membership) = (meta.last_log_id, meta.last_membership.clone());
         self.view
-            .replace(meta.last_log_id.map_or(0, |last| last.index), versioned.state);
+            .replace(meta.last_log_id.map_or(0, |last| last.index), state);
         Ok(())
     }
 
@@ -150,10 +166,7 @@ impl RaftSnapshotBuilder<TypeConfig> for Builder {
     type SnapshotData = Vec<u8>;
 
     async fn build_snapshot(&mut self) -> Result<Snapshot, io::Error> {
-        let data = serde_json::to_vec(&Versioned {
-            version: state::VERSION,
-            state: &self.state,
-        })?;
+        let data = encode_state(&self.state)?;
         write(&self.file, &self.meta, data.clone()).await?;
         Ok(Snapshot {
             meta: self.meta.clone(),

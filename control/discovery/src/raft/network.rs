@@ -7,7 +7,6 @@ use std::time::Duration;
 
 use flynn_api::ErrorCode;
 use flynn_api::client::{Http, full};
-use flynn_api::tls::{Live, Use};
 use openraft::OptionalSend;
 use openraft::errors::{NetworkError, RPCError, ReplicationClosed, StreamingError, Unreachable};
 use openraft::network::{RPCOption, RaftNetworkFactory, RaftNetworkV2};
@@ -23,14 +22,11 @@ use super::{Member, Snapshot, SnapshotMeta, TypeConfig, Vote, snapshot};
 /// How other members are reached. Clones share connections.
 #[derive(Clone)]
 pub struct Dialer {
-    live: Arc<Live>,
-    clients: Arc<Mutex<Clients>>,
+    tls: Arc<rustls::ClientConfig>,
+    clients: Arc<Mutex<HashMap<String, Http>>>,
     // openraft keeps the link that it made to a member when the member moves; the link asks here where it is now.
     places: Arc<Mutex<HashMap<u64, String>>>,
 }
-
-/// Clients by address, and what they were made with.
-type Clients = (Option<Arc<rustls::ClientConfig>>, HashMap<String, Http>);
 
 /// Clients that are kept: more than there are members.
 const MAX_CLIENTS: usize = 64;
@@ -42,18 +38,13 @@ impl std::fmt::Debug for Dialer {
 }
 
 impl Dialer {
-    /// With this identity, which may be renewed.
-    pub fn new(live: Arc<Live>) -> Self {
+    /// With this TLS configuration.
+    pub fn new(tls: Arc<rustls::ClientConfig>) -> Self {
         Self {
-            live,
+            tls,
             clients: Arc::default(),
             places: Arc::default(),
         }
-    }
-
-    /// The identity that is in use.
-    pub fn identity(&self) -> Arc<Use> {
-        self.live.current()
     }
 
     /// The member `id` is at `addr` from now on.
@@ -76,17 +67,11 @@ impl Dialer {
 
     /// A client of the discoverd at `addr`.
     pub fn dial(&self, addr: &str) -> flynn_api::Result<Http> {
-        let tls = Arc::clone(&self.live.current().client);
         let mut clients = self.clients.lock().unwrap_or_else(PoisonError::into_inner);
-        let (made_with, clients) = &mut *clients;
-        if made_with.as_ref().is_none_or(|with| !Arc::ptr_eq(with, &tls)) {
-            clients.clear();
-            *made_with = Some(Arc::clone(&tls));
-        }
         if let Some(http) = clients.get(addr) {
             return Ok(http.clone());
         }
-        let http = Http::new(&format!("https://{addr}"))?.tls(tls);
+        let http = Http::new(&format!("https://{addr}"))?.tls(Arc::clone(&self.tls));
         if clients.len() >= MAX_CLIENTS {
             clients.clear();
         }

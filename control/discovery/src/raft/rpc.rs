@@ -1,5 +1,7 @@
 //! The receiving end of calls between members: `/raft/{id}/…` on the cluster listener.
 
+use std::sync::atomic::Ordering;
+
 use axum::extract::{Path, Request, State};
 use axum::response::{IntoResponse as _, Response};
 use axum::routing::post;
@@ -7,7 +9,7 @@ use axum::{Extension, Router};
 use flynn_api::discovery::Consistency;
 use flynn_api::server::{Json, Peer};
 use flynn_api::{Error, ErrorCode};
-use openraft::raft::{AppendEntriesRequest, TransferLeaderRequest, VoteRequest};
+use openraft::raft::{AppendEntriesRequest, AppendEntriesResponse, TransferLeaderRequest, VoteRequest};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
@@ -45,6 +47,14 @@ async fn call(
     request: Request,
 ) -> Result<Response, Error> {
     door.check(&peer, &Action::Raft)?;
+    if node.was(id) {
+        // Members that are left of the old cluster follow (`recovery::follow`).
+        let message = format!(
+            "member {id} goes on as {}, in a cluster of its own: an operator has recovered or restored it",
+            node.id()
+        );
+        return Err(Error::new(ErrorCode::Gone, message));
+    }
     if id != node.id() {
         let message = format!(
             "this is member {}, not {id}: the address has another owner now",
@@ -58,7 +68,11 @@ async fn call(
     match call.as_str() {
         "append" => {
             let rpc: AppendEntriesRequest<TypeConfig> = parse(&body)?;
-            answer(node.raft.append_entries(rpc).await)
+            let answered = node.raft.append_entries(rpc).await;
+            if matches!(&answered, Ok(taken) if !matches!(taken, AppendEntriesResponse::HigherVote(_))) {
+                node.orders.led.store(true, Ordering::Relaxed);
+            }
+            answer(answered)
         }
         "vote" => {
             let rpc: VoteRequest<TypeConfig> = parse(&body)?;

@@ -71,6 +71,11 @@ impl SnapshotFile {
         }
     }
 
+    /// Whether there is one.
+    pub fn exists(&self) -> bool {
+        self.path.exists()
+    }
+
     /// Reads the snapshot, if there is one.
     pub fn read(&self) -> io::Result<Option<Snapshot>> {
         let bytes = match std::fs::read(&self.path) {

@@ -49,7 +49,6 @@ pub fn timing() -> Timing {
         beat: Duration::from_millis(100),
         silence: Duration::from_millis(1400),
         settle: Duration::from_millis(100),
-        ca_settle: Duration::from_millis(300),
         ..Timing::default()
     }
 }
@@ -247,7 +246,7 @@ pub fn free_port(ip: Ipv4Addr) -> u16 {
     TcpListener::bind((ip, 0)).unwrap().local_addr().unwrap().port()
 }
 
-/// Asks again until there is an answer; fails the test after 20 s.
+/// Asks again until there is an answer; fails the test after a minute.
 pub async fn eventually<T>(what: &str, ask: impl AsyncFn() -> Option<T>) -> T {
     let began = Instant::now();
     loop {
@@ -255,7 +254,7 @@ pub async fn eventually<T>(what: &str, ask: impl AsyncFn() -> Option<T>) -> T {
             return answer;
         }
         assert!(
-            began.elapsed() < Duration::from_secs(20),
+            began.elapsed() < Duration::from_mins(1),
             "waited too long for {what}"
         );
         tokio::time::sleep(Duration::from_millis(20)).await;

@@ -104,6 +104,15 @@ impl History {
             .sum()
     }
 
+    /// What a register held, by the index that was named for it.
+    pub(crate) fn values(&self, register: usize) -> BTreeMap<u64, Value> {
+        let known = |record: &Record| match record.action {
+            Some(Action::Read(Some(value)) | Action::Swap { to: value, .. }) => Some((record.index?, value)),
+            _ => None,
+        };
+        self.records(register).iter().filter_map(known).collect()
+    }
+
     /// Fails if there is something that cannot have been.
     pub(crate) fn judge(&self) -> Result<()> {
         for register in 0..self.registers() {

@@ -18,13 +18,11 @@ use tokio::net::UdpSocket;
 use tokio::sync::watch;
 
 use crate::bed::{self, Condition, gateway, hosts};
-use crate::load;
 use crate::world::{Phase, Tally, World};
+use crate::{load, watches};
 
 /// A service that is there from the beginning to the end.
 pub(crate) const STEADY: &str = "steady";
-/// Clients at each host that speak to its own discoverd alone.
-const PINNED: u32 = 2;
 /// Between two questions.
 const PAUSE: Duration = Duration::from_millis(50);
 /// An answer that takes so long is worth a note.
@@ -92,12 +90,12 @@ async fn all(world: &World, host: u8, condition: watch::Receiver<Condition>, ste
         members.push(bed::client(&world.identity, other)?);
     }
     let id = |number: u32| u32::from(host) * 10 + number;
-    let (one, two) = (std::slice::from_ref(&own), std::slice::from_ref(&own));
-    const { assert!(PINNED == 2, "these are two") };
+    let own = std::slice::from_ref(&own);
     tokio::join!(
-        load::client(world, id(0), one),
-        load::client(world, id(1), two),
+        load::client(world, id(0), own),
+        load::client(world, id(1), own),
         load::client(world, id(2), &members),
+        watches::watch(world, &world.watchers[usize::from(host - 1)], &members),
         instance(host),
         names(world, host, condition.clone(), steady),
         reads(world, host, condition, steady),
@@ -218,7 +216,9 @@ async fn always(
                 ));
             }
             tally.add(began.elapsed());
-            answered_in = Some(now.since);
+            if answered_in.replace(now.since) != Some(now.since) {
+                world.starts.add(now.since.elapsed());
+            }
             continue;
         };
         if *condition.borrow() != now {

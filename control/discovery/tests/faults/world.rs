@@ -7,7 +7,9 @@ use std::time::Duration;
 use flynn_api::tls::Identity;
 use tokio::sync::watch;
 
+use crate::bed::HOSTS;
 use crate::history::{History, Value};
+use crate::watches::Watcher;
 
 /// Registers that clients write.
 const REGISTERS: usize = 5;
@@ -26,10 +28,14 @@ pub(crate) enum Phase {
 
 pub(crate) struct World {
     pub(crate) history: History,
+    /// By host.
+    pub(crate) watchers: Vec<Watcher>,
     pub(crate) identity: Identity,
     pub(crate) phase: watch::Sender<Phase>,
     pub(crate) dns: Tally,
     pub(crate) reads: Tally,
+    /// From the start of a discoverd, or its waking, to its first answer.
+    pub(crate) starts: Tally,
     value: AtomicU64,
     notes: Mutex<Vec<String>>,
     faults: Mutex<Vec<String>>,
@@ -62,10 +68,12 @@ impl World {
     pub(crate) fn new(identity: Identity) -> Self {
         Self {
             history: History::new(REGISTERS),
+            watchers: (0..HOSTS).map(|_| Watcher::default()).collect(),
             identity,
             phase: watch::Sender::new(Phase::Load),
             dns: Tally::default(),
             reads: Tally::default(),
+            starts: Tally::default(),
             value: AtomicU64::new(1),
             notes: Mutex::default(),
             faults: Mutex::default(),
