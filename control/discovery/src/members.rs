@@ -202,11 +202,15 @@ enum Submitted {
 }
 
 async fn submit(node: &Node, members: ChangeMembers<u64, Member>) -> Result<Submitted, Error> {
-    use ClientWriteError::{ChangeMembershipError as Refused, ForwardToLeader};
+    use ChangeMembershipError::{InProgress, UncommittedLeaderLog};
+    use ClientWriteError::{ChangeMembershipError as Refused, ForwardToLeader, PreconditionFailed};
     match node.raft.change_membership(members, true).await {
         Ok(_) => Ok(Submitted::Taken),
         Err(RaftError::APIError(ForwardToLeader(_))) => Ok(Submitted::NotLeader),
-        Err(RaftError::APIError(Refused(ChangeMembershipError::InProgress(_)))) => Ok(Submitted::Busy),
+        // Another change came in between, or the new leader has not begun yet.
+        Err(RaftError::APIError(
+            Refused(InProgress(_) | UncommittedLeaderLog(_)) | PreconditionFailed(_),
+        )) => Ok(Submitted::Busy),
         Err(RaftError::APIError(error)) => Err(Error::conflict(format!(
             "the members cannot be changed now: {error}"
         ))),

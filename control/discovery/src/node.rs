@@ -24,7 +24,7 @@ use crate::raft::log::LogStore;
 use crate::raft::machine::Machine;
 use crate::raft::network::Dialer;
 use crate::raft::snapshot::SnapshotFile;
-use crate::raft::{Member, Raft, Timing};
+use crate::raft::{Member, Raft, Timing, dir};
 use crate::reads::Questions;
 use crate::recovery;
 use crate::state::State;
@@ -111,10 +111,9 @@ pub enum Forwarded<T> {
 impl Node {
     /// Opens the store in `dir` and starts the member, which may not belong to a cluster yet.
     pub async fn start(dir: &Path, dialer: Dialer, timing: Timing) -> anyhow::Result<Self> {
-        std::fs::create_dir_all(dir)
-            .with_context(|| format!("cannot make the data directory {}", dir.display()))?;
-        let lock = lock(dir)?;
-        let id = node_id(dir)?;
+        dir::make(dir)?;
+        let lock = dir::lock(dir)?;
+        let id = dir::member_id(dir)?;
         let log = LogStore::open(dir).context("cannot open the Raft journal")?;
         let view = Arc::new(View::default());
         if log.last().is_some() || SnapshotFile::new(dir).exists() {
@@ -507,62 +506,4 @@ fn millis(duration: Duration) -> u64 {
 /// Milliseconds since 1970, for commands in which something expires.
 pub fn wall_clock() -> u64 {
     millis(SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default())
-}
-
-/// Locks a store against other processes, as long as the file is open.
-pub(crate) fn lock(dir: &Path) -> anyhow::Result<std::fs::File> {
-    let path = dir.join("lock");
-    let file = std::fs::OpenOptions::new()
-        .write(true)
-        .create(true)
-        .truncate(false)
-        .open(&path)?;
-    file.try_lock().with_context(|| {
-        format!(
-            "{} is in use: another discoverd runs on this data directory",
-            path.display()
-        )
-    })?;
-    Ok(file)
-}
-
-/// An id that no member has had.
-pub(crate) fn new_id() -> u64 {
-    // 48 bits: exact in every JSON reader.
-    rand::random_range(1..1_u64 << 48)
-}
-
-/// The id of the member whose store `dir` is.
-pub(crate) fn stored_id(dir: &Path) -> anyhow::Result<Option<u64>> {
-    let path = dir.join("id");
-    match std::fs::read_to_string(&path) {
-        Ok(text) => text
-            .trim()
-            .parse()
-            .map(Some)
-            .with_context(|| format!("{} does not hold a member's id", path.display())),
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
-        Err(error) => Err(error).with_context(|| format!("cannot read {}", path.display())),
-    }
-}
-
-/// The member's id: drawn when the store is made, and kept in it, so that a store that was lost never comes back under
-/// the same id (a member that forgot its vote could split the cluster).
-fn node_id(dir: &Path) -> anyhow::Result<u64> {
-    if let Some(id) = stored_id(dir)? {
-        return Ok(id);
-    }
-    let path = dir.join("id");
-    anyhow::ensure!(
-        !dir.join("journal").exists(),
-        "{} is missing, but the journal is there: put it back, or move the whole directory away and join anew",
-        path.display()
-    );
-    let id = new_id();
-    let temporary = dir.join("id.new");
-    std::fs::write(&temporary, format!("{id}\n"))?;
-    std::fs::File::open(&temporary)?.sync_all()?;
-    std::fs::rename(&temporary, &path)?;
-    crate::raft::journal::sync_directory(&path)?;
-    Ok(id)
 }

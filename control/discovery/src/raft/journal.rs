@@ -412,7 +412,7 @@ fn recover(path: &Path, mut each: impl FnMut(Record)) -> io::Result<(File, u64)>
     };
     let mut bytes = Vec::new();
     file.read_to_end(&mut bytes)?;
-    if bytes.len() < HEADER {
+    if bytes.len() <= HEADER && (bytes.len() < HEADER || bytes.iter().all(|byte| *byte == 0)) {
         // The header is synced before anything is acknowledged: this file was never used.
         drop(file);
         return Ok((start(path)?, HEADER as u64));

@@ -1,10 +1,12 @@
 //! Consensus: openraft with our log on disk, our state machine and our network.
 //!
+//! - [`dir`]: the store's directory and the member's id.
 //! - [`journal`]: the file that holds log and vote, written by one thread with one `fdatasync` per batch.
 //! - [`log`]: openraft's log storage on it.
 //! - [`machine`]: the state machine that keeps [`crate::view::View`] up to date, and [`snapshot`], its file.
 //! - [`network`], [`rpc`]: the two ends of the calls between members.
 
+pub mod dir;
 pub mod journal;
 pub mod log;
 pub mod machine;
@@ -112,7 +114,7 @@ impl Timing {
             max_payload_entries: 1024,
             snapshot_policy: SnapshotPolicy::LogsSinceLast(self.snapshot_after),
             max_in_snapshot_log_to_keep: KEPT_LOGS.min(self.snapshot_after),
-            purge_batch_size: 256,
+            purge_batch_size: 256.min(self.snapshot_after),
             enable_pre_vote: Some(true),
             // A leader that begins anew may have lost the end of its log, which others hold committed; in its old term it
             // would write other entries to the same places, and answer reads without those that it does not know.

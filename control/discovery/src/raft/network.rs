@@ -28,8 +28,9 @@ pub struct Dialer {
     places: Arc<Mutex<HashMap<u64, String>>>,
 }
 
-/// Clients that are kept: more than there are members.
-const MAX_CLIENTS: usize = 64;
+/// Clients that are kept: more than there are members. With fewer, each call to a member would be a new connection, and
+/// nearly all of a leader's work would be handshakes.
+const MAX_CLIENTS: usize = 4096;
 
 impl std::fmt::Debug for Dialer {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {

@@ -18,11 +18,10 @@ use openraft::vote::leader_id_adv::LeaderId;
 use super::build::{self, Built};
 use super::{JUMP, Order, RESTORING, STORE, write};
 use crate::Options;
-use crate::node;
 use crate::raft::journal::{Encoded, Journal, Record};
 use crate::raft::machine::{decode_state, encode_state};
 use crate::raft::snapshot::{SnapshotFile, decode};
-use crate::raft::{LogId, Member, SnapshotMeta, StoredMembership, Vote};
+use crate::raft::{LogId, Member, SnapshotMeta, StoredMembership, Vote, dir};
 use crate::state::State;
 
 /// Ids that this member had in clusters that it has left behind.
@@ -83,7 +82,7 @@ pub(super) fn store(options: &Options, order: &Order, id: u64, dir: &Path) -> an
             }
         }
     }
-    write(&dir.join("id"), format!("{id}\n").as_bytes())?;
+    write(&dir.join("id"), dir::encode_id(id).as_bytes())?;
     Ok(())
 }
 
@@ -110,7 +109,7 @@ fn alone(options: &Options, id: u64, dir: &Path, built: &Built, state: State) ->
     };
     let last = LogId::new(leader, built.last.map_or(0, |last| last.index) + JUMP);
     let old = options.data.join(STORE);
-    let old_id = node::stored_id(&old)?;
+    let old_id = dir::stored_id(&old)?;
     let known = old_id.and_then(|id| built.membership.membership().get_node(&id).cloned());
     let member = Member {
         addr: SocketAddr::from((options.host_ip, options.api_port)).to_string(),

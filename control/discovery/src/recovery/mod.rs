@@ -39,6 +39,7 @@ pub use self::check::{follow, recover, recovery_plan, rejoin, restore, restore_p
 pub(crate) use self::make::{forget_last_known, former, last_known, to_join};
 use crate::Options;
 use crate::node;
+use crate::raft::dir;
 use crate::raft::journal::sync_directory;
 
 /// How far a new log begins after the end of the old one: more entries than any member can have had that this one had
@@ -89,7 +90,7 @@ const VERSION: u32 = 1;
 pub fn place(data: &Path, order: Order) -> anyhow::Result<()> {
     let ordered = Ordered {
         version: VERSION,
-        id: node::new_id(),
+        id: dir::new_id(),
         at: node::wall_clock(),
         order,
     };
@@ -133,7 +134,7 @@ pub fn advance(options: &Options) -> anyhow::Result<bool> {
     let this = File::open(data)?;
     this.try_lock().with_context(in_use)?;
     let store = data.join(STORE);
-    let _lock = store.is_dir().then(|| node::lock(&store)).transpose()?;
+    let _lock = store.is_dir().then(|| dir::lock(&store)).transpose()?;
 
     let Some(ordered) = read_order(data)? else {
         remove_all(&data.join(MAKING))?;
@@ -141,14 +142,14 @@ pub fn advance(options: &Options) -> anyhow::Result<bool> {
         return Ok(false);
     };
     let (new, making) = (data.join(NEW), data.join(MAKING));
-    if node::stored_id(&store)? == Some(ordered.id) {
+    if dir::stored_id(&store)? == Some(ordered.id) {
         tracing::warn!(order = ?ordered.order, member = ordered.id, "carried out; the old store is kept aside");
         prune(data)?;
         remove(&data.join(RESTORING))?;
         remove(&data.join(REFUSED))?;
         remove(&data.join(ORDER))?;
         sync_directory(&store)?;
-    } else if node::stored_id(&new)? != Some(ordered.id) {
+    } else if dir::stored_id(&new)? != Some(ordered.id) {
         remove_all(&making)?;
         remove_all(&new)?;
         tracing::warn!(order = ?ordered.order, "an operator's order is carried out");

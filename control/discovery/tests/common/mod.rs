@@ -1,10 +1,13 @@
-//! Members of a cluster in this process, each with a runtime of its own, on loopback addresses of its own.
+//! Members of a cluster on loopback addresses of their own: in this process, each with a runtime of its own, or as
+//! processes ([`process`]).
 #![allow(
     dead_code,
     unreachable_pub,
     clippy::allow_attributes,
     reason = "each test binary uses a part"
 )]
+
+pub mod process;
 
 use std::future::Future;
 use std::net::{Ipv4Addr, SocketAddr, TcpListener};
@@ -21,22 +24,36 @@ use flynn_api::tls::{self, Ca, Identity, PeerIdentity};
 use flynn_discovery::Options;
 use flynn_discovery::dns::Upstreams;
 use flynn_discovery::raft::Timing;
+use rustix::process::{Pid, WaitId, WaitIdOptions};
 use tempfile::TempDir;
 use tokio::runtime::Runtime;
+
+use self::process::Apart;
 
 /// A cluster's CA and its members.
 pub struct Cluster {
     pub ca: Ca,
     pub members: Vec<Member>,
     base: [u8; 2],
+    apart: Option<Apart>,
 }
 
 /// One member.
 pub struct Member {
     pub options: Options,
     pub dir: TempDir,
-    running: Option<(Runtime, CancellationToken)>,
-    ended: Arc<AtomicBool>,
+    /// How it is started as a process, if it is to be one.
+    pub apart: Option<Apart>,
+    running: Option<Running>,
+}
+
+enum Running {
+    Here {
+        runtime: Runtime,
+        stop: CancellationToken,
+        ended: Arc<AtomicBool>,
+    },
+    Apart(std::process::Child),
 }
 
 /// Short times, so that tests are.
@@ -62,6 +79,15 @@ impl Cluster {
             ca: Ca::create("test cluster").unwrap(),
             members: Vec::new(),
             base,
+            apart: None,
+        }
+    }
+
+    /// A CA and no members, which will be processes.
+    pub fn apart(apart: Apart) -> Self {
+        Self {
+            apart: Some(apart),
+            ..Self::new()
         }
     }
 
@@ -80,16 +106,23 @@ impl Cluster {
     /// [`Cluster::three`] with other options.
     pub async fn three_with(change: impl Fn(&mut Options)) -> Self {
         let mut cluster = Self::new();
-        cluster.add_with(&change);
-        cluster.ready(0).await;
-        cluster.add_with(&change);
-        cluster.add_with(&change);
-        eventually("three voters", async || {
-            let peers = cluster.client(0).peers().await.ok()?;
-            (peers.iter().filter(|peer| peer.voter).count() == 3).then_some(())
+        cluster.grow(3, change).await;
+        cluster
+    }
+
+    /// Adds members until there are `size`, all of them voters.
+    pub async fn grow(&mut self, size: usize, change: impl Fn(&mut Options)) {
+        while self.members.len() < size {
+            let at = self.add_with(&change);
+            if at == 0 {
+                self.ready(0).await;
+            }
+        }
+        eventually("all vote", async || {
+            let peers = self.client(0).peers().await.ok()?;
+            (peers.iter().filter(|peer| peer.voter).count() == size).then_some(())
         })
         .await;
-        cluster
     }
 
     /// Adds a member that makes the cluster, or joins it, and starts it.
@@ -99,14 +132,16 @@ impl Cluster {
 
     /// [`Cluster::add`] with other options.
     pub fn add_with(&mut self, change: impl FnOnce(&mut Options)) -> usize {
+        let at = self.prepare(change);
+        self.members[at].start();
+        at
+    }
+
+    /// [`Cluster::add_with`], but does not start it.
+    pub fn prepare(&mut self, change: impl FnOnce(&mut Options)) -> usize {
         let at = self.members.len();
         let host_ip = Ipv4Addr::new(127, self.base[0], self.base[1], u8::try_from(at).unwrap() + 1);
         let dir = tempfile::tempdir().unwrap();
-        let identity = self
-            .ca
-            .issue(&PeerIdentity::Job("discoverd".into()), &[host_ip.to_string()])
-            .unwrap();
-        identity.save(&dir.path().join("tls")).unwrap();
         let api_port = self
             .members
             .first()
@@ -132,14 +167,24 @@ impl Cluster {
             timing: timing(),
         };
         change(&mut options);
+        std::fs::create_dir(&options.data).unwrap();
         self.members.push(Member {
             options,
             dir,
+            apart: self.apart,
             running: None,
-            ended: Arc::default(),
         });
-        self.members[at].start();
+        self.move_to(at, host_ip);
         at
+    }
+
+    /// Gives a member that is not running another address.
+    pub fn move_to(&mut self, at: usize, ip: Ipv4Addr) {
+        let identity = PeerIdentity::Job("discoverd".into());
+        let identity = self.ca.issue(&identity, &[ip.to_string()]).unwrap();
+        let options = &mut self.members[at].options;
+        identity.save(&options.tls).unwrap();
+        options.host_ip = ip;
     }
 
     /// A client with this identity.
@@ -186,29 +231,36 @@ impl Member {
     /// Starts it.
     pub fn start(&mut self) {
         assert!(self.running.is_none());
+        if let Some(apart) = self.apart {
+            self.running = Some(Running::Apart(process::spawn(&self.options, apart)));
+            return;
+        }
         let runtime = tokio::runtime::Builder::new_multi_thread()
             .worker_threads(1)
             .enable_all()
             .build()
             .unwrap();
         let stop = CancellationToken::new();
-        let (options, stopped) = (self.options.clone(), stop.clone());
-        self.ended = Arc::default();
-        let ended = Arc::clone(&self.ended);
+        let ended = Arc::<AtomicBool>::default();
+        let (options, stopped, end) = (self.options.clone(), stop.clone(), Arc::clone(&ended));
         runtime.spawn(async move {
             let host = options.host_id.clone();
             if let Err(error) = flynn_discovery::run(options, stopped).await {
                 eprintln!("{host} ended: {error:#}");
             }
-            ended.store(true, Ordering::Relaxed);
+            end.store(true, Ordering::Relaxed);
         });
-        self.running = Some((runtime, stop));
+        self.running = Some(Running::Here { runtime, stop, ended });
     }
 
     /// Ends it in an orderly way.
     pub fn stop(&mut self) {
-        if let Some((_, stop)) = &self.running {
-            stop.cancel();
+        match &self.running {
+            Some(Running::Here { stop, .. }) => stop.cancel(),
+            Some(Running::Apart(child)) => {
+                rustix::process::kill_process(Pid::from_child(child), rustix::process::Signal::TERM).unwrap();
+            }
+            None => {}
         }
         let began = Instant::now();
         while !self.has_ended() {
@@ -220,24 +272,59 @@ impl Member {
 
     /// Whether it has ended by itself.
     pub fn has_ended(&self) -> bool {
-        self.ended.load(Ordering::Relaxed)
+        match &self.running {
+            Some(Running::Here { ended, .. }) => ended.load(Ordering::Relaxed),
+            Some(Running::Apart(child)) => {
+                let look = WaitIdOptions::EXITED | WaitIdOptions::NOHANG | WaitIdOptions::NOWAIT;
+                let dead = rustix::process::waitid(WaitId::Pid(Pid::from_child(child)), look).unwrap();
+                dead.is_some()
+            }
+            None => true,
+        }
+    }
+
+    /// Its process.
+    pub fn pid(&self) -> u32 {
+        match &self.running {
+            Some(Running::Apart(child)) => child.id(),
+            _ => panic!("it is not a process that runs"),
+        }
     }
 
     /// Ends it without any notice.
     pub fn kill(&mut self) {
-        if let Some((runtime, _)) = self.running.take() {
+        self.strike();
+        match self.running.take() {
             // Not from within the test's own runtime.
-            std::thread::spawn(move || runtime.shutdown_timeout(Duration::from_secs(5)))
-                .join()
-                .unwrap();
+            Some(Running::Here { runtime, .. }) => {
+                std::thread::spawn(move || runtime.shutdown_timeout(Duration::from_secs(5)))
+                    .join()
+                    .unwrap();
+            }
+            Some(Running::Apart(mut child)) => {
+                child.wait().unwrap();
+            }
+            None => {}
+        }
+    }
+
+    /// Kills the process and does not wait until it is gone.
+    pub fn strike(&mut self) {
+        if let Some(Running::Apart(child)) = &mut self.running {
+            child.kill().unwrap();
         }
     }
 }
 
 impl Drop for Member {
     fn drop(&mut self) {
-        if let Some((runtime, _)) = self.running.take() {
-            runtime.shutdown_background();
+        match self.running.take() {
+            Some(Running::Here { runtime, .. }) => runtime.shutdown_background(),
+            Some(Running::Apart(mut child)) => {
+                let _ = child.kill();
+                let _ = child.wait();
+            }
+            None => {}
         }
     }
 }

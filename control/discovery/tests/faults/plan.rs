@@ -27,8 +27,6 @@ pub(crate) enum Fault {
     /// All at one moment.
     PowerCutAll,
     DiskFull,
-    /// A member loses its vote, and another one with it, for their number is odd.
-    Demote,
     /// Nobody hears the leader, and it hears nobody.
     CutOffTheLeader,
     /// Nobody hears one host, which hears all.
@@ -48,7 +46,7 @@ pub(crate) enum Fault {
 }
 
 impl Fault {
-    pub(crate) const ALL: [Self; 21] = [
+    pub(crate) const ALL: [Self; 20] = [
         Self::Kill,
         Self::KillTheLeader,
         Self::KillThree,
@@ -61,7 +59,6 @@ impl Fault {
         Self::PowerCutThree,
         Self::PowerCutAll,
         Self::DiskFull,
-        Self::Demote,
         Self::CutOffTheLeader,
         Self::CutOffOneWay,
         Self::Deafen,
@@ -86,11 +83,9 @@ impl Fault {
         )
     }
 
-    /// Whether both can be there at a time. Nothing is slow on a link that is cut, and nobody loses a vote while others
-    /// are not well.
+    /// Whether both can be there at a time. Nothing is slow on a link that is cut.
     fn goes_with(self, other: Self) -> bool {
-        let alone = |fault| matches!(fault, Self::Slow | Self::Demote);
-        self.of_links() != other.of_links() && !alone(self) && !alone(other)
+        self.of_links() != other.of_links() && self != Self::Slow && other != Self::Slow
     }
 }
 
