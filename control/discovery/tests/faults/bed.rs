@@ -118,7 +118,8 @@ impl Bed {
         });
     }
 
-    fn serves(&self, host: u8, serves: bool) {
+    /// From now on discoverd answers at a host, or it does not.
+    pub(crate) fn serves(&self, host: u8, serves: bool) {
         let init = self.condition(host).borrow().init;
         self.set(host, init, serves);
     }
@@ -141,6 +142,21 @@ impl Bed {
     /// A client of a host's cluster listener.
     pub(crate) fn client(&self, host: u8) -> Result<DiscoveryClient> {
         client(&self.identity, host)
+    }
+
+    /// Calls a host's discoverd from that host.
+    pub(crate) fn call<T: Send>(
+        &self,
+        host: u8,
+        call: impl AsyncFnOnce(&DiscoveryClient) -> flynn_api::Result<T> + Send,
+    ) -> Result<T> {
+        let client = self.client(host)?;
+        self.at(host, || {
+            let runtime = tokio::runtime::Builder::new_current_thread()
+                .enable_all()
+                .build()?;
+            Ok(runtime.block_on(call(&client))?)
+        })
     }
 
     pub(crate) fn kill(&self, host: u8) -> Result<()> {

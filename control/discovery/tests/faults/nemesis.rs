@@ -5,6 +5,7 @@ use std::io::Write as _;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
+use flynn_api::discovery::{PORT, Peer, Voting};
 use flynn_lab::host_name;
 use flynn_lab::netns;
 use rand::Rng as _;
@@ -41,6 +42,7 @@ enum Mend {
     Empty(u8),
     Links,
     Quicken(u8),
+    Vote(u8),
 }
 
 impl<'a> Nemesis<'a> {
@@ -115,6 +117,10 @@ impl<'a> Nemesis<'a> {
                 self.fill(chosen[0])?;
                 Ok(Mend::Empty(chosen[0]))
             }
+            F::Demote => {
+                self.vote(chosen[0], Voting::Demoted)?;
+                Ok(Mend::Vote(chosen[0]))
+            }
             F::Slow => {
                 self.slow(chosen[0])?;
                 Ok(Mend::Quicken(chosen[0]))
@@ -134,6 +140,7 @@ impl<'a> Nemesis<'a> {
             Mend::Boot(hosts) => self.one_by_one(hosts, |host| bed.boot(host)),
             Mend::Empty(host) => Ok(std::fs::remove_file(bed.on_disk(host, FILLER)?)?),
             Mend::Links => bed.lab.lose(&[]),
+            Mend::Vote(host) => self.vote(host, Voting::Auto),
             Mend::Quicken(host) => bed.at(host, || tc(&["del", "dev", "eth0", "root"]).map(drop)),
         }
     }
@@ -153,19 +160,25 @@ impl<'a> Nemesis<'a> {
         let mut all: Vec<u8> = hosts().collect();
         all.shuffle(&mut self.random);
         all.into_iter().find_map(|host| {
-            let client = self.bed.client(host).ok()?;
-            let peers = self.bed.at(host, || {
-                let runtime = tokio::runtime::Builder::new_current_thread()
-                    .enable_all()
-                    .build()?;
-                Ok(runtime.block_on(client.peers())?)
-            });
-            let leader = peers.ok()?.into_iter().find(|peer| peer.leader)?;
-            hosts().find(|host| {
-                leader
-                    .addr
-                    .starts_with(&format!("{}:", flynn_lab::host_address(*host)))
-            })
+            let peers = self.bed.call(host, async |client| client.peers().await).ok()?;
+            let leader = peers.into_iter().find(|peer| peer.leader)?;
+            hosts().find(|host| leader.addr == listener(*host))
+        })
+    }
+
+    /// Says whether a host's member is to vote, until it is so.
+    fn vote(&self, host: u8, vote: Voting) -> Result<()> {
+        let member = listener(host);
+        flynn_lab::until(PATIENCE, "a vote to be changed", || {
+            // Not by the one that it is about: any can be asked.
+            let asked = host % HOSTS + 1;
+            let changed = self
+                .bed
+                .call(asked, async |client| client.set_vote(&member, vote).await);
+            let peers = changed.and_then(|()| self.bed.call(asked, async |client| client.peers().await));
+            // Whoever is asked hears of it a little later.
+            let votes = |peer: &Peer| peer.addr == member && peer.voter;
+            Ok(peers.is_ok_and(|peers| vote == Voting::Auto || !peers.iter().any(votes)))
         })
     }
 
@@ -233,6 +246,11 @@ fn links(fault: Fault, all: &[u8]) -> Vec<(u8, u8, u8)> {
         .filter(|(from, to)| from != to && lost(*from, *to))
         .collect();
     pairs.into_iter().map(|(from, to)| (from, to, percent)).collect()
+}
+
+/// The address that a host's member is known by.
+fn listener(host: u8) -> String {
+    format!("{}:{PORT}", flynn_lab::host_address(host))
 }
 
 /// Runs `tc -statistics qdisc …`.

@@ -27,6 +27,8 @@ pub(crate) enum Fault {
     /// All at one moment.
     PowerCutAll,
     DiskFull,
+    /// A member loses its vote, and another one with it, for their number is odd.
+    Demote,
     /// Nobody hears the leader, and it hears nobody.
     CutOffTheLeader,
     /// Nobody hears one host, which hears all.
@@ -46,7 +48,7 @@ pub(crate) enum Fault {
 }
 
 impl Fault {
-    pub(crate) const ALL: [Self; 20] = [
+    pub(crate) const ALL: [Self; 21] = [
         Self::Kill,
         Self::KillTheLeader,
         Self::KillThree,
@@ -59,6 +61,7 @@ impl Fault {
         Self::PowerCutThree,
         Self::PowerCutAll,
         Self::DiskFull,
+        Self::Demote,
         Self::CutOffTheLeader,
         Self::CutOffOneWay,
         Self::Deafen,
@@ -83,9 +86,11 @@ impl Fault {
         )
     }
 
-    /// Whether both can be there at a time. Nothing is slow on a link that is cut.
+    /// Whether both can be there at a time. Nothing is slow on a link that is cut, and nobody loses a vote while others
+    /// are not well.
     fn goes_with(self, other: Self) -> bool {
-        self.of_links() != other.of_links() && self != Self::Slow && other != Self::Slow
+        let alone = |fault| matches!(fault, Self::Slow | Self::Demote);
+        self.of_links() != other.of_links() && !alone(self) && !alone(other)
     }
 }
 
