@@ -6,11 +6,14 @@ use std::time::Duration;
 use anyhow::Context as _;
 use flynn_api::client::Http;
 use flynn_api::client::discovery::DiscoveryClient;
-use flynn_api::discovery::{self, RenewRequest};
+use flynn_api::discovery::{self, HOST_SERVICE, NetworkLeases, RenewRequest, ServiceMeta};
 use flynn_api::tls::{Identity, KeyRequest, TlsError};
 use flynn_api::{Error, Result};
+use serde::Deserialize as _;
 
 use crate::config::{HostConfig, Overrides};
+use crate::paths::Paths;
+use crate::{files, leases};
 
 /// The host's own, below its state directory: `ca.pem`, `cert.pem`, `key.pem` ([`Identity`]).
 pub fn host_dir(state: &Path) -> PathBuf {
@@ -22,7 +25,7 @@ pub fn app_dir(state: &Path, app: &str) -> PathBuf {
     host_dir(state).join("apps").join(app)
 }
 
-/// This host's discoverd, spoken to as this host.
+/// Discoverd, spoken to as this host: at this host, or where that one does not answer at those that have a lease.
 ///
 /// # Errors
 /// The host has no configuration that can be read, or no certificate.
@@ -35,8 +38,14 @@ pub(crate) fn discoverd_within(state: &Path, timeout: Duration) -> anyhow::Resul
     let config = HostConfig::load(state, &Overrides::default())?;
     let identity = Identity::load(&host_dir(state))
         .context("this host is in no cluster yet: run flynn-host bootstrap or flynn-host join")?;
-    let http = Http::new(&format!("https://{}:{}", config.address, discovery::PORT))?;
-    Ok(DiscoveryClient::new(http.identity(&identity)?.timeout(timeout)))
+    let own = Http::new(&format!("https://{}:{}", config.address, discovery::PORT))?;
+    // What the daemon saw last of it. Without, this host's alone is asked.
+    let document = Paths::network_of(state).join(format!("{HOST_SERVICE}.json"));
+    let leases = files::read_json::<ServiceMeta>(&document).ok().flatten();
+    let leases = leases.and_then(|meta| NetworkLeases::deserialize(&meta.data).ok());
+    Ok(DiscoveryClient::new(own.identity(&identity)?.timeout(timeout))
+        .learning(host_dir(state))
+        .knowing(leases.iter().flat_map(leases::members)))
 }
 
 /// Sees to it that a system app's certificate is there: discoverd's leader signs it when it is not.

@@ -9,7 +9,7 @@ use std::collections::BTreeMap;
 use std::net::Ipv4Addr;
 
 use flynn_api::client::discovery::DiscoveryClient;
-use flynn_api::discovery::{HOST_SERVICE, NetworkLeases, ServiceMeta, SubnetLease};
+use flynn_api::discovery::{HOST_SERVICE, NetworkLeases, PORT, ServiceMeta, SubnetLease};
 use flynn_api::{Error, ErrorCode, Result};
 use ipnet::{Ipv4Net, Ipv6Net};
 use jiff::{SignedDuration, Timestamp};
@@ -111,6 +111,12 @@ pub fn take(
     };
     leases.leases.insert(host.to_owned(), lease.clone());
     Ok(lease)
+}
+
+/// Where the discoverds of the hosts with leases are.
+pub fn members(leases: &NetworkLeases) -> impl Iterator<Item = String> {
+    let addresses = leases.leases.values().map(|lease| lease.address);
+    addresses.map(|address| format!("{address}:{PORT}"))
 }
 
 /// Takes a host's subnet back; `None` when it holds none.

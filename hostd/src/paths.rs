@@ -84,7 +84,12 @@ impl Paths {
 
     /// The cluster network's documents, as they were seen last.
     pub fn network(&self) -> PathBuf {
-        self.state.join("network")
+        Self::network_of(&self.state)
+    }
+
+    /// The same, below this state directory.
+    pub fn network_of(state: &Path) -> PathBuf {
+        state.join("network")
     }
 
     /// Where layers are mounted.

@@ -38,6 +38,8 @@ pub struct Options {
     pub api: SocketAddr,
     /// discoverd's URL.
     pub discoverd: String,
+    /// The directory of the router's certificate, by which it asks other hosts' discoverd.
+    pub tls: PathBuf,
     /// A key of the controller.
     pub controller_key: String,
     /// Where the state is kept.
@@ -79,6 +81,7 @@ impl Options {
             https_port: port("HTTPS_PORT", 443)?,
             api: (host, 5000).into(),
             discoverd: need("DISCOVERD")?,
+            tls: "/etc/flynn/tls".into(),
             controller_key: need("CONTROLLER_KEY")?,
             data: get("ROUTER_DATA").unwrap_or_else(|| "/data".into()).into(),
             pins: get("BPF_PINS").map(PathBuf::from),
@@ -136,7 +139,8 @@ pub async fn serve(
     let sync = Arc::new(Sync {
         router: Arc::clone(&router),
         store: Arc::clone(&store),
-        discovery: DiscoveryClient::new(Http::new(&options.discoverd)?.timeout(Duration::from_secs(5))),
+        discovery: DiscoveryClient::new(Http::new(&options.discoverd)?.timeout(Duration::from_secs(5)))
+            .learning(&options.tls),
         controller_key: options.controller_key,
         routes_changed: Notify::new(),
     });

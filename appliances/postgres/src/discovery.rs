@@ -1,11 +1,10 @@
 //! The peer's dealings with discoverd: its registration, the watch on the service, the cluster's state.
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
 use std::time::Duration;
 
 use flynn_api::client::discovery::DiscoveryClient;
-use flynn_api::client::{EventStream, Http};
+use flynn_api::client::{Http, Watch};
 use flynn_api::discovery::{
     Event as Change, EventKind, HEARTBEAT_SECS, Instance, LeaderType, ServiceConfig, ServiceMeta,
 };
@@ -31,9 +30,7 @@ pub(crate) struct Discovery {
     /// For this host's containers: the registration.
     local: DiscoveryClient,
     /// The cluster port: the state.
-    cluster: Http,
-    /// The identity for it. It is read for each call, as it is renewed.
-    identity: Option<PathBuf>,
+    cluster: DiscoveryClient,
     me: Instance,
 }
 
@@ -41,25 +38,21 @@ impl Discovery {
     /// Connects to nothing yet.
     pub(crate) fn new(options: &Options, me: Instance) -> Result<Self, Error> {
         let local = Http::new(&options.discoverd)?.timeout(PATIENCE);
-        let cluster = Http::new(&options.cluster)?.timeout(PATIENCE);
-        let discovery = Self {
-            local: DiscoveryClient::new(local),
-            cluster,
-            identity: options.identity.clone(),
-            me,
+        let mut cluster = Http::new(&options.cluster)?.timeout(PATIENCE);
+        let learning = |http: Http| match &options.identity {
+            Some(dir) => DiscoveryClient::new(http).learning(dir),
+            None => DiscoveryClient::new(http),
         };
         // One that cannot be read is no reason to wait.
-        discovery.cluster()?;
-        Ok(discovery)
-    }
-
-    fn cluster(&self) -> Result<DiscoveryClient, ApiError> {
-        let mut http = self.cluster.clone();
-        if let Some(dir) = &self.identity {
-            let identity = Identity::load(dir).and_then(|identity| http.clone().identity(&identity));
-            http = identity.map_err(|why| ApiError::internal(why.to_string()))?;
+        if let Some(dir) = &options.identity {
+            let identity = Identity::load(dir).and_then(|identity| cluster.identity(&identity));
+            cluster = identity.map_err(|why| ApiError::internal(why.to_string()))?;
         }
-        Ok(DiscoveryClient::new(http))
+        Ok(Self {
+            local: learning(local),
+            cluster: learning(cluster),
+            me,
+        })
     }
 
     /// Registers and goes on saying so, for ever.
@@ -101,11 +94,10 @@ impl Discovery {
     }
 
     async fn watch_once(&self, events: &mpsc::Sender<Event>) -> Result<(), ApiError> {
-        let cluster = self.cluster()?;
-        let stream = match cluster.watch(SERVICE).await {
+        let stream = match self.cluster.watch(SERVICE).await {
             Err(error) if error.code == ErrorCode::NotFound => {
                 self.make_service().await?;
-                cluster.watch(SERVICE).await?
+                self.cluster.watch(SERVICE).await?
             }
             result => result?,
         };
@@ -118,7 +110,7 @@ impl Discovery {
     }
 
     async fn make_service(&self) -> Result<(), ApiError> {
-        self.cluster()?
+        self.cluster
             .ensure_service(
                 SERVICE,
                 &ServiceConfig {
@@ -142,11 +134,7 @@ impl Discovery {
             index: replaces,
             leader_id: Some(leader),
         };
-        let written = match self.cluster() {
-            Ok(cluster) => cluster.set_meta(SERVICE, &meta).await,
-            Err(error) => Err(error),
-        };
-        match written {
+        match self.cluster.set_meta(SERVICE, &meta).await {
             Ok(written) => WriteOutcome::Accepted(written.index),
             Err(error) => {
                 tracing::warn!(%error, "the cluster's state could not be written");
@@ -162,7 +150,7 @@ impl Discovery {
 }
 
 /// Folds one stream of changes into the service as a whole.
-async fn follow(mut stream: EventStream<Change>, events: &mpsc::Sender<Event>) -> Result<(), ApiError> {
+async fn follow(mut stream: Watch, events: &mpsc::Sender<Event>) -> Result<(), ApiError> {
     let (mut service, mut whole) = (Fold::default(), false);
     let end = Instant::now() + WATCH;
     while let Ok(Some(change)) = timeout_at(end, stream.next()).await {

@@ -89,6 +89,14 @@ impl Subject {
         }
     }
 
+    /// The row of one figure that so many samples come to.
+    pub(crate) fn figure(self, ours: f64, samples: usize) -> Row {
+        Row {
+            samples,
+            ..self.row(&[ours], &[])
+        }
+    }
+
     /// The row that could not be taken.
     pub(crate) fn missing(self, why: impl std::fmt::Display) -> Row {
         Row {

@@ -151,6 +151,21 @@ impl Error {
         self.code == ErrorCode::Timeout || self.detail.as_ref().is_some_and(unknown)
     }
 
+    /// The same, and what stands in the way is not that it was done earlier.
+    #[must_use]
+    pub fn and_undone(mut self) -> Self {
+        let detail = self.detail.get_or_insert_with(|| serde_json::json!({}));
+        detail["outcome"] = "refused".into();
+        self
+    }
+
+    /// Whether it is known that the call was not done, now or earlier.
+    pub fn surely_undone(&self) -> bool {
+        self.detail
+            .as_ref()
+            .is_some_and(|detail| detail["outcome"] == "refused")
+    }
+
     /// A fault of the platform. The caller logs the cause; the message stays general.
     pub fn internal(message: impl Into<String>) -> Self {
         Self::new(ErrorCode::Internal, message)

@@ -43,6 +43,9 @@ pub type Env = std::collections::BTreeMap<String, String>;
 /// Free-form labels of an object.
 pub type Meta = std::collections::BTreeMap<String, String>;
 
+/// The header by which a call says that it is the same as an earlier one with the same key, which may have been done.
+pub const IDEMPOTENCY_KEY: &str = "idempotency-key";
+
 /// Between the comments of a stream of events in which nothing happens.
 #[cfg(any(feature = "client", feature = "server"))]
 pub const HEARTBEAT: std::time::Duration = std::time::Duration::from_secs(15);

@@ -44,7 +44,7 @@ impl Hosts {
     pub(crate) fn new(discoverd: &str, tls: PathBuf) -> Result<Self> {
         let http = Http::new(discoverd)?.timeout(DISCOVERY_TIMEOUT);
         Ok(Self {
-            discovery: DiscoveryClient::new(http),
+            discovery: DiscoveryClient::new(http).learning(&tls),
             tls,
         })
     }

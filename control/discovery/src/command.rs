@@ -55,6 +55,9 @@ pub enum Command {
         service: String,
         /// The new metadata; may name a new leader.
         meta: ServiceMeta,
+        /// Names the write: the same one, repeated since its answer was lost, is done once. 0: it has no name.
+        #[serde(default)]
+        request: u64,
     },
     /// Sets the leader of a `manual` service.
     SetLeader {
@@ -96,11 +99,13 @@ pub enum Command {
 }
 
 impl Command {
-    /// Whether applying it twice is the same as applying it once, also to whoever is told of the outcome.
+    /// Whether applying it twice is the same as applying it once, also to whoever is told of the outcome (unless it is
+    /// refused the second time, and not [`Error::surely_undone`]).
     pub fn may_repeat(&self) -> bool {
         matches!(
             self,
-            Self::PutInstance { .. }
+            Self::SetMeta { request: 1.., .. }
+                | Self::PutInstance { .. }
                 | Self::Expire { .. }
                 | Self::SetLeader { .. }
                 | Self::SetVirtualNetworks { .. }
@@ -163,7 +168,7 @@ impl fmt::Display for Command {
             Self::PutInstance { service, instance } => write!(f, "put instance {} of {service}", instance.id),
             Self::DeleteInstance { service, id } => write!(f, "delete instance {id} of {service}"),
             Self::Expire { instances } => write!(f, "expire {} instances", instances.len()),
-            Self::SetMeta { service, meta } => write!(f, "set metadata of {service} at {}", meta.index),
+            Self::SetMeta { service, meta, .. } => write!(f, "set metadata of {service} at {}", meta.index),
             Self::SetLeader { service, id } => write!(f, "set leader of {service} to {id}"),
             Self::SetVirtualNetworks { networks } => {
                 write!(

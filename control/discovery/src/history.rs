@@ -6,6 +6,7 @@
 use std::collections::VecDeque;
 use std::sync::{Arc, OnceLock};
 
+use axum::body::Bytes;
 use flynn_api::discovery::{Event, EventKind, Position};
 
 use crate::weight;
@@ -23,15 +24,25 @@ pub struct Change {
     /// Behind it.
     pub position: Position,
     weight: usize,
-    json: OnceLock<String>,
+    frame: OnceLock<Bytes>,
+}
+
+/// An event as it stands in a stream, with its place if it has one.
+pub fn frame(event: &Event, position: Option<Position>) -> Bytes {
+    // An event is made of maps with text as keys: writing it cannot fail. Its JSON has no line breaks.
+    let json = serde_json::to_string(event).unwrap_or_default();
+    match position {
+        Some(position) => format!("data: {json}\nid: {position}\n\n").into(),
+        None => format!("data: {json}\n\n").into(),
+    }
 }
 
 impl Change {
-    /// The event as JSON, written once for all watchers.
-    pub fn json(&self) -> &str {
-        // An event is made of maps with text as keys: writing it cannot fail.
-        self.json
-            .get_or_init(|| serde_json::to_string(&self.event).unwrap_or_default())
+    /// It as it stands in a stream, written once for all watchers.
+    pub fn frame(&self) -> Bytes {
+        self.frame
+            .get_or_init(|| frame(&self.event, Some(self.position)))
+            .clone()
     }
 
     /// Whether it is told to who watches `service`, which knows nothing of numbers, or all services (`None`), which are
@@ -87,7 +98,7 @@ impl History {
                 event,
                 position,
                 weight,
-                json: OnceLock::new(),
+                frame: OnceLock::new(),
             }));
         }
         // What was just added is still to be told, however much it is.
@@ -107,7 +118,7 @@ impl History {
     }
 }
 
-/// About how many bytes an event takes, its JSON included.
+/// About how many bytes an event takes, its frame included.
 fn weigh(event: &Event) -> usize {
     let instance = event.instance.as_ref().map_or(0, weight::instance);
     let meta = event

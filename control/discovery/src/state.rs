@@ -7,14 +7,14 @@
 //! - An instance's index is that of its first registration; no two instances of a service share one.
 //! - The leader of an `oldest` service is its instance with the lowest index; that of a `manual` service is the one set,
 //!   as long as it is registered.
-//! - Metadata's index is that of the write which made it.
+//! - Metadata's index is that of the write which made it. A write that is repeated under the same name is done once.
 //! - A token lets one request join, before it expires.
 //! - A service has a number from its beginning to its end, and no other has it at the same time; one that was given back
 //!   is the last to be given again. Virtual addresses follow from it.
 
 mod numbers;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 
 use flynn_api::discovery::{
@@ -32,6 +32,8 @@ pub const VERSION: u32 = 2;
 pub const MAX_SERVICES: usize = 20_000;
 /// Instances that a service may have.
 pub const MAX_INSTANCES: usize = 20_000;
+/// Writes of a service's metadata that are known when they are repeated.
+const MAX_WRITES: usize = 8;
 /// Tokens that may wait at a time.
 pub const MAX_TOKENS: usize = 1_000;
 
@@ -65,6 +67,19 @@ pub struct Service {
     /// The leader that was set, for `manual`. May have left.
     #[serde(default)]
     manual: Option<String>,
+    /// The last writes of the metadata, the latest at the end.
+    #[serde(default)]
+    writes: VecDeque<Write>,
+}
+
+/// A write of metadata, by which it is known when it is repeated.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+struct Write {
+    /// The index that it replaced.
+    replaced: u64,
+    index: u64,
+    /// Its name; 0 without one.
+    request: u64,
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -89,6 +104,10 @@ impl Service {
         let leader = self.leader();
         let leads = leader.map(|leader| instance_event(service, EventKind::Leader, leader, leader.index));
         self.instances.values().map(up).chain(leads).collect()
+    }
+
+    fn write_that_replaced(&self, index: u64) -> Option<&Write> {
+        self.writes.iter().find(|write| write.replaced == index)
     }
 
     fn leader_id(&self) -> Option<String> {
@@ -167,6 +186,9 @@ impl State {
 
     /// Applies the command at `index` of the log.
     pub fn apply(&mut self, index: u64, command: &Command) -> (Outcome, Vec<Event>) {
+        if let Some(index) = self.done_earlier(command) {
+            return (Outcome::Done { index }, Vec::new());
+        }
         match self.try_apply(index, command) {
             Ok(events) => (Outcome::Done { index }, events),
             Err(error) => (Outcome::Refused(error), Vec::new()),
@@ -188,7 +210,11 @@ impl State {
                 Ok(of.change(index, service, |of| remove(of, index, service, id)))
             }
             Command::Expire { instances } => Ok(self.expire(index, instances)),
-            Command::SetMeta { service, meta } => self.set_meta(index, service, meta),
+            Command::SetMeta {
+                service,
+                meta,
+                request,
+            } => self.set_meta(index, service, meta, *request),
             Command::SetLeader { service, id } => {
                 let of = self.find_mut(service)?;
                 of.may_lead(service, id)?;
@@ -290,22 +316,46 @@ impl State {
         events
     }
 
-    fn set_meta(&mut self, index: u64, service: &str, meta: &ServiceMeta) -> Result<Vec<Event>, Error> {
+    /// Where a write of metadata was applied that is applied again.
+    fn done_earlier(&self, command: &Command) -> Option<u64> {
+        let Command::SetMeta {
+            service,
+            meta,
+            request,
+        } = command
+        else {
+            return None;
+        };
+        let write = self.service(service)?.write_that_replaced(meta.index)?;
+        (*request != 0 && write.request == *request).then_some(write.index)
+    }
+
+    fn set_meta(
+        &mut self,
+        index: u64,
+        service: &str,
+        meta: &ServiceMeta,
+        request: u64,
+    ) -> Result<Vec<Event>, Error> {
         let of = self.find_mut(service)?;
         let present = of.meta.as_ref().map_or(0, |meta| meta.index);
         if meta.index != present {
-            if meta.index == 0 {
+            let error = if meta.index == 0 {
                 let message = format!("the metadata of {service} is there already, at index {present}");
-                return Err(with_index(Error::new(ErrorCode::ObjectExists, message), present));
-            }
-            let message = format!(
-                "the metadata of {service} is at index {present}, not {}: read it again and repeat the change",
-                meta.index
-            );
-            return Err(with_index(
-                Error::new(ErrorCode::PreconditionFailed, message),
-                present,
-            ));
+                Error::new(ErrorCode::ObjectExists, message)
+            } else {
+                let message = format!(
+                    "the metadata of {service} is at index {present}, not {}: read it again and repeat the change",
+                    meta.index
+                );
+                Error::new(ErrorCode::PreconditionFailed, message)
+            };
+            let error = with_index(error, present);
+            // If it is known who replaced it, it was not this one, and it never will be.
+            return Err(match of.write_that_replaced(meta.index) {
+                Some(_) => error.and_undone(),
+                None => error,
+            });
         }
         if let Some(id) = &meta.leader_id {
             of.may_lead(service, id)?;
@@ -321,6 +371,14 @@ impl State {
             }
             let event = meta_event(service, &new);
             of.meta = Some(new);
+            if of.writes.len() == MAX_WRITES {
+                of.writes.pop_front();
+            }
+            of.writes.push_back(Write {
+                replaced: meta.index,
+                index,
+                request,
+            });
             vec![event]
         }))
     }

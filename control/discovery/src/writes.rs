@@ -65,6 +65,10 @@ impl Node {
                 self.forward(command).await
             };
             match written {
+                // The attempt whose outcome is unknown may be what stands in its way.
+                Ok(Forwarded::Taken(Outcome::Refused(error))) if may_be_done && !error.surely_undone() => {
+                    return Ok(Outcome::Refused(error.or_done()));
+                }
                 Ok(Forwarded::Taken(outcome)) => return Ok(outcome),
                 Ok(Forwarded::NotLeader) => {}
                 // The leader may be dead, and another be elected soon.

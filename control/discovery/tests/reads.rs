@@ -7,7 +7,7 @@ mod common;
 use common::{Cluster, block_on, eventually, instance};
 use flynn_api::ErrorCode;
 use flynn_api::client::discovery::DiscoveryClient;
-use flynn_api::client::{EventStream, Http, full};
+use flynn_api::client::{Http, Watch, full};
 use flynn_api::discovery::{
     Consistency, Event, EventKind, INDEX_HEADER, LeaderType, ServiceConfig, ServiceMeta,
 };
@@ -131,7 +131,7 @@ fn reads_at_once_are_all_answered_and_none_is_old() {
 }
 
 /// Reads up to (and without) the given `current`, or to `most` events.
-async fn take(watch: &mut EventStream<Event>, most: usize, upto: u64) -> Vec<Event> {
+async fn take(watch: &mut Watch, most: usize, upto: u64) -> Vec<Event> {
     let mut events = Vec::new();
     while events.len() < most {
         let (_, event) = watch.next().await.unwrap().unwrap();
@@ -201,7 +201,7 @@ fn a_watch_resumes_at_any_host_without_gap_or_duplicate() {
         let last = change_a_lot(&clients[0], &mut random).await;
 
         // All of it by the watches that never broke off: of a service, the last event is that of its metadata.
-        let whole = |mut watch: EventStream<Event>, upto| async move {
+        let whole = |mut watch: Watch, upto| async move {
             let mut events = Vec::new();
             loop {
                 let (_, event) = watch.next().await.unwrap().unwrap();

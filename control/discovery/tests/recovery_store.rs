@@ -50,6 +50,7 @@ fn command(kind: u8, name: u8, index: u64) -> Command {
                 data: json!(index),
                 ..ServiceMeta::default()
             },
+            request: index,
         },
     }
 }

@@ -86,7 +86,7 @@ impl Model {
                 }
                 true
             }
-            Command::SetMeta { service, meta } => {
+            Command::SetMeta { service, meta, .. } => {
                 let Some(of) = self.services.get_mut(service) else {
                     return false;
                 };
@@ -237,6 +237,7 @@ fn random(rng: &mut StdRng, state: &State, now: &mut u64) -> Command {
                     index,
                     leader_id,
                 },
+                request: rng.random(),
             }
         }
         80..86 => Command::SetLeader { service, id },

@@ -8,11 +8,11 @@ use std::collections::BTreeMap;
 
 use common::{Cluster, block_on, instance};
 use flynn_api::ErrorCode;
-use flynn_api::client::EventStream;
+use flynn_api::client::Watch;
 use flynn_api::discovery::{Event, EventKind, ServiceConfig, ServiceMeta, VirtualNetworks};
 use futures::StreamExt as _;
 
-async fn until(stream: &mut EventStream<Event>, kind: EventKind) -> Vec<Event> {
+async fn until(stream: &mut Watch, kind: EventKind) -> Vec<Event> {
     let mut events = Vec::new();
     loop {
         let (_, event) = stream.next().await.unwrap().unwrap();

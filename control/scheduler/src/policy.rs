@@ -1,6 +1,7 @@
 //! Who may speak to whom: from the apps' labels in the controller to the document that all hosts follow.
 
 use std::path::PathBuf;
+use std::sync::OnceLock;
 use std::time::Duration;
 
 use flynn_api::client::controller::ControllerClient;
@@ -25,19 +26,32 @@ const TIMEOUT: Duration = Duration::from_secs(5);
 /// Where discoverd takes documents from the platform's own jobs.
 #[derive(Clone, Debug)]
 pub(crate) struct Cluster {
-    pub(crate) url: String,
-    /// The directory of the scheduler's certificate, which is renewed.
-    pub(crate) tls_dir: PathBuf,
+    url: String,
+    /// The directory of the scheduler's certificate.
+    tls_dir: PathBuf,
+    client: OnceLock<DiscoveryClient>,
 }
 
 impl Cluster {
-    fn client(&self) -> Result<DiscoveryClient> {
+    pub(crate) fn new(url: String, tls_dir: PathBuf) -> Self {
+        Self {
+            url,
+            tls_dir,
+            client: OnceLock::new(),
+        }
+    }
+
+    fn client(&self) -> Result<&DiscoveryClient> {
+        if let Some(client) = self.client.get() {
+            return Ok(client);
+        }
         let identity =
             Identity::load(&self.tls_dir).map_err(|why| Error::internal(format!("no certificate: {why}")))?;
         let http = Http::new(&self.url)?
             .identity(&identity)
             .map_err(|why| Error::internal(format!("the certificate cannot be used: {why}")))?;
-        Ok(DiscoveryClient::new(http.timeout(TIMEOUT)))
+        let client = DiscoveryClient::new(http.timeout(TIMEOUT)).learning(&self.tls_dir);
+        Ok(self.client.get_or_init(|| client))
     }
 }
 

@@ -87,15 +87,13 @@ pub async fn serve(
     shutdown: impl Future<Output = ()>,
 ) -> anyhow::Result<()> {
     let shared = Arc::new(Shared::default());
-    let discovery = DiscoveryClient::new(Http::new(&options.discoverd)?.timeout(Duration::from_secs(5)));
+    let local = Http::new(&options.discoverd)?.timeout(Duration::from_secs(5));
+    let discovery = DiscoveryClient::new(local).learning(&options.tls_dir);
     let controller = Controller {
         discovery: discovery.clone(),
         key: options.controller_key,
     };
-    let policy = policy::Cluster {
-        url: options.cluster,
-        tls_dir: options.tls_dir.clone(),
-    };
+    let policy = policy::Cluster::new(options.cluster, options.tls_dir.clone());
     let reach = Reach {
         discovery: discovery.clone(),
         tls_dir: options.tls_dir,

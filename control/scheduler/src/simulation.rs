@@ -100,6 +100,7 @@ fn taken(host_id: &str, job: Spec, now: Timestamp) -> ActiveJob {
         ports: Vec::new(),
         pid: None,
         supervisor_pid: None,
+        paused: false,
         created_at: now,
         started_at: None,
         ended_at: None,

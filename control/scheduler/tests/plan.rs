@@ -44,6 +44,7 @@ fn active(job: Job, status: JobState) -> ActiveJob {
         ports: Vec::new(),
         pid: None,
         supervisor_pid: None,
+        paused: false,
         created_at: at(-100),
         started_at: Some(at(-90)),
         ended_at: status.is_terminal().then(|| at(-1)),

@@ -50,24 +50,15 @@ pub(super) fn discoverd_url(address: impl std::fmt::Display) -> String {
 /// Prints the command that brings one host in, within the hour.
 pub async fn token(args: &TokenArgs) -> anyhow::Result<()> {
     let address = own_address(&local_host()?).await?.1;
-    let token = own_discoverd(args).await?.join_token().await?.token;
+    let token = identities::discoverd(&args.state)?.join_token().await?.token;
     println!("flynn-host join {address} {token}");
     Ok(())
 }
 
-/// This host's own discoverd.
-async fn own_discoverd(args: &TokenArgs) -> anyhow::Result<DiscoveryClient> {
-    let address = own_address(&local_host()?).await?.1;
-    let identity = Identity::load(&identities::host_dir(&args.state))
-        .context("this host belongs to no cluster yet; run `flynn-host bootstrap` first")?;
-    Ok(DiscoveryClient::new(
-        Http::new(&discoverd_url(address))?.identity(&identity)?,
-    ))
-}
-
 /// Has all certificates of this host renewed now, and not when they are due.
 pub async fn renew(args: &TokenArgs) -> anyhow::Result<()> {
-    let (renewed, failed) = identities::renew(&args.state, &own_discoverd(args).await?, |_| true).await;
+    let (renewed, failed) =
+        identities::renew(&args.state, &identities::discoverd(&args.state)?, |_| true).await;
     for name in renewed {
         println!("{name}");
     }
@@ -102,7 +93,9 @@ pub async fn run(args: &Args) -> anyhow::Result<()> {
         signed.peers
     };
     let identity = Identity::load(&host_dir)?;
-    let remote = DiscoveryClient::new(Http::new(&discoverd_url(args.address))?.identity(&identity)?);
+    let remote = DiscoveryClient::new(Http::new(&discoverd_url(args.address))?.identity(&identity)?)
+        .learning(&host_dir)
+        .knowing(peers.iter().cloned());
 
     say("taking a subnet");
     let (leases, lease, _) = leases::take_in(&remote, None, &host_id, address)

@@ -5,13 +5,10 @@ use std::path::PathBuf;
 
 use anyhow::{Context as _, bail};
 use flynn_api::ErrorCode;
-use flynn_api::client::Http;
 use flynn_api::client::discovery::DiscoveryClient;
 use flynn_api::discovery::{HOST_SERVICE, NetworkLeases, PORT};
 use flynn_api::network::endpoints_service;
-use flynn_api::tls::Identity;
 
-use super::join::discoverd_url;
 use super::{local_host, own_address, say};
 use crate::{identities, leases};
 
@@ -83,9 +80,7 @@ async fn remove(args: &Args) -> anyhow::Result<(DiscoveryClient, Ipv4Addr)> {
     if own == args.host {
         bail!("this is {own} itself: run `flynn-host remove {own}` on another host of the cluster");
     }
-    let identity = Identity::load(&identities::host_dir(&args.state))
-        .context("this host belongs to no cluster yet; run `flynn-host bootstrap` first")?;
-    let discoverd = DiscoveryClient::new(Http::new(&discoverd_url(address))?.identity(&identity)?);
+    let discoverd = identities::discoverd(&args.state)?;
 
     let id = args.host.as_str();
     let leases: NetworkLeases = serde_json::from_value(discoverd.meta(HOST_SERVICE).await?.data)

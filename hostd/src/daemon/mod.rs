@@ -21,6 +21,7 @@ use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
+use flynn_api::client::discovery::DiscoveryClient;
 use flynn_api::host::{HostStatus, NetworkConfig};
 use flynn_api::server::disk;
 use flynn_api::{Error, Result};
@@ -60,6 +61,8 @@ struct Daemon {
     network: Networking,
     documents: Documents,
     services: services::Asking,
+    /// Once the host has a certificate.
+    discovery: Mutex<Option<DiscoveryClient>>,
     hierarchies: Hierarchies,
     executable: Executable,
     starts: Semaphore,
@@ -111,6 +114,7 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
         mounts: Mutex::default(),
         network: Networking::default(),
         services: services::Asking::default(),
+        discovery: Mutex::default(),
         documents: Documents::open(&paths.network()).context("cannot use the cluster network's documents")?,
         hierarchies,
         executable: Executable::own().context("cannot open this program's own file")?,

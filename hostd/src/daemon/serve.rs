@@ -2,12 +2,12 @@
 
 use std::net::SocketAddr;
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError};
 use std::time::{Duration, SystemTime};
 
 use flynn_api::client::Http;
 use flynn_api::client::discovery::DiscoveryClient;
-use flynn_api::discovery::{self, HOST_SERVICE, Instance, ServiceConfig};
+use flynn_api::discovery::{self, HOST_SERVICE, Instance, NetworkLeases, ServiceConfig};
 use flynn_api::host;
 use flynn_api::server::{CancellationToken, Listener, serve, shutdown};
 use flynn_api::tls::{ClientAuth, Identity};
@@ -15,7 +15,7 @@ use tokio::time::sleep;
 
 use super::network::follow;
 use super::{Daemon, api, renewal, services};
-use crate::{floating, identities};
+use crate::{floating, identities, leases};
 
 /// Between looks at the certificate.
 const CERTIFICATE_CHECK: Duration = Duration::from_secs(1);
@@ -159,14 +159,9 @@ impl Daemon {
 /// anew is the same host, and one that is not runs out.
 async fn register(daemon: Arc<Daemon>, stop: CancellationToken) {
     let heartbeat = async {
-        let mut client: Option<(Option<SystemTime>, DiscoveryClient)> = None;
         loop {
-            let version = daemon.certificate_version();
-            if client.as_ref().is_none_or(|(made_of, _)| *made_of != version) {
-                client = daemon.discovery().map(|client| (version, client));
-            }
-            let pause = match &client {
-                Some((_, client)) => match beat(&daemon, client).await {
+            let pause = match daemon.discovery() {
+                Some(client) => match beat(&daemon, &client).await {
                     Ok(()) => Duration::from_secs(discovery::HEARTBEAT_SECS),
                     Err(error) => {
                         tracing::debug!(%error, "cannot register this host");
@@ -205,12 +200,23 @@ async fn beat(daemon: &Daemon, client: &DiscoveryClient) -> flynn_api::Result<()
 }
 
 impl Daemon {
-    /// The discoverd of this host, over mutual TLS; none before the host has a certificate.
+    /// Discoverd over mutual TLS, at this host or, where that one does not answer, at another; none before the host has a
+    /// certificate.
     pub(crate) fn discovery(&self) -> Option<DiscoveryClient> {
-        self.discovery_at(self.config().address)
+        self.certificate_version()?;
+        let mut made = self.discovery.lock().unwrap_or_else(PoisonError::into_inner);
+        if made.is_none() {
+            let leases = self.documents.get::<NetworkLeases>(HOST_SERVICE);
+            let own = self.discovery_at(self.config().address)?;
+            *made = Some(
+                own.learning(identities::host_dir(self.paths.state()))
+                    .knowing(leases.iter().flat_map(leases::members)),
+            );
+        }
+        made.clone()
     }
 
-    /// The discoverd of the host at this address.
+    /// The discoverd of the host at this address alone.
     pub(crate) fn discovery_at(&self, address: std::net::Ipv4Addr) -> Option<DiscoveryClient> {
         let identity = self.identity()?;
         let http = Http::new(&format!("https://{address}:{}", discovery::PORT)).ok()?;

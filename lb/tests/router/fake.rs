@@ -198,6 +198,7 @@ impl Running {
             https_port: https.port(),
             api,
             discoverd: format!("http://{}", control.discoverd),
+            tls: "/nonexistent".into(),
             controller_key: "key".into(),
             data: data.path().to_owned(),
             pins: pins.map(std::path::Path::to_owned),

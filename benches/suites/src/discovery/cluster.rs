@@ -8,7 +8,9 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail};
 use bytes::Bytes;
-use flynn_api::discovery::Peer;
+use flynn_api::client::Http;
+use flynn_api::client::discovery::DiscoveryClient;
+use flynn_api::discovery::{MemberStatus, Peer};
 use flynn_api::tls::{Ca, Identity, PeerIdentity};
 use hyper::Method;
 
@@ -25,6 +27,15 @@ const PATIENCE: Duration = Duration::from_mins(1);
 pub(crate) enum Kind {
     Ours,
     Etcd,
+}
+
+/// Whether a member votes and is as far as the leader.
+fn well(member: &MemberStatus) -> bool {
+    /// Entries that may be under way.
+    const LAG: u64 = 20;
+    member.peer.voter
+        && member.lag.is_some_and(|lag| lag < LAG)
+        && member.silent_ms.is_some_and(|silent| silent < 1_000)
 }
 
 /// A cluster, until dropped.
@@ -70,7 +81,8 @@ impl Cluster {
         Ok(cluster)
     }
 
-    fn ip(&self, at: usize) -> Ipv4Addr {
+    /// The address of the member `at`.
+    pub(crate) fn ip(&self, at: usize) -> Ipv4Addr {
         let net = if self.kind == Kind::Ours { 1 } else { 2 };
         Ipv4Addr::new(127, 0, net, u8::try_from(at + 1).unwrap_or(u8::MAX))
     }
@@ -87,6 +99,32 @@ impl Cluster {
         let child = self.spawn(ip)?;
         self.members.push(Member { ip, child });
         Ok(())
+    }
+
+    /// Starts so many more of ours in one process, and says where they are.
+    pub(crate) fn add_crowd(&mut self, count: u32) -> Result<Vec<SocketAddr>> {
+        let first = Ipv4Addr::new(127, 0, 3, 1);
+        let ips = (0..count).map(|at| Ipv4Addr::from_bits(first.to_bits() + at));
+        let mut addrs = Vec::new();
+        for ip in ips {
+            let identity = self
+                .ca
+                .issue(&PeerIdentity::Job("discoverd".into()), &[ip.to_string()])?;
+            identity.save(&self.dir.join(ip.to_string()).join("tls"))?;
+            addrs.push(SocketAddr::from((ip, 1111)));
+        }
+        let child = Command::new(std::env::current_exe()?)
+            .args(["inside", "discoverd", "--ip", &first.to_string(), "--dir"])
+            .arg(&self.dir)
+            .args(["--count", &count.to_string()])
+            .args(["--join", &format!("{}:1111", self.ip(0))])
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(File::create(self.dir.join("crowd.log"))?)
+            .spawn()
+            .context("cannot start many members")?;
+        self.members.push(Member { ip: first, child });
+        Ok(addrs)
     }
 
     fn spawn(&self, ip: Ipv4Addr) -> Result<Child> {
@@ -139,8 +177,59 @@ impl Cluster {
         command
     }
 
+    /// The process of the member `at`.
+    pub(crate) fn pid(&self, at: usize) -> u32 {
+        self.members[at].child.id()
+    }
+
+    /// Ends the member `at` without any notice.
+    pub(crate) fn kill(&mut self, at: usize) -> Result<()> {
+        let child = &mut self.members[at].child;
+        child.kill()?;
+        child.wait()?;
+        Ok(())
+    }
+
+    /// Starts the member `at` again after it was killed.
+    pub(crate) fn restart(&mut self, at: usize) -> Result<()> {
+        let ip = self.members[at].ip;
+        self.members[at].child = self.spawn(ip)?;
+        Ok(())
+    }
+
+    /// A client of our members as the platform's are, which asks the member `first` first.
+    pub(crate) fn client(&self, first: usize) -> Result<DiscoveryClient> {
+        let http = |at: usize| {
+            let http = Http::new(&format!("https://{}", self.addr((first + at) % MEMBERS)))?;
+            anyhow::Ok(http.identity(&self.identity)?.timeout(Duration::from_secs(5)))
+        };
+        let others = (1..MEMBERS).map(http).collect::<Result<_>>()?;
+        Ok(DiscoveryClient::over(http(0)?, others))
+    }
+
+    /// Waits until all of ours are voters, well, and as far as the leader, and says who that is.
+    pub(crate) async fn settled(&self) -> Result<usize> {
+        let client = self.client(0)?;
+        let begun = Instant::now();
+        loop {
+            let members = client.members().await;
+            if let Ok(members) = &members
+                && members.len() >= MEMBERS
+                && members.iter().all(well)
+                && let Some(leader) = members.iter().find(|member| member.peer.leader)
+                && let Some(at) = (0..MEMBERS).find(|at| self.addr(*at).to_string() == leader.peer.addr)
+            {
+                return Ok(at);
+            }
+            if begun.elapsed() > PATIENCE {
+                bail!("the cluster does not settle: {members:?}");
+            }
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    }
+
     /// Where clients of the member `at` go.
-    fn addr(&self, at: usize) -> SocketAddr {
+    pub(crate) fn addr(&self, at: usize) -> SocketAddr {
         let port = if self.kind == Kind::Ours { 1111 } else { 2379 };
         (self.members[at].ip, port).into()
     }

@@ -1,4 +1,5 @@
-//! The suite `discovery`: discoverd's registry beside etcd, three members each, on one disk, which both sync.
+//! The suite `discovery`: discoverd's registry beside etcd, three members each, on one disk, which both sync; then ours
+//! alone: watchers ([`watchers`]), members and hosts that are killed ([`kills`]), many hosts with many instances ([`hosts`]).
 //!
 //! Members are processes on the loopback device of a namespace made here, with mutual TLS everywhere, and share the
 //! machine's CPUs with the load: what is compared is what one operation costs in all. Clients are spread over the
@@ -6,7 +7,10 @@
 
 mod client;
 mod cluster;
+mod hosts;
+mod kills;
 mod load;
+mod watchers;
 mod wire;
 
 use std::thread;
@@ -27,6 +31,17 @@ const fn beside_etcd(name: &'static str, unit: &'static str, goal: Goal) -> Subj
         unit,
         peer: Some("etcd"),
         goal,
+    }
+}
+
+/// What is wanted of ours alone.
+const fn alone(name: &'static str, unit: &'static str, most: f64) -> Subject {
+    Subject {
+        suite: "discovery",
+        name,
+        unit,
+        peer: None,
+        goal: Goal::AtMost(most),
     }
 }
 
@@ -91,6 +106,14 @@ fn disk() -> Result<tempfile::TempDir> {
 }
 
 async fn measured(thoroughness: Thoroughness) -> Result<Vec<Row>> {
+    let mut rows = beside_peer(thoroughness).await?;
+    rows.push(watchers::measured(thoroughness).await);
+    rows.extend(kills::measured(thoroughness).await);
+    rows.extend(hosts::measured(thoroughness).await);
+    Ok(rows)
+}
+
+async fn beside_peer(thoroughness: Thoroughness) -> Result<Vec<Row>> {
     let dir = disk()?;
     let mut rows = Vec::new();
     let mut clusters = Vec::new();

@@ -1,10 +1,19 @@
 //! Client of discoverd ([`crate::discovery`]).
+//!
+//! Every host answers every call, so a client that knows several goes on with the next when one does not, without the
+//! caller noticing: with calls that were not made, and with calls that may have been made where twice is the same as
+//! once. What became of any other that broke off stays unknown, and the caller is told so ([`Error::may_be_done`]).
+
+use std::path::PathBuf;
+use std::sync::Arc;
 
 use bytes::Bytes;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
+use uuid::Uuid;
 
-use super::{EventStream, Http, encode};
+use super::hosts::{Hosts, Kind};
+use super::{EventStream, Http, Watch, encode};
 use crate::discovery::{
     Consistency, Event, Instance, JoinRequest, JoinToken, MAX_SNAPSHOT, MemberStatus, OwnStatus, Peer,
     RecoverRequest, RecoveryPlan, RejoinRequest, RenewRequest, RestorePlan, ServiceConfig, ServiceInfo,
@@ -15,20 +24,43 @@ use crate::{Error, ErrorCode, Result};
 /// How often a change is begun anew because somebody else was faster.
 const ATTEMPTS: u32 = 500;
 
-/// Talks to discoverd.
+/// Talks to discoverd. Clones share what they know of its hosts.
 #[derive(Clone, Debug)]
 pub struct DiscoveryClient {
-    http: Http,
+    hosts: Arc<Hosts>,
     consistency: Option<Consistency>,
 }
 
 impl DiscoveryClient {
-    /// Over this transport.
+    /// Of this host, and of no other unless it is to be [`Self::learning`].
     pub fn new(http: Http) -> Self {
+        Self::over(http, Vec::new())
+    }
+
+    /// Of these hosts, of which the first is asked first. A call takes as long as it may take at that one.
+    pub fn over(first: Http, others: Vec<Http>) -> Self {
         Self {
-            http,
+            hosts: Arc::new(Hosts::new(first, others)),
             consistency: None,
         }
+    }
+
+    /// With the cluster's other members for the time when the chosen host does not answer. They are learnt once that one
+    /// has answered, and every minute; they are shown the identity in the directory `tls`, and so is the chosen host when
+    /// that identity is renewed.
+    #[must_use]
+    pub fn learning(self, tls: impl Into<PathBuf>) -> Self {
+        Self {
+            hosts: Arc::new(self.hosts.learning(tls.into())),
+            ..self
+        }
+    }
+
+    /// One that is [`Self::learning`], with members (`address:1111`) that were known earlier.
+    #[must_use]
+    pub fn knowing(self, members: impl IntoIterator<Item = String>) -> Self {
+        self.hosts.know(members);
+        self
     }
 
     /// With reads that are as fresh as that, rather than as each usually is.
@@ -38,26 +70,63 @@ impl DiscoveryClient {
         self
     }
 
+    pub(super) fn hosts(&self) -> &Arc<Hosts> {
+        &self.hosts
+    }
+
+    async fn get<T: DeserializeOwned>(&self, path: &str) -> Result<T> {
+        let call = |http: Http| async move { http.get(path).await };
+        self.hosts.call(Kind::Read, call).await
+    }
+
+    async fn put<T: DeserializeOwned>(&self, kind: Kind, path: &str, body: &impl Serialize) -> Result<T> {
+        let call = |http: Http| async move { http.put(path, body).await };
+        self.hosts.call(kind, call).await
+    }
+
+    async fn post<T: DeserializeOwned>(&self, kind: Kind, path: &str, body: &impl Serialize) -> Result<T> {
+        let call = |http: Http| async move { http.post(path, body).await };
+        self.hosts.call(kind, call).await
+    }
+
+    async fn delete(&self, kind: Kind, path: &str) -> Result<()> {
+        let call = |http: Http| async move { http.delete(path).await };
+        self.hosts.call(kind, call).await
+    }
+
+    /// A stream of events, and where it comes from.
+    pub(super) async fn events(
+        &self,
+        path: &str,
+        last: Option<&str>,
+    ) -> Result<(String, EventStream<Event>)> {
+        let call = |http: Http| async move {
+            let events = http.events_after(path, last).await?;
+            Ok((http.base().to_owned(), events))
+        };
+        self.hosts.call(Kind::Read, call).await
+    }
+
     async fn read<T: DeserializeOwned>(&self, path: &str) -> Result<T> {
         match self.consistency {
-            Some(consistency) => self.http.get(&format!("{path}?consistency={consistency}")).await,
-            None => self.http.get(path).await,
+            Some(consistency) => self.get(&format!("{path}?consistency={consistency}")).await,
+            None => self.get(path).await,
         }
     }
 
     /// Whether it answers.
     pub async fn ping(&self) -> Result<()> {
-        self.http.get("/ping").await
+        self.get("/ping").await
     }
 
     /// Makes a service; fails with `object_exists` when it is there.
     pub async fn create_service(&self, service: &str, config: &ServiceConfig) -> Result<()> {
-        self.http.put(&path(service, ""), config).await
+        self.put(Kind::Once, &path(service, ""), config).await
     }
 
     /// Makes a service unless it is there.
     pub async fn ensure_service(&self, service: &str, config: &ServiceConfig) -> Result<()> {
-        match self.create_service(service, config).await {
+        match self.put(Kind::Repeatable, &path(service, ""), config).await {
             Err(error) if error.code == ErrorCode::ObjectExists => Ok(()),
             result => result,
         }
@@ -73,14 +142,14 @@ impl DiscoveryClient {
         self.read(&path(service, "")).await
     }
 
-    /// All services: what is there, `current`, then changes. Ends with the connection.
-    pub async fn watch_all(&self) -> Result<EventStream<Event>> {
-        self.http.events("/services").await
+    /// All services: what is there, `current`, then changes.
+    pub async fn watch_all(&self) -> Result<Watch> {
+        Watch::begin(self.clone(), "/services".to_owned(), None).await
     }
 
     /// [`Self::watch_since`] of all services.
-    pub async fn watch_all_since(&self, last: &str) -> Result<EventStream<Event>> {
-        self.http.events_after("/services", Some(last)).await
+    pub async fn watch_all_since(&self, last: &str) -> Result<Watch> {
+        Watch::begin(self.clone(), "/services".to_owned(), Some(last.to_owned())).await
     }
 
     /// The networks that virtual addresses are from.
@@ -90,23 +159,25 @@ impl DiscoveryClient {
 
     /// Sets them, once.
     pub async fn set_virtual_networks(&self, networks: &VirtualNetworks) -> Result<()> {
-        self.http.put("/cluster/virtual-networks", networks).await
+        self.put(Kind::Repeatable, "/cluster/virtual-networks", networks)
+            .await
     }
 
     /// Removes a service.
     pub async fn remove_service(&self, service: &str) -> Result<()> {
-        self.http.delete(&path(service, "")).await
+        // Repeated, it might remove one that somebody has made anew.
+        self.delete(Kind::Once, &path(service, "")).await
     }
 
-    /// A service's present state, `current`, then its changes. Ends with the connection.
-    pub async fn watch(&self, service: &str) -> Result<EventStream<Event>> {
-        self.http.events(&path(service, "")).await
+    /// A service's present state, `current`, then its changes.
+    pub async fn watch(&self, service: &str) -> Result<Watch> {
+        Watch::begin(self.clone(), path(service, ""), None).await
     }
 
     /// What has changed in a service since an earlier watch, of any host, had come to the id `last`
-    /// ([`EventStream::last_id`]), `current`, then its changes. Fails with `gone` when that is too long ago.
-    pub async fn watch_since(&self, service: &str, last: &str) -> Result<EventStream<Event>> {
-        self.http.events_after(&path(service, ""), Some(last)).await
+    /// ([`Watch::last_id`]), `current`, then its changes. Fails with `gone` when that is too long ago.
+    pub async fn watch_since(&self, service: &str, last: &str) -> Result<Watch> {
+        Watch::begin(self.clone(), path(service, ""), Some(last.to_owned())).await
     }
 
     /// A service's metadata.
@@ -124,7 +195,14 @@ impl DiscoveryClient {
 
     /// Replaces a service's metadata; `meta.index` is the index that it replaces. Gives what is there now.
     pub async fn set_meta(&self, service: &str, meta: &ServiceMeta) -> Result<ServiceMeta> {
-        self.http.put(&path(service, "/meta"), meta).await
+        // discoverd knows the last writes by their keys.
+        let key = Uuid::new_v4().to_string();
+        let (path, key) = (path(service, "/meta"), key.as_str());
+        let call = |http: Http| {
+            let path = &path;
+            async move { http.put_once(path, key, meta).await }
+        };
+        self.hosts.call(Kind::Repeatable, call).await
     }
 
     /// Changes the document that is a service's metadata by compare-and-swap: `change` is done to what is there (or to
@@ -170,7 +248,7 @@ impl DiscoveryClient {
                     if matches!(
                         error.code,
                         ErrorCode::PreconditionFailed | ErrorCode::ObjectExists
-                    ) =>
+                    ) && !error.may_be_done() =>
                 {
                     // Somebody else has come further: there is no need to wait.
                 }
@@ -184,19 +262,18 @@ impl DiscoveryClient {
 
     /// Registers an instance, or renews it (heartbeat).
     pub async fn register(&self, service: &str, instance: &Instance) -> Result<()> {
-        self.http
-            .put(
-                &path(service, &format!("/instances/{}", encode(&instance.id))),
-                instance,
-            )
-            .await
+        let path = path(service, &format!("/instances/{}", encode(&instance.id)));
+        self.put(Kind::Repeatable, &path, instance).await
     }
 
     /// Deregisters an instance.
     pub async fn deregister(&self, service: &str, id: &str) -> Result<()> {
-        self.http
-            .delete(&path(service, &format!("/instances/{}", encode(id))))
-            .await
+        let path = path(service, &format!("/instances/{}", encode(id)));
+        match self.delete(Kind::Repeatable, &path).await {
+            // The attempt that broke off was made.
+            Err(error) if error.code == ErrorCode::NotFound && error.may_be_done() => Ok(()),
+            result => result,
+        }
     }
 
     /// A service's instances; none when there is no such service.
@@ -217,57 +294,61 @@ impl DiscoveryClient {
 
     /// Sets the leader of a `manual` service.
     pub async fn set_leader(&self, service: &str, instance: &Instance) -> Result<()> {
-        self.http.put(&path(service, "/leader"), instance).await
+        self.put(Kind::Repeatable, &path(service, "/leader"), instance)
+            .await
     }
 
     /// Raft members.
     pub async fn peers(&self) -> Result<Vec<Peer>> {
-        self.http.get("/raft/peers").await
+        self.get("/raft/peers").await
     }
 
     /// Members, and how they do.
     pub async fn members(&self) -> Result<Vec<MemberStatus>> {
-        self.http.get("/cluster/members").await
+        self.get("/cluster/members").await
     }
 
-    /// How the discoverd that answers does.
+    /// How the discoverd of the chosen host does.
     pub async fn own_status(&self) -> Result<OwnStatus> {
-        self.http.get("/cluster/status").await
+        self.hosts.chosen().get("/cluster/status").await
     }
 
     /// Says whether a member (its address, host or id) is to vote.
     pub async fn set_vote(&self, member: &str, vote: Voting) -> Result<()> {
         let path = format!("/raft/peers/{}/vote", encode(member));
-        self.http.put(&path, &vote).await
+        self.put(Kind::Repeatable, &path, &vote).await
     }
 
     /// Takes a member (its address, host or id) out.
     pub async fn remove_peer(&self, addr: &str) -> Result<()> {
-        self.http.delete(&format!("/raft/peers/{}", encode(addr))).await
+        self.delete(Kind::Once, &format!("/raft/peers/{}", encode(addr)))
+            .await
     }
 
-    /// All of the registry, as one file.
+    /// All of the registry, as the chosen host tells it, as one file.
     pub async fn snapshot(&self) -> Result<Bytes> {
         let consistency = self.consistency.unwrap_or(Consistency::Linearizable);
         let path = format!("/cluster/snapshot?consistency={consistency}");
-        self.http.get_bytes(&path, MAX_SNAPSHOT).await
+        self.hosts.chosen().get_bytes(&path, MAX_SNAPSHOT).await
     }
 
-    /// What it would mean to let the discoverd that answers go on alone.
+    /// What it would mean to let the discoverd of the chosen host go on alone.
     pub async fn recovery(&self) -> Result<RecoveryPlan> {
-        self.http.get("/cluster/recovery").await
+        self.hosts.chosen().get("/cluster/recovery").await
     }
 
     /// Lets it go on alone. It starts anew for that.
     pub async fn recover(&self, force: bool) -> Result<RecoveryPlan> {
-        self.http
+        self.hosts
+            .chosen()
             .post("/cluster/recover", &RecoverRequest { force })
             .await
     }
 
-    /// What it would mean to put `snapshot` in place of the registry of the discoverd that answers.
+    /// What it would mean to put `snapshot` in place of the registry of the chosen host.
     pub async fn check_restore(&self, snapshot: Bytes) -> Result<RestorePlan> {
-        self.http
+        self.hosts
+            .chosen()
             .post_bytes("/cluster/restore?check=true", snapshot)
             .await
     }
@@ -275,27 +356,27 @@ impl DiscoveryClient {
     /// Puts it there. The discoverd starts anew for that.
     pub async fn restore(&self, snapshot: Bytes, force: bool) -> Result<RestorePlan> {
         let path = format!("/cluster/restore?force={force}");
-        self.http.post_bytes(&path, snapshot).await
+        self.hosts.chosen().post_bytes(&path, snapshot).await
     }
 
-    /// Has the discoverd that answers leave its cluster and join another. It starts anew for that.
+    /// Has the discoverd of the chosen host leave its cluster and join another. It starts anew for that.
     pub async fn rejoin(&self, request: &RejoinRequest) -> Result<()> {
-        self.http.post("/cluster/rejoin", request).await
+        self.hosts.chosen().post("/cluster/rejoin", request).await
     }
 
     /// A token that lets one host join.
     pub async fn join_token(&self) -> Result<JoinToken> {
-        self.http.post("/cluster/tokens", &()).await
+        self.post(Kind::Once, "/cluster/tokens", &()).await
     }
 
     /// A new certificate.
     pub async fn renew(&self, request: &RenewRequest) -> Result<SignedIdentity> {
-        self.http.post("/cluster/renew", request).await
+        self.post(Kind::Repeatable, "/cluster/renew", request).await
     }
 
-    /// Joins with a token.
+    /// Joins with a token, which the same request may use again.
     pub async fn join(&self, request: &JoinRequest) -> Result<SignedIdentity> {
-        self.http.post("/cluster/join", request).await
+        self.post(Kind::Repeatable, "/cluster/join", request).await
     }
 }
 

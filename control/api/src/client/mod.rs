@@ -7,10 +7,13 @@ pub mod controller;
 pub mod discovery;
 mod events;
 pub mod host;
+mod hosts;
 pub mod receive;
 mod retry;
 mod transport;
+mod watch;
 
 pub use events::EventStream;
 pub use retry::Retry;
 pub use transport::{Body, Http, Upgraded, encode, full};
+pub use watch::Watch;

@@ -18,7 +18,7 @@ use serde::de::DeserializeOwned;
 use super::connect::Connector;
 use super::events::EventStream;
 use crate::tls::{Identity, TlsError};
-use crate::{Error, ErrorCode, Result};
+use crate::{Error, ErrorCode, IDEMPOTENCY_KEY, Result};
 
 /// A request body.
 pub type Body = UnsyncBoxBody<Bytes, Box<dyn std::error::Error + Send + Sync>>;
@@ -123,6 +123,11 @@ impl Http {
         self
     }
 
+    /// How long a call may take.
+    pub(super) fn patience(&self) -> Duration {
+        self.timeout
+    }
+
     /// The server's URL.
     pub fn base(&self) -> &str {
         &self.base
@@ -130,17 +135,27 @@ impl Http {
 
     /// `GET`, answered by JSON.
     pub async fn get<T: DeserializeOwned>(&self, path: &str) -> Result<T> {
-        self.call(Method::GET, path, empty()).await
+        self.call(Method::GET, path, None, empty()).await
     }
 
     /// `PUT` of JSON, answered by JSON (or nothing, for `()`).
     pub async fn put<T: DeserializeOwned>(&self, path: &str, body: &(impl Serialize + ?Sized)) -> Result<T> {
-        self.call(Method::PUT, path, json(body)?).await
+        self.call(Method::PUT, path, None, json(body)?).await
+    }
+
+    /// [`Http::put`], which the server does once however often it is called with the same key.
+    pub(super) async fn put_once<T: DeserializeOwned>(
+        &self,
+        path: &str,
+        key: &str,
+        body: &(impl Serialize + ?Sized),
+    ) -> Result<T> {
+        self.call(Method::PUT, path, Some(key), json(body)?).await
     }
 
     /// `POST` of JSON, answered by JSON (or nothing, for `()`).
     pub async fn post<T: DeserializeOwned>(&self, path: &str, body: &(impl Serialize + ?Sized)) -> Result<T> {
-        self.call(Method::POST, path, json(body)?).await
+        self.call(Method::POST, path, None, json(body)?).await
     }
 
     /// `GET`, answered by a file of no more than `limit` bytes.
@@ -168,19 +183,28 @@ impl Http {
 
     /// `DELETE`.
     pub async fn delete(&self, path: &str) -> Result<()> {
-        self.call(Method::DELETE, path, empty()).await
+        self.call(Method::DELETE, path, None, empty()).await
     }
 
     /// `DELETE`, answered by JSON.
     pub async fn delete_for<T: DeserializeOwned>(&self, path: &str) -> Result<T> {
-        self.call(Method::DELETE, path, empty()).await
+        self.call(Method::DELETE, path, None, empty()).await
     }
 
-    async fn call<T: DeserializeOwned>(&self, method: Method, path: &str, body: Body) -> Result<T> {
-        let request = Request::builder()
+    async fn call<T: DeserializeOwned>(
+        &self,
+        method: Method,
+        path: &str,
+        key: Option<&str>,
+        body: Body,
+    ) -> Result<T> {
+        let mut request = Request::builder()
             .method(method)
             .uri(path)
             .header(CONTENT_TYPE, "application/json");
+        if let Some(key) = key {
+            request = request.header(IDEMPOTENCY_KEY, key);
+        }
         self.ask(request.body(body).map_err(|why| bad_request(path, &why))?)
             .await
     }

@@ -2,13 +2,16 @@
 
 use std::net::{IpAddr, SocketAddr};
 
-use flynn_api::Error;
 use flynn_api::discovery::{Instance, ServiceMeta};
+use flynn_api::{Digest, Error, IDEMPOTENCY_KEY};
+use http::HeaderMap;
 
 /// Labels of an instance.
 const MAX_LABELS: usize = 64;
 /// Bytes of all labels together.
 const MAX_LABEL_BYTES: usize = 16 << 10;
+/// Bytes of a key that names a write.
+const MAX_KEY: usize = 255;
 /// Bytes of a service's metadata.
 const MAX_META_BYTES: usize = 1 << 20;
 
@@ -81,6 +84,22 @@ pub(super) fn id(id: &str) -> Result<(), Error> {
             "an id has 1 to 63 letters, digits and -",
         ))
     }
+}
+
+/// The name of a write: that which the caller gives it, so that it can be repeated at any host, or a new one.
+pub(super) fn request(headers: &HeaderMap) -> Result<u64, Error> {
+    let Some(key) = headers.get(IDEMPOTENCY_KEY) else {
+        return Ok(rand::random_range(1..=u64::MAX));
+    };
+    if !(16..=MAX_KEY).contains(&key.len()) {
+        return Err(Error::invalid_field(
+            IDEMPOTENCY_KEY,
+            "a key has 16 to 255 characters, like a random UUID",
+        ));
+    }
+    let digest = Digest::of(key.as_bytes());
+    let number = digest.as_bytes().first_chunk().copied().unwrap_or_default();
+    Ok(u64::from_be_bytes(number).max(1))
 }
 
 /// Metadata must not be too long.

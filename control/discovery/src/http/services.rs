@@ -11,6 +11,7 @@ use flynn_api::discovery::{
     EventKind, HOST_SERVICE, Instance, ServiceConfig, ServiceInfo, ServiceMeta, VirtualNetworks,
 };
 use flynn_api::server::{Json, Peer, StrictJson};
+use http::HeaderMap;
 
 use super::asked::{Asked, at, read};
 use super::auth::{Action, Door};
@@ -127,13 +128,20 @@ pub(super) async fn set_meta(
     State((node, door)): App,
     Extension(peer): From,
     Path(service): Path<String>,
+    headers: HeaderMap,
     StrictJson(meta): StrictJson<ServiceMeta>,
 ) -> Result<Response, Error> {
     input::service(&service)?;
     door.check(&peer, &Action::Govern(&service))?;
     input::meta(&meta)?;
     let data = meta.data.clone();
-    let index = node.write(Command::SetMeta { service, meta }).await?;
+    let request = input::request(&headers)?;
+    let command = Command::SetMeta {
+        service,
+        meta,
+        request,
+    };
+    let index = node.write(command).await?;
     let meta = ServiceMeta {
         data,
         index,

@@ -7,15 +7,16 @@
 use std::convert::Infallible;
 use std::sync::Arc;
 
-use axum::response::sse::{self, Sse};
+use axum::body::{Body, Bytes};
 use axum::response::{IntoResponse as _, Response};
 use flynn_api::discovery::{Event, EventKind, Position};
 use flynn_api::{Error, HEARTBEAT};
 use futures::stream::{Stream, StreamExt as _, iter, unfold};
+use http::header::{CACHE_CONTROL, CONTENT_TYPE};
 use tokio::sync::mpsc;
 use tokio::time::{Instant, timeout_at};
 
-use crate::history::Change;
+use crate::history::{Change, frame};
 use crate::node::Node;
 use crate::view::{Begin, View, Watch};
 
@@ -67,11 +68,11 @@ where
         .into_iter()
         .flatten()
         .filter(move |event| wanted(event.kind));
-    let present = present.map(|event| told(&event, None));
+    let present = present.map(|event| frame(&event, None));
     let missed = missed.into_iter().filter(move |change| wanted(change.event.kind));
-    let missed = missed.map(|change| changed(&change));
+    let missed = missed.map(|change| change.frame());
     let position = Position::behind(watch.index);
-    let current = told(
+    let current = frame(
         &Event::new(service, EventKind::Current, watch.index),
         Some(position),
     );
@@ -83,22 +84,9 @@ where
         tell_by: Instant::now() + HEARTBEAT,
     };
     let events = iter(present.chain(missed).chain([current])).chain(changes.stream());
-    Sse::new(events.map(Ok::<_, Infallible>)).into_response()
-}
-
-fn told(event: &Event, position: Option<Position>) -> sse::Event {
-    let json = serde_json::to_string(event).unwrap_or_default();
-    let told = sse::Event::default().data(json);
-    match position {
-        Some(position) => told.id(position.to_string()),
-        None => told,
-    }
-}
-
-fn changed(change: &Change) -> sse::Event {
-    sse::Event::default()
-        .data(change.json())
-        .id(change.position.to_string())
+    let headers = [(CONTENT_TYPE, "text/event-stream"), (CACHE_CONTROL, "no-cache")];
+    let body = Body::from_stream(events.map(Ok::<_, Infallible>));
+    (headers, body).into_response()
 }
 
 /// What comes after `current`.
@@ -111,7 +99,7 @@ struct Changes {
 }
 
 impl Changes {
-    fn stream(self) -> impl Stream<Item = sse::Event> {
+    fn stream(self) -> impl Stream<Item = Bytes> {
         unfold(self, |mut changes| async {
             let event = changes.next().await?;
             changes.tell_by = Instant::now() + HEARTBEAT;
@@ -120,13 +108,13 @@ impl Changes {
     }
 
     /// The next that is wanted, or the position when it is time to say it.
-    async fn next(&mut self) -> Option<sse::Event> {
+    async fn next(&mut self) -> Option<Bytes> {
         while Instant::now() < self.tell_by {
             match timeout_at(self.tell_by, self.queue.recv()).await {
                 Ok(Some(change)) => {
                     self.position = change.position;
                     if (self.wanted)(change.event.kind) {
-                        return Some(changed(&change));
+                        return Some(change.frame());
                     }
                 }
                 Ok(None) => return None,
@@ -139,6 +127,6 @@ impl Changes {
                 }
             }
         }
-        Some(sse::Event::default().id(self.position.to_string()))
+        Some(format!("id: {}\n\n", self.position).into())
     }
 }

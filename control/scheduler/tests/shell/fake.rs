@@ -59,6 +59,7 @@ fn active(job: Job) -> ActiveJob {
         ports: Vec::new(),
         pid: None,
         supervisor_pid: None,
+        paused: false,
         created_at: Timestamp::now(),
         started_at: None,
         ended_at: None,
