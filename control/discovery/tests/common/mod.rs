@@ -60,7 +60,7 @@ enum Running {
 pub fn timing() -> Timing {
     Timing {
         heartbeat: Duration::from_millis(50),
-        election: Duration::from_millis(250),
+        election: Duration::from_millis(310),
         snapshot_after: 100,
         lease: Duration::from_mins(1),
         beat: Duration::from_millis(100),
