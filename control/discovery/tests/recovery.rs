@@ -219,10 +219,12 @@ fn whoever_has_more_is_to_be_recovered() {
 fn a_snapshot_is_put_back_everywhere() {
     block_on(async {
         let mut cluster = three().await;
-        let client = cluster.client(0);
+        // One that does not lead.
+        let at = (cluster.ready(0).await + 1) % 3;
+        let client = cluster.client(at);
         set(&client, "web", json!("then")).await;
         set(&client, "gone", json!("then")).await;
-        let snapshot = cluster.client(1).snapshot().await.unwrap();
+        let snapshot = cluster.client((at + 1) % 3).snapshot().await.unwrap();
         let now = set(&client, "web", json!("now")).await;
         set(&client, "new", json!("now")).await;
         client.remove_service("gone").await.unwrap();
@@ -235,19 +237,19 @@ fn a_snapshot_is_put_back_everywhere() {
         assert_eq!((plan.services, plan.objections.len()), (2, 1), "{plan:?}");
         let refused = client.restore(snapshot.clone(), false).await.unwrap_err();
         assert_eq!(refused.code, ErrorCode::Conflict);
-        for at in [0, 8, 12, 40, snapshot.len() - 1] {
+        for byte in [0, 8, 12, 40, snapshot.len() - 1] {
             let mut damaged = snapshot.to_vec();
-            damaged[at] ^= 1;
+            damaged[byte] ^= 1;
             let error = client.restore(damaged.into(), true).await.unwrap_err();
             assert_eq!(error.code, ErrorCode::Validation, "{error}");
         }
         assert_eq!(client.meta("web").await.unwrap(), now, "nothing was changed");
 
         client.restore(snapshot, true).await.unwrap();
-        for at in 0..3 {
+        for at in [at, (at + 1) % 3, (at + 2) % 3] {
             started_again(&mut cluster, at).await;
         }
-        voters(&cluster, 0, 3).await;
+        voters(&cluster, at, 3).await;
         for at in 0..3 {
             has(&cluster, at, "web", json!("then")).await;
             let services = cluster.client(at).services().await.unwrap();
