@@ -55,6 +55,10 @@ pub enum MemberChange {
 
 /// Has the members changed, by the leader.
 pub async fn change(node: &Node, change: &MemberChange) -> Result<(), Error> {
+    if let MemberChange::Join { id, member } = change {
+        // It may be needed to elect the leader that writes down where it is.
+        node.dialer().moved(*id, &member.addr);
+    }
     let deadline = tokio::time::Instant::now() + TIMEOUT;
     let attempt = async {
         loop {

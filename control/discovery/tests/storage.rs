@@ -10,7 +10,7 @@ use flynn_discovery::raft::journal::{Encoded, Journal, Record};
 use flynn_discovery::raft::log::LogStore;
 use flynn_discovery::raft::machine::Machine;
 use flynn_discovery::raft::snapshot::SnapshotFile;
-use flynn_discovery::raft::{LogId, TypeConfig, Vote};
+use flynn_discovery::raft::{LogId, TypeConfig, Vote, dir};
 use flynn_discovery::view::View;
 use openraft::testing::log::{StoreBuilder, Suite};
 use openraft::vote::leader_id_adv::LeaderId;
@@ -164,12 +164,14 @@ fn damage_to_what_was_synced_is_named_and_not_served() {
     let whole = std::fs::read(&path).unwrap();
     // Every byte, those of the last frame included: nothing says of it that it was synced, but it was.
     for at in 0..whole.len() {
-        let mut damaged = whole.clone();
-        damaged[at] ^= 0x55;
-        std::fs::write(&path, &damaged).unwrap();
-        let error = read(&path).unwrap_err();
-        assert!(error.to_string().contains("damaged at byte"), "{error}");
-        assert_eq!(std::fs::read(&path).unwrap(), damaged, "evidence is kept");
+        for bit in 0..8 {
+            let mut damaged = whole.clone();
+            damaged[at] ^= 1 << bit;
+            std::fs::write(&path, &damaged).unwrap();
+            let error = read(&path).unwrap_err();
+            assert!(error.to_string().contains("damaged at byte"), "{error}");
+            assert_eq!(std::fs::read(&path).unwrap(), damaged, "evidence is kept");
+        }
     }
 }
 
@@ -222,14 +224,57 @@ fn a_damaged_snapshot_is_named() {
         .read_to_end(&mut whole)
         .unwrap();
     for at in (0..whole.len()).filter(|at| *at != 8) {
-        let mut damaged = whole.clone();
-        damaged[at] ^= 1;
-        std::fs::write(&path, &damaged).unwrap();
-        let error = file.read().unwrap_err().to_string();
-        assert!(error.contains("damaged"), "byte {at}: {error}");
+        for bit in 0..8 {
+            let mut damaged = whole.clone();
+            damaged[at] ^= 1 << bit;
+            std::fs::write(&path, &damaged).unwrap();
+            let error = file.read().unwrap_err().to_string();
+            assert!(error.contains("damaged"), "byte {at}: {error}");
+        }
         std::fs::write(&path, &whole[..at]).unwrap();
         assert!(file.read().is_err());
     }
+}
+
+#[test]
+fn a_damaged_id_is_named() {
+    let store = tempfile::tempdir().unwrap();
+    let path = store.path().join("id");
+    let id = dir::member_id(store.path()).unwrap();
+    assert_eq!(dir::member_id(store.path()).unwrap(), id);
+    let whole = std::fs::read(&path).unwrap();
+    for at in 0..whole.len() {
+        let flipped = (0..8).map(|bit| {
+            let mut damaged = whole.clone();
+            damaged[at] ^= 1 << bit;
+            damaged
+        });
+        for damaged in flipped.chain([whole[..at].to_vec()]) {
+            std::fs::write(&path, &damaged).unwrap();
+            let error = dir::member_id(store.path()).unwrap_err().to_string();
+            assert!(error.contains("damaged"), "{damaged:?}: {error}");
+        }
+    }
+    std::fs::write(&path, "123\n").unwrap();
+    assert_eq!(
+        dir::member_id(store.path()).unwrap(),
+        123,
+        "of an earlier release"
+    );
+    std::fs::remove_file(&path).unwrap();
+    journal(&store.path().join("journal"), &[vote(1)]);
+    let error = dir::member_id(store.path()).unwrap_err().to_string();
+    assert!(error.contains("is missing"), "{error}");
+}
+
+#[test]
+fn a_journal_of_which_nothing_was_synced_begins_anew() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("journal");
+    std::fs::write(&path, [0; 12]).unwrap();
+    assert_eq!(read(&path).unwrap(), []);
+    journal(&path, &[vote(1)]);
+    assert_eq!(read(&path).unwrap(), [vote(1)]);
 }
 
 proptest! {

@@ -25,7 +25,15 @@ pub struct Dialer {
     tls: Arc<rustls::ClientConfig>,
     clients: Arc<Mutex<HashMap<String, Http>>>,
     // openraft keeps the link that it made to a member when the member moves; the link asks here where it is now.
-    places: Arc<Mutex<HashMap<u64, String>>>,
+    places: Arc<Mutex<HashMap<u64, Place>>>,
+}
+
+/// Where a member is.
+struct Place {
+    /// By the list of members.
+    listed: String,
+    /// By what was last heard.
+    addr: String,
 }
 
 /// Clients that are kept: more than there are members. With fewer, each call to a member would be a new connection, and
@@ -48,11 +56,20 @@ impl Dialer {
         }
     }
 
-    /// The member `id` is at `addr` from now on.
+    /// By the list of members, `id` is at `addr`.
     pub fn learn(&self, id: u64, addr: &str) {
         let mut places = self.places.lock().unwrap_or_else(PoisonError::into_inner);
-        if places.get(&id).is_none_or(|known| known != addr) {
-            places.insert(id, addr.to_owned());
+        if places.get(&id).is_none_or(|known| known.listed != addr) {
+            let (listed, addr) = (addr.to_owned(), addr.to_owned());
+            places.insert(id, Place { listed, addr });
+        }
+    }
+
+    /// The member `id` says itself that it is at `addr`, until the list says something new.
+    pub fn moved(&self, id: u64, addr: &str) {
+        let mut places = self.places.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(place) = places.get_mut(&id) {
+            addr.clone_into(&mut place.addr);
         }
     }
 
@@ -62,7 +79,7 @@ impl Dialer {
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
             .get(&id)
-            .cloned();
+            .map(|place| place.addr.clone());
         self.dial(&place.ok_or_else(|| flynn_api::Error::not_found("member", id))?)
     }
 

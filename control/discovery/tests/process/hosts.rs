@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::net::Ipv4Addr;
+use std::time::Duration;
 
 use flynn_api::client::discovery::DiscoveryClient;
 use flynn_api::discovery::{Consistency, OwnStatus, ServiceMeta};
@@ -32,9 +33,12 @@ pub(crate) struct Hosts {
 /// Entries between two snapshots.
 pub(crate) const SNAPSHOT_AFTER: u64 = 20;
 
-/// Snapshots are made, and logs cut short, after a few entries.
+/// Snapshots are made, and logs cut short, after a few entries. Elections are not so quick that many processes on few
+/// cores call them for want of time.
 pub(crate) fn often(options: &mut Options) {
     options.timing = timing();
+    options.timing.heartbeat = Duration::from_millis(100);
+    options.timing.election = Duration::from_secs(1);
     options.timing.snapshot_after = SNAPSHOT_AFTER;
 }
 
