@@ -8,7 +8,7 @@ use std::process::ExitCode;
 use clap::{Args, Parser, Subcommand};
 use flynn_api::Meta;
 use flynn_hostd::bootstrap::{self, join, remove};
-use flynn_hostd::commands::{self, Operator, members};
+use flynn_hostd::commands::{self, Operator, ca, members};
 use flynn_hostd::config::{HostConfig, Overrides};
 use flynn_hostd::encryption::Mode;
 use flynn_hostd::{daemon, floating, supervisor};
@@ -47,7 +47,10 @@ enum Command {
     /// Take a lost host out of the cluster for good, and let another take its place
     Replace(remove::ReplaceArgs),
     /// Renew this host's certificates now, and not when they are due
-    Renew(join::TokenArgs),
+    Renew(join::RenewArgs),
+    /// Look after the cluster's certificate authority: status, rotate
+    #[command(subcommand)]
+    Ca(ca::Command),
     /// Bring images into this host's store
     Download(bootstrap::DownloadArgs),
     /// Keep addresses at a host that is well: add, remove, list
@@ -142,6 +145,7 @@ fn run(command: Command) -> anyhow::Result<ExitCode> {
         Command::Remove(args) => runtime(remove::run(&args))?,
         Command::Replace(args) => runtime(remove::replace(&args))?,
         Command::Renew(args) => runtime(join::renew(&args))?,
+        Command::Ca(command) => runtime(ca::run(&command))?,
         Command::Download(args) => runtime(bootstrap::download(&args))?,
         Command::Floating(args) => runtime(floating::command::run(&args))?,
         Command::Version => println!("{}", env!("CARGO_PKG_VERSION")),

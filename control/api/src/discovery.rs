@@ -35,12 +35,17 @@
 //! `current` where it has caught up. Hosts keep some thousands of changes; what can no longer be told in full is answered
 //! with 410 (`gone`): begin anew, without an id.
 
+mod ca;
 mod reads;
 mod recovery;
 
 use serde::{Deserialize, Serialize};
 
 use crate::Meta;
+pub use crate::discovery::ca::{
+    CaStatus, ClusterCa, Held, LateRequest, Loaded, Retired, Root, RootStatus, Rotation, RotationStatus,
+    Stage, Wait,
+};
 pub use crate::discovery::reads::{Consistency, INDEX_HEADER, Position};
 pub use crate::discovery::recovery::{
     MAX_SNAPSHOT, OtherMember, RecoverRequest, RecoveryPlan, RejoinRequest, RestorePlan,
@@ -280,7 +285,7 @@ pub struct OwnStatus {
 /// The service whose instances are the hosts, and whose metadata holds the [`NetworkLeases`].
 pub const HOST_SERVICE: &str = "flynn-host";
 
-/// The service whose metadata holds the cluster CA ([`ClusterCa`]).
+/// The service whose metadata holds the cluster CA ([`ClusterCa`]), and whose instances say what hosts hold ([`Held`]).
 pub const CA_SERVICE: &str = "flynn-ca";
 
 /// Metadata of [`HOST_SERVICE`]: the cluster's networks, and which host holds which subnet.
@@ -339,23 +344,6 @@ pub struct SubnetLease {
     /// When the host took it, or said last that it has it: at each start, and once a day.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub renewed_at: Option<jiff::Timestamp>,
-}
-
-/// Metadata of [`CA_SERVICE`]. Only `host:` certificates and discoverd itself may read it.
-#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct ClusterCa {
-    /// PEM.
-    pub cert: String,
-    /// PEM.
-    pub key: String,
-}
-
-impl std::fmt::Debug for ClusterCa {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("ClusterCa")
-            .field("cert", &self.cert)
-            .finish_non_exhaustive()
-    }
 }
 
 /// The service whose metadata holds the cluster's [`FloatingAddresses`].

@@ -3,6 +3,11 @@
 //! Inside the cluster both ends show a certificate of the CA. A server is verified by the name or address that was
 //! dialled (subject alternative names), a client by its common name: `host:<id>` or `job:<app>` ([`PeerIdentity`]).
 
+mod certificate;
+mod live;
+#[cfg(test)]
+mod tests;
+
 use std::fmt;
 use std::io;
 use std::os::unix::fs::OpenOptionsExt as _;
@@ -22,6 +27,8 @@ use rustls::server::WebPkiClientVerifier;
 use rustls::{ClientConfig, DigitallySignedStruct, RootCertStore, ServerConfig};
 
 use crate::Digest;
+pub use certificate::{Certificate, late, roots};
+pub use live::{Live, Use};
 
 /// How long an identity lives.
 pub const IDENTITY_DAYS: i64 = 90;
@@ -111,14 +118,10 @@ impl PeerIdentity {
     }
 }
 
-fn now_plus_days(days: i64) -> (i64, i64) {
-    let now = jiff::Timestamp::now().as_second();
+fn validity(params: &mut CertificateParams, from: jiff::Timestamp, days: i64) {
+    let from = from.as_second();
     // An hour back, so that hosts whose clocks differ a little agree that it is valid.
-    (now - 3600, now + days * 86_400)
-}
-
-fn validity(params: &mut CertificateParams, days: i64) {
-    let (from, to) = now_plus_days(days);
+    let (from, to) = (from - 3600, from + days * 86_400);
     let date = |seconds: i64| {
         let day = jiff::Timestamp::from_second(seconds)
             .unwrap_or_default()
@@ -151,14 +154,27 @@ impl Ca {
         let key = KeyPair::generate()?;
         let mut params = CertificateParams::default();
         params.distinguished_name = common_name(name);
-        params.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
-        params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
-        validity(&mut params, CA_DAYS);
-        let cert = params.self_signed(&key)?;
+        Self::of_key(name, &key, CA_DAYS)
+    }
+
+    fn of_key(name: &str, key: &KeyPair, days: i64) -> Result<Self, TlsError> {
         Ok(Self {
-            cert_pem: cert.pem(),
+            cert_pem: root(name, days).self_signed(key)?.pem(),
             key_pem: key.serialize_pem(),
         })
+    }
+
+    /// Makes the root that comes after this one, and gives it with the link: its certificate by this one, PEM.
+    ///
+    /// Its name differs from those of the others, so that verifiers find the one that signed without trying them all.
+    pub fn successor(&self) -> Result<(Self, String), TlsError> {
+        let key = KeyPair::generate()?;
+        let name = format!(
+            "flynn cluster {:.16}",
+            Digest::of(key.public_key_raw()).to_string()
+        );
+        let link = root(&name, CA_DAYS).signed_by(&key, &self.issuer()?)?;
+        Ok((Self::of_key(&name, &key, CA_DAYS)?, link.pem()))
     }
 
     /// Takes one that is there; fails when certificate and key are not PEM.
@@ -195,18 +211,19 @@ impl Ca {
 
     /// Makes a key and signs a certificate for it. `sans` are DNS names and addresses.
     pub fn issue(&self, identity: &PeerIdentity, sans: &[String]) -> Result<Identity, TlsError> {
-        self.issue_for(identity, sans, IDENTITY_DAYS)
+        self.issue_for(identity, sans, jiff::Timestamp::now(), IDENTITY_DAYS)
     }
 
-    /// [`Ca::issue`] for so many days.
+    /// [`Ca::issue`] for so many days from then on.
     pub fn issue_for(
         &self,
         identity: &PeerIdentity,
         sans: &[String],
+        from: jiff::Timestamp,
         days: i64,
     ) -> Result<Identity, TlsError> {
         let key = KeyPair::generate()?;
-        let cert = leaf(identity, sans, days)?.signed_by(&key, &self.issuer()?)?;
+        let cert = leaf(identity, sans, from, days)?.signed_by(&key, &self.issuer()?)?;
         Ok(Identity {
             ca_pem: self.cert_pem.clone(),
             cert_pem: cert.pem(),
@@ -217,12 +234,29 @@ impl Ca {
     /// Signs a request: its key is taken, its wishes are not. Returns the certificate's PEM.
     pub fn sign(&self, csr_pem: &str, identity: &PeerIdentity, sans: &[String]) -> Result<String, TlsError> {
         let request = CertificateSigningRequestParams::from_pem(csr_pem)?;
-        let cert = leaf(identity, sans, IDENTITY_DAYS)?.signed_by(&request.public_key, &self.issuer()?)?;
+        let leaf = leaf(identity, sans, jiff::Timestamp::now(), IDENTITY_DAYS)?;
+        let cert = leaf.signed_by(&request.public_key, &self.issuer()?)?;
         Ok(cert.pem())
     }
 }
 
-fn leaf(identity: &PeerIdentity, sans: &[String], days: i64) -> Result<CertificateParams, TlsError> {
+fn root(name: &str, days: i64) -> CertificateParams {
+    let mut params = CertificateParams::default();
+    params.distinguished_name = common_name(name);
+    // Nothing about the path's length: a root certifies the one that comes after it.
+    params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+    params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
+    params.use_authority_key_identifier_extension = true;
+    validity(&mut params, jiff::Timestamp::now(), days);
+    params
+}
+
+fn leaf(
+    identity: &PeerIdentity,
+    sans: &[String],
+    from: jiff::Timestamp,
+    days: i64,
+) -> Result<CertificateParams, TlsError> {
     let mut params = CertificateParams::new(sans)?;
     params.distinguished_name = common_name(&identity.to_string());
     params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
@@ -231,7 +265,7 @@ fn leaf(identity: &PeerIdentity, sans: &[String], days: i64) -> Result<Certifica
         ExtendedKeyUsagePurpose::ClientAuth,
     ];
     params.use_authority_key_identifier_extension = true;
-    validity(&mut params, days);
+    validity(&mut params, from, days);
     Ok(params)
 }
 
@@ -354,12 +388,7 @@ impl Identity {
     }
 
     fn roots(&self) -> Result<RootCertStore, TlsError> {
-        let mut roots = RootCertStore::empty();
-        for cert in CertificateDer::pem_slice_iter(self.ca_pem.as_bytes()) {
-            let cert = cert.map_err(|why| pem("the CA certificate", &why))?;
-            roots.add(cert).map_err(|why| TlsError::Use(why.to_string()))?;
-        }
-        Ok(roots)
+        root_store(&self.ca_pem)
     }
 
     fn chain(&self) -> Result<(Vec<CertificateDer<'static>>, PrivateKeyDer<'static>), TlsError> {
@@ -392,6 +421,12 @@ impl Identity {
         Ok(Arc::new(config))
     }
 
+    /// A client's configuration that shows no certificate, for one that has run out, and trusts the CA alone.
+    pub fn late_client_config(&self) -> Result<Arc<ClientConfig>, TlsError> {
+        let config = ClientConfig::builder().with_root_certificates(self.roots()?);
+        Ok(Arc::new(config.with_no_client_auth()))
+    }
+
     /// A client's configuration that shows this certificate and trusts the CA alone.
     pub fn client_config(&self) -> Result<Arc<ClientConfig>, TlsError> {
         let (chain, key) = self.chain()?;
@@ -403,8 +438,17 @@ impl Identity {
     }
 }
 
+fn root_store(text: &str) -> Result<RootCertStore, TlsError> {
+    let mut roots = RootCertStore::empty();
+    for cert in CertificateDer::pem_slice_iter(text.as_bytes()) {
+        let cert = cert.map_err(|why| pem("the CA certificate", &why))?;
+        roots.add(cert).map_err(|why| TlsError::Use(why.to_string()))?;
+    }
+    Ok(roots)
+}
+
 /// A client's configuration for a host that joins: it shows no certificate, and trusts only servers that show the CA
-/// with this fingerprint and a certificate that it has signed.
+/// with this fingerprint and a certificate that it has signed, or that a root has signed which it has certified.
 pub fn joining_client_config(fingerprint: Digest) -> Arc<ClientConfig> {
     client_config(Trust::Ca(fingerprint))
 }
@@ -463,7 +507,7 @@ impl ServerCertVerifier for Trust {
             WebPkiServerVerifier::builder_with_provider(Arc::new(roots), Arc::new(Self::provider()))
                 .build()
                 .map_err(|why| rustls::Error::General(why.to_string()))?;
-        verifier.verify_server_cert(end_entity, &[], server_name, ocsp, now)
+        verifier.verify_server_cert(end_entity, intermediates, server_name, ocsp, now)
     }
 
     fn verify_tls12_signature(
@@ -507,80 +551,4 @@ fn write_atomically(path: &Path, content: &str, mode: u32) -> io::Result<()> {
     io::Write::write_all(&mut file, content.as_bytes())?;
     file.sync_all()?;
     std::fs::rename(&temporary, path)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use std::os::unix::fs::PermissionsExt as _;
-
-    #[test]
-    fn identities_are_named_and_kept() {
-        install_provider();
-        let ca = Ca::create("flynn cluster").unwrap();
-        let host = PeerIdentity::Host("h1".into());
-        let identity = ca
-            .issue(&host, &["192.0.2.1".into(), "h1.discoverd".into()])
-            .unwrap();
-        assert_eq!(identity.name(), Some(host));
-        let dir = tempfile::tempdir().unwrap();
-        identity.save(dir.path()).unwrap();
-        identity.save(dir.path()).unwrap();
-        assert_eq!(Identity::load(dir.path()).unwrap(), identity);
-        let mode = std::fs::metadata(dir.path().join("key.pem"))
-            .unwrap()
-            .permissions()
-            .mode();
-        assert_eq!(mode & 0o777, 0o600);
-        identity.server_config(ClientAuth::Required).unwrap();
-        identity.client_config().unwrap();
-    }
-
-    #[test]
-    fn an_identity_is_due_after_a_month_and_keeps_its_key() {
-        let ca = Ca::create("flynn cluster").unwrap();
-        let host = PeerIdentity::Host("h1".into());
-        let old = ca.issue(&host, &[]).unwrap();
-        let now = jiff::Timestamp::now();
-        let in_days = |days: i64| now + jiff::SignedDuration::from_hours(24 * days);
-        assert!(!old.is_due(now) && !old.is_due(in_days(RENEW_AFTER_DAYS - 2)));
-        assert!(old.is_due(in_days(RENEW_AFTER_DAYS + 1)));
-        let request = KeyRequest::of(&old.key_pem).unwrap();
-        let renewed = Identity {
-            cert_pem: ca.sign(&request.csr_pem, &host, &[]).unwrap(),
-            ..old.clone()
-        };
-        assert_ne!(renewed.cert_pem, old.cert_pem);
-        renewed.client_config().unwrap();
-        assert!(
-            Identity {
-                cert_pem: "cut off".into(),
-                ..old
-            }
-            .is_due(now)
-        );
-    }
-
-    #[test]
-    fn a_signed_request_takes_the_key_but_not_the_wishes() {
-        let ca = Ca::create("flynn cluster").unwrap();
-        let ca = Ca::from_pem(ca.cert_pem(), ca.key_pem()).unwrap();
-        let request = KeyRequest::generate().unwrap();
-        let job = PeerIdentity::Job("controller".into());
-        let cert_pem = ca.sign(&request.csr_pem, &job, &[]).unwrap();
-        let identity = Identity {
-            ca_pem: ca.cert_pem().into(),
-            cert_pem,
-            key_pem: request.key_pem,
-        };
-        assert_eq!(identity.name(), Some(job));
-        identity.client_config().unwrap();
-    }
-
-    #[test]
-    fn strange_names_are_nobody() {
-        for name in ["", "host:", "root", "admin:x", "host"] {
-            assert_eq!(PeerIdentity::parse(name), None, "{name}");
-        }
-    }
 }

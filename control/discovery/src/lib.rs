@@ -29,6 +29,7 @@
 //! - Secrets (the CA's key, tokens) are in files of mode 0600 and never in logs; tokens are kept as digests.
 
 pub mod beats;
+pub mod ca;
 pub mod claims;
 pub mod command;
 pub mod dns;
@@ -50,12 +51,13 @@ pub mod voters;
 pub mod weight;
 pub mod writes;
 
-use std::net::SocketAddr;
-use std::time::{Duration, SystemTime};
+use std::net::{Ipv4Addr, SocketAddr};
+use std::sync::Arc;
+use std::time::Duration;
 
 use anyhow::Context as _;
 use flynn_api::server::{CancellationToken, Listener, serve};
-use flynn_api::tls::{ClientAuth, Identity};
+use flynn_api::tls::{ClientAuth, Live};
 use openraft::async_runtime::WatchReceiver as _;
 
 use crate::gateway::Gateway;
@@ -69,15 +71,16 @@ use crate::raft::network::Dialer;
 /// Between two rounds of the leader's chores.
 const ROUND: Duration = Duration::from_secs(1);
 
-/// Runs discoverd until `shutdown`, or until its disk fails, its certificate was renewed or its store is to be another
-/// one ([`recovery`]): whoever runs it starts it again.
+/// Runs discoverd until `shutdown`, or until its disk fails or its store is to be another one ([`recovery`]): whoever
+/// runs it starts it again.
 pub async fn run(mut options: Options, shutdown: CancellationToken) -> anyhow::Result<()> {
     options = tokio::task::spawn_blocking(move || recovery::begin(options)).await??;
-    let identity = Identity::load(&options.tls).context("cannot read this job's certificate")?;
-    let dialer = Dialer::new(identity.client_config()?);
+    let live = Live::open(&options.tls, ClientAuth::Optional).context("cannot use this job's certificate")?;
+    let live = Arc::new(live);
+    let dialer = Dialer::new(Arc::clone(&live));
     let node = Node::start(&options.data.join("raft"), dialer, options.timing).await?;
     let addr = SocketAddr::from((options.host_ip, options.api_port));
-    let listener = Listener::tls(addr, identity.server_config(ClientAuth::Optional)?)
+    let listener = Listener::tls_live(addr, Arc::clone(&live))
         .await
         .with_context(|| format!("cannot listen on {addr}: is another discoverd running?"))?;
     tracing::info!(%addr, member = node.id(), "discoverd is there");
@@ -111,7 +114,7 @@ pub async fn run(mut options: Options, shutdown: CancellationToken) -> anyhow::R
     });
 
     let result = tokio::select! {
-        result = chores(&node, &options) => result,
+        result = chores(&node, &options, &live) => result,
         result = &mut served => result.context("the cluster listener has failed")?.map_err(Into::into),
         () = node.orders.anew.cancelled() => Ok(()),
         () = shutdown.cancelled() => Ok(()),
@@ -169,11 +172,9 @@ async fn belong(node: Node, options: Options, member: Member) {
     }
 }
 
-/// What has to be done each second. Ends when discoverd must start anew.
-async fn chores(node: &Node, options: &Options) -> anyhow::Result<()> {
-    let certificate = options.tls.join("cert.pem");
-    let modified = || -> Option<SystemTime> { std::fs::metadata(&certificate).ok()?.modified().ok() };
-    let loaded = modified();
+/// What has to be done each second. Ends when Raft has stopped.
+async fn chores(node: &Node, options: &Options, live: &Live) -> anyhow::Result<()> {
+    let mut said = false;
     let mut round = tokio::time::interval(ROUND);
     round.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     loop {
@@ -183,19 +184,36 @@ async fn chores(node: &Node, options: &Options) -> anyhow::Result<()> {
         for peer in node.peers() {
             node.dialer().learn(peer.id, &peer.addr);
         }
-        let now = modified();
-        if now.is_some() && now != loaded {
-            tracing::info!("the certificate was renewed: starting anew with it");
-            return Ok(());
+        match follow_certificate(node, live, options.host_ip) {
+            Ok(()) => said = false,
+            Err(error) if !std::mem::replace(&mut said, true) => {
+                tracing::error!(%error, "the certificate cannot be renewed; the one before stays in use");
+            }
+            Err(_) => {}
         }
         // Not awaited for long: a leader without a majority cannot write, and would miss its rounds.
         let work = async {
             node.number().await?;
             node.shorten().await?;
-            members::reconcile(node).await
+            let (members, ca) = tokio::join!(members::reconcile(node), ca::reconcile(node));
+            members.and(ca)
         };
         if let Ok(Err(error)) = tokio::time::timeout(ROUND, work).await {
             tracing::warn!(%error, "a chore could not be done");
         }
     }
+}
+
+/// Takes a renewed certificate into use; one that has run out is replaced by the means of this host alone.
+fn follow_certificate(node: &Node, live: &Live, address: Ipv4Addr) -> anyhow::Result<()> {
+    if live.look()? {
+        tracing::info!("the certificate was renewed, and is in use");
+    }
+    if let Some(own) = ca::sign_own(node, &[address.to_string()])? {
+        live.replace(own)?;
+        tracing::warn!(
+            "this discoverd's certificate has run out: it uses one of its own making until it is renewed"
+        );
+    }
+    Ok(())
 }

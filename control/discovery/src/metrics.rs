@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
+use flynn_api::discovery::Stage;
 use openraft::async_runtime::WatchReceiver as _;
 
 use crate::members;
@@ -185,6 +186,8 @@ pub fn text(node: &Node) -> String {
         }
     }
 
+    text.certificates(node);
+
     let (watches, waiting) = node.view.watches();
     text.gauge("watches", "Event streams and other watches", watches);
     text.gauge(
@@ -231,6 +234,53 @@ impl Text {
             let _ = write!(self.0, "{}{label}=\"{of}\"", if at == 0 { '{' } else { ',' });
         }
         let _ = writeln!(self.0, "{} {value}", if labels.is_empty() { "" } else { "}" });
+    }
+
+    /// When what runs out.
+    fn certificates(&mut self, node: &Node) {
+        if let Some(own) = node.dialer().identity().identity.loaded() {
+            self.gauge(
+                "certificate_expiry_timestamp_seconds",
+                "When this discoverd's certificate runs out",
+                own.not_after.as_second(),
+            );
+        }
+        let Ok(Some(ca)) = crate::ca::status(node) else {
+            return;
+        };
+        self.family(
+            "ca_expiry_timestamp_seconds",
+            "gauge",
+            "When a root of the cluster's CA runs out",
+        );
+        for root in ca.roots.iter().filter(|root| root.trusted) {
+            let signs = if root.signs { "true" } else { "false" };
+            self.value(
+                "ca_expiry_timestamp_seconds",
+                &[("fingerprint", &root.fingerprint.to_string()), ("signs", signs)],
+                root.not_after.as_second(),
+            );
+        }
+        self.family(
+            "ca_rotation",
+            "gauge",
+            "1 for how far a change of the CA's roots is",
+        );
+        for stage in [None, Some(Stage::Spread), Some(Stage::Renew)] {
+            let name = match stage {
+                None => "none",
+                Some(Stage::Spread) => "spread",
+                Some(Stage::Renew) => "renew",
+            };
+            let is = ca.rotation.as_ref().map(|rotation| rotation.stage) == stage;
+            self.value("ca_rotation", &[("stage", name)], u8::from(is));
+        }
+        let waits = ca.rotation.map_or(0, |rotation| rotation.waits.len());
+        self.gauge(
+            "ca_rotation_waits",
+            "Hosts that a change of the CA's roots waits for",
+            waits,
+        );
     }
 
     fn gauge(&mut self, name: &str, help: &str, value: impl Display) {

@@ -56,6 +56,7 @@ pub struct Node {
     pub(crate) writes: Writes,
     rules: Rules,
     pub(crate) orders: Arc<Orders>,
+    ca_settle: Duration,
     began: Instant,
     /// Told from those of other starts.
     session: u64,
@@ -155,6 +156,7 @@ impl Node {
                 following: AtomicBool::new(false),
                 led: AtomicBool::new(false),
             }),
+            ca_settle: timing.ca_settle,
             began: Instant::now(),
             session: rand::random_range(1..1_u64 << 48),
             _lock: Arc::new(lock),
@@ -326,6 +328,11 @@ impl Node {
     /// What counts as well, and as lost.
     pub fn rules(&self) -> Rules {
         self.rules
+    }
+
+    /// How long a step of a change of the CA's roots is let sink in.
+    pub fn ca_settle(&self) -> Duration {
+        self.ca_settle
     }
 
     /// If this member leads, how all do. Signs of life are beats and answers to what is replicated; a new leader gives

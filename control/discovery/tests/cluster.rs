@@ -8,8 +8,10 @@ use std::time::Duration;
 
 use common::{Cluster, block_on, eventually, instance};
 use flynn_api::ErrorCode;
+use flynn_api::client::Http;
+use flynn_api::client::discovery::DiscoveryClient;
 use flynn_api::discovery::{EventKind, ServiceConfig, ServiceMeta};
-use flynn_api::tls::PeerIdentity;
+use flynn_api::tls::{Ca, PeerIdentity};
 use futures::StreamExt as _;
 use serde_json::json;
 
@@ -311,21 +313,22 @@ fn members_are_removed_and_move() {
 }
 
 #[test]
-fn a_renewed_certificate_starts_it_anew() {
+fn a_renewed_certificate_is_used_at_once() {
     block_on(async {
-        let mut cluster = Cluster::one();
+        let cluster = Cluster::one();
         cluster.ready(0).await;
         let member = &cluster.members[0];
         let identity = PeerIdentity::Job("discoverd".into());
-        let identity = cluster
-            .ca
+        let renewed = Ca::create("another cluster").unwrap();
+        let other = renewed
             .issue(&identity, &[member.options.host_ip.to_string()])
             .unwrap();
-        identity.save(&member.options.tls).unwrap();
-        eventually("its end", async || cluster.members[0].has_ended().then_some(())).await;
-        cluster.members[0].kill();
-        cluster.members[0].start();
-        cluster.ready(0).await;
+        let http = Http::new(&format!("https://{}", member.addr())).unwrap();
+        let client = || DiscoveryClient::new(http.clone().identity(&other).unwrap());
+        assert!(client().services().await.is_err());
+        other.save(&member.options.tls).unwrap();
+        eventually("the new one", async || client().services().await.ok()).await;
+        assert!(!member.has_ended());
     });
 }
 

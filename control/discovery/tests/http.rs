@@ -6,12 +6,12 @@ mod common;
 
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 
-use common::{Cluster, block_on, instance};
+use common::{Cluster, block_on, eventually, instance};
 use flynn_api::client::Http;
 use flynn_api::client::discovery::DiscoveryClient;
 use flynn_api::discovery::{
-    CA_SERVICE, ClusterCa, EventKind, FLOATING_SERVICE, HOST_SERVICE, JoinRequest, LeaderType, RenewRequest,
-    ServiceConfig, ServiceMeta, Status,
+    CA_SERVICE, ClusterCa, EventKind, FLOATING_SERVICE, HOST_SERVICE, JoinRequest, LateRequest, LeaderType,
+    RenewRequest, ServiceConfig, ServiceMeta, Status,
 };
 use flynn_api::network::{IDENTITIES_SERVICE, POLICY_SERVICE, endpoints_service};
 use flynn_api::server::Peer;
@@ -44,10 +44,7 @@ async fn bootstrapped() -> Cluster {
         .create_service(HOST_SERVICE, &ServiceConfig::default())
         .await
         .unwrap();
-    let ca = ClusterCa {
-        cert: cluster.ca.cert_pem().into(),
-        key: cluster.ca.key_pem().into(),
-    };
+    let ca = ClusterCa::new(cluster.ca.cert_pem(), cluster.ca.key_pem());
     client
         .set_meta(CA_SERVICE, &meta(serde_json::to_value(ca).unwrap(), 0))
         .await
@@ -94,6 +91,7 @@ fn authorisation() {
         (Action::Raft, "01100000"),
         (Action::MakeToken, "01000000"),
         (Action::Recover, "01000000"),
+        (Action::RotateCa, "01000000"),
         (Action::Renew, "01110000"),
         (Action::ReadMembers, "01111111"),
         (Action::ChangeMembers, "01100000"),
@@ -181,6 +179,8 @@ fn every_route_asks() {
             ("POST", "/raft/1/append"),
             ("POST", "/cluster/tokens"),
             ("POST", "/cluster/renew"),
+            ("GET", "/cluster/ca"),
+            ("POST", "/cluster/ca/rotate"),
         ];
         for (method, path) in calls {
             let body = match (method, path) {
@@ -302,6 +302,40 @@ fn a_host_joins_once_and_renews() {
             job: Some("controller".into()),
         };
         assert_eq!(job.renew(&other).await.unwrap_err().code, ErrorCode::Forbidden);
+    });
+}
+
+/// All hosts were off for months: nobody has a certificate that is good for anything.
+#[test]
+fn a_discoverd_whose_certificate_ran_out_signs_for_itself() {
+    block_on(async {
+        let mut cluster = bootstrapped().await;
+        let member = &mut cluster.members[0];
+        member.kill();
+        let long_ago = jiff::Timestamp::now() - jiff::SignedDuration::from_hours(24 * 500);
+        let names = [member.options.host_ip.to_string()];
+        let old = |identity| cluster.ca.issue_for(&identity, &names, long_ago, 90).unwrap();
+        let discoverd = old(PeerIdentity::Job("discoverd".into()));
+        discoverd.save(&member.options.tls).unwrap();
+        member.start();
+        let made = eventually("it to answer", async || cluster.client(0).ca().await.ok()).await;
+        let loaded = made.loaded.unwrap();
+        assert!(loaded.not_after > jiff::Timestamp::now() && made.roots.len() == 1);
+        // It is for itself alone: the file is its host's to renew.
+        assert_eq!(common::identity(&cluster.members[0].options.tls), discoverd);
+        // Its host is too late by now, and is told what to do.
+        let host = old(PeerIdentity::Host("h0".into()));
+        let http = Http::new(&format!("https://{}", cluster.members[0].addr())).unwrap();
+        let asks = DiscoveryClient::new(http.tls(host.late_client_config().unwrap()));
+        let request = LateRequest {
+            csr: KeyRequest::of(&host.key_pem).unwrap().csr_pem,
+            cert: host.cert_pem,
+        };
+        let error = asks.renew_late(&request).await.unwrap_err();
+        assert!(
+            error.code == ErrorCode::Unauthorized && error.message.contains("too long ago"),
+            "{error}"
+        );
     });
 }
 

@@ -18,6 +18,7 @@ use flynn_api::host::{Job, NetworkConfig, label};
 use flynn_api::tls::{Identity, KeyRequest, joining_client_config};
 
 use super::{check_tools, images, local_host, own_address, say};
+use crate::config::{HostConfig, Overrides};
 use crate::{identities, leases};
 
 /// `flynn-host join`
@@ -35,7 +36,19 @@ pub struct Args {
     state: PathBuf,
 }
 
-/// `flynn-host token`, `flynn-host renew`
+/// `flynn-host renew`
+#[derive(clap::Args, Debug)]
+pub struct RenewArgs {
+    /// For a host whose certificate has run out: the address of another host of the cluster, where those that this one
+    /// knew are gone
+    #[arg(long, value_name = "ADDRESS")]
+    at: Option<Ipv4Addr>,
+    /// The host's state directory
+    #[arg(long, default_value = "/var/lib/flynn")]
+    state: PathBuf,
+}
+
+/// `flynn-host token`
 #[derive(clap::Args, Debug)]
 pub struct TokenArgs {
     /// The host's state directory
@@ -56,9 +69,21 @@ pub async fn token(args: &TokenArgs) -> anyhow::Result<()> {
 }
 
 /// Has all certificates of this host renewed now, and not when they are due.
-pub async fn renew(args: &TokenArgs) -> anyhow::Result<()> {
-    let (renewed, failed) =
-        identities::renew(&args.state, &identities::discoverd(&args.state)?, |_| true).await;
+pub async fn renew(args: &RenewArgs) -> anyhow::Result<()> {
+    let (state, now) = (&args.state, jiff::Timestamp::now());
+    let (renewed, failed) = if args.at.is_some() || identities::is_over(state, now) {
+        let host = HostConfig::load(state, &Overrides::default())?.id;
+        let others = match args.at {
+            Some(at) => vec![format!("{at}:{}", flynn_api::discovery::PORT)],
+            None => identities::discoverds(state, &host),
+        };
+        match identities::renew_late(state, &others).await {
+            Ok(renewed) => (renewed, Vec::new()),
+            Err(error) => (Vec::new(), vec![error]),
+        }
+    } else {
+        identities::renew(state, &identities::discoverd(state)?, |_| true).await
+    };
     for name in renewed {
         println!("{name}");
     }
@@ -78,7 +103,9 @@ pub async fn run(args: &Args) -> anyhow::Result<()> {
         images::import(&host, &args.state, images).await?;
     }
     let host_dir = identities::host_dir(&args.state);
-    let peers = if Identity::load(&host_dir).is_ok() {
+    let known =
+        Identity::load(&host_dir).is_ok() && !identities::is_over(&args.state, jiff::Timestamp::now());
+    let peers = if known {
         // An earlier run came this far, and used the token up.
         vec![format!("{}:{}", args.address, flynn_api::discovery::PORT)]
     } else {
@@ -105,6 +132,12 @@ pub async fn run(args: &Args) -> anyhow::Result<()> {
     say("starting discoverd");
     // The host's own discoverd would have to sign it otherwise, and is not there yet.
     identities::ensure_app(&args.state, "discoverd", &remote).await?;
+    // Those of a host that was away for too long and joins anew are of no use any more.
+    let stale = |other: &Identity| other.ca_pem != identity.ca_pem;
+    let (_, failed) = identities::renew(&args.state, &remote, stale).await;
+    if let Some(error) = failed.into_iter().next() {
+        return Err(error.into());
+    }
     if !runs_discoverd(&host).await? {
         let first =
             Http::new(&format!("https://{}:{}", args.address, flynn_api::host::PORT))?.identity(&identity)?;
@@ -150,10 +183,9 @@ async fn ask(args: &Args, host_id: &str, address: Ipv4Addr) -> anyhow::Result<(S
         address,
         csr: request.csr_pem,
     };
-    let signed = DiscoveryClient::new(http)
-        .join(&join)
-        .await
-        .context("the cluster did not let this host in")?;
+    let signed = DiscoveryClient::new(http).join(&join).await.context(
+        "the cluster did not let this host in: where its CA has another root by now, make a new token",
+    )?;
     Ok((request.key_pem, signed))
 }
 

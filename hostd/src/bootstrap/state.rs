@@ -127,7 +127,12 @@ impl State {
 fn public_certificate(domain: &str) -> Result<(String, String), TlsError> {
     let ca = Ca::create(&format!("{domain} (Flynn)"))?;
     let names = [domain.to_owned(), format!("*.{domain}")];
-    let identity = ca.issue_for(&PeerIdentity::Job("router".into()), &names, 3650)?;
+    let identity = ca.issue_for(
+        &PeerIdentity::Job("router".into()),
+        &names,
+        jiff::Timestamp::now(),
+        3650,
+    )?;
     Ok((identity.cert_pem, identity.key_pem))
 }
 

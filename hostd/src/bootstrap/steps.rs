@@ -150,10 +150,7 @@ impl Bootstrap {
                 .ensure_service(CA_SERVICE, &ServiceConfig::default())
                 .await?;
             if discoverd.find_meta(CA_SERVICE).await?.is_none() {
-                let ca = ClusterCa {
-                    cert: self.state.ca_cert.clone(),
-                    key: self.state.ca_key.clone(),
-                };
+                let ca = ClusterCa::new(&*self.state.ca_cert, &*self.state.ca_key);
                 let data = serde_json::to_value(ca).map_err(|why| Error::internal(why.to_string()))?;
                 discoverd
                     .set_meta(

@@ -1,6 +1,7 @@
 //! The operator's commands: they speak to the daemon of this host over its socket.
 
 mod attach;
+pub mod ca;
 mod discoverd;
 mod exec;
 pub mod members;

@@ -22,8 +22,10 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use flynn_api::client::discovery::DiscoveryClient;
+use flynn_api::discovery::Held;
 use flynn_api::host::{HostStatus, NetworkConfig};
 use flynn_api::server::disk;
+use flynn_api::tls::Live;
 use flynn_api::{Error, Result};
 use tokio::sync::Semaphore;
 
@@ -33,6 +35,7 @@ use self::network::documents::Documents;
 use self::table::Table;
 use crate::cgroup::Hierarchies;
 use crate::config::{HostConfig, Overrides};
+use crate::identities;
 use crate::layers::{Mounts, Store};
 use crate::paths::{Paths, RUN};
 use crate::prepare;
@@ -66,6 +69,10 @@ struct Daemon {
     hierarchies: Hierarchies,
     executable: Executable,
     starts: Semaphore,
+    /// The identity that the host API is served with, once it is.
+    serving: Mutex<Option<Arc<Live>>>,
+    /// What is held here, of certificates and trust.
+    held: Mutex<Option<Held>>,
     /// Held while a certificate is asked for.
     signing: tokio::sync::Mutex<()>,
     /// What this host cannot do, and what was found broken.
@@ -119,6 +126,8 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
         hierarchies,
         executable: Executable::own().context("cannot open this program's own file")?,
         starts: Semaphore::new(STARTS),
+        serving: Mutex::default(),
+        held: Mutex::default(),
         signing: tokio::sync::Mutex::default(),
         notices: Mutex::new(notices),
         features,
@@ -251,6 +260,7 @@ impl Daemon {
             .clone();
         notices.extend(self.lost_lease());
         notices.extend(self.plain_traffic());
+        notices.extend(identities::warnings(self.paths.state(), jiff::Timestamp::now()));
         notices
     }
 

@@ -7,10 +7,10 @@ use std::time::{Duration, SystemTime};
 
 use flynn_api::client::Http;
 use flynn_api::client::discovery::DiscoveryClient;
-use flynn_api::discovery::{self, HOST_SERVICE, Instance, NetworkLeases, ServiceConfig};
+use flynn_api::discovery::{self, HOST_SERVICE, Held, Instance, NetworkLeases, ServiceConfig};
 use flynn_api::host;
 use flynn_api::server::{CancellationToken, Listener, serve, shutdown};
-use flynn_api::tls::{ClientAuth, Identity};
+use flynn_api::tls::{ClientAuth, Identity, Live};
 use tokio::time::sleep;
 
 use super::network::follow;
@@ -83,30 +83,14 @@ async fn keep_floating(daemon: Arc<Daemon>) {
     .await;
 }
 
-/// Serves on the host's address once it has a certificate, and anew when that has been renewed.
+/// Serves on the host's address once it has a certificate, and with another one as soon as that is renewed.
 async fn listen_tls(daemon: Arc<Daemon>, stop: CancellationToken) {
+    let address = SocketAddr::from((daemon.config().address, host::PORT));
     let mut said = None;
-    loop {
-        let (identity, version) = (daemon.identity(), daemon.certificate_version());
-        if let Some(identity) = identity {
-            let address = SocketAddr::from((daemon.config().address, host::PORT));
-            match listener(&identity, address).await {
-                Ok(listener) => {
-                    tracing::info!(%address, "listening");
-                    let renewed = CancellationToken::new();
-                    let watcher =
-                        tokio::spawn(watch_certificate(Arc::clone(&daemon), version, renewed.clone()));
-                    let ended = async {
-                        tokio::select! {
-                            () = renewed.cancelled() => {}
-                            () = stop.cancelled() => {}
-                        }
-                    };
-                    if let Err(error) = serve(listener, api::router(Arc::clone(&daemon)), ended).await {
-                        tracing::error!(%error, "the host API");
-                    }
-                    watcher.abort();
-                }
+    let mut open = async || loop {
+        if daemon.certificate_version().is_some() {
+            match listener(&daemon, address).await {
+                Ok(opened) => return opened,
                 Err(error) => {
                     let text = error.to_string();
                     if said.as_ref() != Some(&text) {
@@ -116,26 +100,59 @@ async fn listen_tls(daemon: Arc<Daemon>, stop: CancellationToken) {
                 }
             }
         }
-        tokio::select! {
-            () = stop.cancelled() => return,
-            () = sleep(CERTIFICATE_CHECK) => {}
-        }
+        sleep(CERTIFICATE_CHECK).await;
+    };
+    let Some((listener, live)) = stop.run_until_cancelled(open()).await else {
+        return;
+    };
+    tracing::info!(%address, "listening");
+    *daemon.serving.lock().unwrap_or_else(PoisonError::into_inner) = Some(Arc::clone(&live));
+    let router = api::router(Arc::clone(&daemon));
+    tokio::select! {
+        served = serve(listener, router, stop.cancelled()) => if let Err(error) = served {
+            tracing::error!(%error, "the host API");
+        },
+        () = follow_certificate(&live) => {}
     }
 }
 
-async fn listener(identity: &Identity, address: SocketAddr) -> anyhow::Result<Listener> {
-    let config = identity.server_config(ClientAuth::Required)?;
-    Ok(Listener::tls(address, config).await?)
+async fn listener(daemon: &Daemon, address: SocketAddr) -> anyhow::Result<(Listener, Arc<Live>)> {
+    let live = Live::open(&identities::host_dir(daemon.paths.state()), ClientAuth::Required)?;
+    let live = Arc::new(live);
+    Ok((Listener::tls_live(address, Arc::clone(&live)).await?, live))
 }
 
-async fn watch_certificate(daemon: Arc<Daemon>, version: Option<SystemTime>, renewed: CancellationToken) {
-    while daemon.certificate_version() == version {
+/// Takes renewed certificates into use, for ever.
+async fn follow_certificate(live: &Live) {
+    let mut said = false;
+    loop {
+        match live.look() {
+            Ok(true) => tracing::info!("the certificate was renewed, and is in use"),
+            Ok(false) => said = false,
+            Err(error) => {
+                if !std::mem::replace(&mut said, true) {
+                    tracing::error!(%error, "the renewed certificate cannot be used; the one before stays in use");
+                }
+            }
+        }
         sleep(CERTIFICATE_CHECK).await;
     }
-    renewed.cancel();
 }
 
 impl Daemon {
+    /// The identity that the host API is served with.
+    pub(super) fn serving(&self) -> Option<Arc<Live>> {
+        self.serving
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone()
+    }
+
+    /// Has discoverd told what is held here.
+    pub(super) fn tell_held(&self, held: Option<Held>) {
+        *self.held.lock().unwrap_or_else(PoisonError::into_inner) = held;
+    }
+
     fn certificate_version(&self) -> Option<SystemTime> {
         let path = identities::host_dir(self.paths.state()).join("cert.pem");
         std::fs::metadata(path)
@@ -187,8 +204,9 @@ async fn beat(daemon: &Daemon, client: &DiscoveryClient) -> flynn_api::Result<()
     if !held.is_empty() {
         meta.insert(floating::command::META.into(), held.join(","));
     }
-    let instance = Instance::new("https", format!("{}:{}", config.address, host::PORT), meta);
-    match client.register(HOST_SERVICE, &instance).await {
+    let address = format!("{}:{}", config.address, host::PORT);
+    let instance = Instance::new("https", address.clone(), meta);
+    let registered = match client.register(HOST_SERVICE, &instance).await {
         Err(error) if error.code == flynn_api::ErrorCode::NotFound => {
             client
                 .ensure_service(HOST_SERVICE, &ServiceConfig::default())
@@ -196,7 +214,14 @@ async fn beat(daemon: &Daemon, client: &DiscoveryClient) -> flynn_api::Result<()
             client.register(HOST_SERVICE, &instance).await
         }
         result => result,
+    };
+    let held = daemon.held.lock().unwrap_or_else(PoisonError::into_inner).clone();
+    if let Some(held) = held
+        && let Err(error) = identities::tell(client, &daemon.host_id, &address, &held).await
+    {
+        tracing::debug!(%error, "cannot say which certificates are held here");
     }
+    registered
 }
 
 impl Daemon {

@@ -169,9 +169,24 @@ pub(crate) fn renewal(cluster: &mut Cluster) -> Result<()> {
         host.run("sh", ["-ec", CERTIFICATES])? != before.0,
         "they are the same"
     );
-    until(LIMIT, "discoverd has begun anew with its own", || {
-        Ok((processes(platform, "discoverd")? != before.1).then_some(()))
+    // Without a restart: `loaded` is what it uses, beside what is in the files.
+    until(LIMIT, "discoverd uses its own", || {
+        let status: serde_json::Value =
+            serde_json::from_str(&host.run("flynn-host", ["ca", "status", "--json"])?)?;
+        let kept = status["certificates"].as_array().cloned().unwrap_or_default();
+        let kept = kept.into_iter().find(|kept| kept["name"] == "discoverd");
+        let kept = kept.map(|kept| kept["fingerprint"].clone());
+        Ok((kept.as_ref() == Some(&status["cluster"]["loaded"]["certificate"])).then_some(()))
     })?;
+    ensure!(
+        processes(platform, "discoverd")? == before.1,
+        "discoverd was restarted for its certificate"
+    );
+    let rotated = host.run("flynn-host", ["ca", "rotate"])?;
+    ensure!(
+        rotated.contains("done: "),
+        "the CA's root was not replaced: {rotated}"
+    );
     until(LIMIT, "controller and host speak with theirs", || {
         platform.run(["-a", APP, "run", "--", "true"]).map(Some)
     })?;

@@ -15,9 +15,9 @@ use uuid::Uuid;
 use super::hosts::{Hosts, Kind};
 use super::{EventStream, Http, Watch, encode};
 use crate::discovery::{
-    Consistency, Event, Instance, JoinRequest, JoinToken, MAX_SNAPSHOT, MemberStatus, OwnStatus, Peer,
-    RecoverRequest, RecoveryPlan, RejoinRequest, RenewRequest, RestorePlan, ServiceConfig, ServiceInfo,
-    ServiceMeta, SignedIdentity, VirtualNetworks, Voting,
+    CaStatus, Consistency, Event, Instance, JoinRequest, JoinToken, LateRequest, MAX_SNAPSHOT, MemberStatus,
+    OwnStatus, Peer, RecoverRequest, RecoveryPlan, RejoinRequest, RenewRequest, RestorePlan, ServiceConfig,
+    ServiceInfo, ServiceMeta, SignedIdentity, VirtualNetworks, Voting,
 };
 use crate::{Error, ErrorCode, Result};
 
@@ -372,6 +372,21 @@ impl DiscoveryClient {
     /// A new certificate.
     pub async fn renew(&self, request: &RenewRequest) -> Result<SignedIdentity> {
         self.post(Kind::Repeatable, "/cluster/renew", request).await
+    }
+
+    /// A new certificate for one that may have run out; over a transport that shows none.
+    pub async fn renew_late(&self, request: &LateRequest) -> Result<SignedIdentity> {
+        self.hosts.chosen().post("/cluster/renew-late", request).await
+    }
+
+    /// How the certificate authority is, as far as it is known there.
+    pub async fn ca(&self) -> Result<CaStatus> {
+        self.hosts.chosen().get("/cluster/ca").await
+    }
+
+    /// Has the certificate authority take another root, unless it is about to.
+    pub async fn rotate_ca(&self) -> Result<CaStatus> {
+        self.post(Kind::Repeatable, "/cluster/ca/rotate", &()).await
     }
 
     /// Joins with a token, which the same request may use again.

@@ -24,7 +24,7 @@ use tokio_util::sync::CancellationToken;
 use tower::ServiceExt as _;
 
 use crate::tcp::tune;
-use crate::tls::PeerIdentity;
+use crate::tls::{Live, PeerIdentity};
 
 /// Connections at a time.
 const MAX_CONNECTIONS: usize = 4096;
@@ -52,9 +52,12 @@ pub struct Listener(Kind);
 
 enum Kind {
     Tcp(TcpListener),
-    Tls(TcpListener, TlsAcceptor),
+    Tls(TcpListener, Configuration),
     Unix(UnixListener),
 }
+
+/// What the next connection is taken with.
+type Configuration = Box<dyn Fn() -> Arc<rustls::ServerConfig> + Send + Sync>;
 
 impl Listener {
     /// Plain TCP.
@@ -69,10 +72,14 @@ impl Listener {
 
     /// TLS.
     pub async fn tls(addr: SocketAddr, config: Arc<rustls::ServerConfig>) -> io::Result<Self> {
-        Ok(Self(Kind::Tls(
-            TcpListener::bind(addr).await?,
-            TlsAcceptor::from(config),
-        )))
+        let config: Configuration = Box::new(move || Arc::clone(&config));
+        Ok(Self(Kind::Tls(TcpListener::bind(addr).await?, config)))
+    }
+
+    /// TLS with an identity that is renewed: each connection is taken with what is in use then.
+    pub async fn tls_live(addr: SocketAddr, live: Arc<Live>) -> io::Result<Self> {
+        let config: Configuration = Box::new(move || Arc::clone(&live.current().server));
+        Ok(Self(Kind::Tls(TcpListener::bind(addr).await?, config)))
     }
 
     /// A Unix socket that only its owner may open; one that is there from an earlier process is replaced.
@@ -142,9 +149,9 @@ async fn accept(listener: &Kind) -> io::Result<Accepted> {
             let (stream, addr) = listener.accept().await?;
             Accepted::Tcp(stream, addr)
         }
-        Kind::Tls(listener, acceptor) => {
+        Kind::Tls(listener, config) => {
             let (stream, addr) = listener.accept().await?;
-            Accepted::Tls(stream, addr, acceptor.clone())
+            Accepted::Tls(stream, addr, TlsAcceptor::from(config()))
         }
         Kind::Unix(listener) => Accepted::Unix(listener.accept().await?.0),
     })

@@ -40,6 +40,8 @@ pub enum Action<'a> {
     MakeToken,
     /// Take a copy of everything, or use another last resort.
     Recover,
+    /// Have the certificate authority take another root.
+    RotateCa,
     /// Have the own certificate renewed.
     Renew,
     /// See the members.
@@ -83,7 +85,7 @@ fn at_cluster(identity: Option<&PeerIdentity>, action: &Action<'_>) -> Result<()
     // Who may speak to whom follows from the apps' labels, which the scheduler reads.
     let decides = |service: &str| service == POLICY_SERVICE && identity.is_job("scheduler");
     let allowed = match action {
-        Action::MakeToken | Action::Recover => identity.is_host(),
+        Action::MakeToken | Action::Recover | Action::RotateCa => identity.is_host(),
         Action::Raft | Action::ChangeMembers => of_cluster,
         Action::Read(service) if is_secret(service) => of_cluster,
         Action::CreateService(service) | Action::Govern(service) if decides(service) => true,

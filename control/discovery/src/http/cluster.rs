@@ -5,16 +5,16 @@ use std::time::Duration;
 use axum::Extension;
 use axum::extract::{Path, State};
 use flynn_api::discovery::{
-    self, CA_SERVICE, ClusterCa, Consistency, HOST_SERVICE, JoinRequest, JoinToken, MemberStatus,
-    NetworkLeases, OwnStatus, RenewRequest, SignedIdentity, Voting,
+    self, ClusterCa, HOST_SERVICE, JoinRequest, JoinToken, MemberStatus, NetworkLeases, OwnStatus,
+    RenewRequest, SignedIdentity, Voting,
 };
 use flynn_api::server::{Json, Peer, StrictJson};
-use flynn_api::tls::{Ca, PeerIdentity};
+use flynn_api::tls::PeerIdentity;
 use flynn_api::{Digest, Error, ErrorCode};
-use serde::de::DeserializeOwned;
 
 use super::auth::{Action, Door};
 use super::input;
+use crate::ca;
 use crate::command::Command;
 use crate::members::{self, MemberChange};
 use crate::node::{Node, wall_clock};
@@ -22,7 +22,7 @@ use crate::node::{Node, wall_clock};
 /// How long a join token is good for.
 const TOKEN_LIFE: Duration = Duration::from_hours(1);
 /// The longest signing request.
-const MAX_CSR: usize = 16 << 10;
+pub(super) const MAX_CSR: usize = 16 << 10;
 
 type App = State<(Node, Door)>;
 type From = Extension<Peer>;
@@ -86,10 +86,8 @@ pub(super) async fn make_token(
     Extension(peer): From,
 ) -> Result<Json<JoinToken>, Error> {
     door.check(&peer, &Action::MakeToken)?;
-    let fingerprint = cluster_ca(&node)
-        .await?
-        .fingerprint()
-        .map_err(|error| ca_fault(&error))?;
+    let (_, ca) = ca::current(&node).await?;
+    let fingerprint = ca::known_by(&node, &ca)?;
     let (high, low): (u128, u128) = rand::random();
     let secret = format!("{high:032x}{low:032x}");
     let now = wall_clock();
@@ -112,7 +110,7 @@ pub(super) async fn join(
 ) -> Result<Json<SignedIdentity>, Error> {
     door.check(&peer, &Action::Join)?;
     check_host_id(&request.host_id)?;
-    let ca = cluster_ca(&node).await?;
+    let (_, ca) = ca::current(&node).await?;
     if let Some(other) = lease_address(&node, &request.host_id).filter(|address| *address != request.address)
     {
         let message = format!(
@@ -170,27 +168,34 @@ pub(super) async fn renew(
     if let PeerIdentity::Job(app) = &identity {
         names.extend([format!("{app}.discoverd"), format!("leader.{app}.discoverd")]);
     }
-    let ca = cluster_ca(&node).await?;
+    let (_, ca) = ca::current(&node).await?;
     let cert = sign(&ca, &request.csr, &identity, &names)?;
     Ok(Json(signed(&node, &ca, cert)))
 }
 
-fn sign(ca: &Ca, csr: &str, identity: &PeerIdentity, names: &[String]) -> Result<String, Error> {
+/// A certificate for the request's key, and what goes along with it.
+pub(super) fn sign(
+    ca: &ClusterCa,
+    csr: &str,
+    identity: &PeerIdentity,
+    names: &[String],
+) -> Result<String, Error> {
     if csr.len() > MAX_CSR {
         return Err(Error::invalid_field("csr", "it is longer than 16 KiB"));
     }
-    ca.sign(csr, identity, names).map_err(|why| {
+    let cert = ca::signer(ca)?.sign(csr, identity, names).map_err(|why| {
         Error::invalid_field(
             "csr",
             format!("it cannot be signed ({why}): send a PKCS #10 request as PEM"),
         )
-    })
+    })?;
+    Ok(cert + &ca.links())
 }
 
-fn signed(node: &Node, ca: &Ca, cert: String) -> SignedIdentity {
+pub(super) fn signed(node: &Node, ca: &ClusterCa, cert: String) -> SignedIdentity {
     let peers = node.peers().into_iter().map(|peer| peer.addr).collect();
     SignedIdentity {
-        ca: ca.cert_pem().to_owned(),
+        ca: ca.cert.clone(),
         cert,
         peers,
     }
@@ -215,26 +220,9 @@ fn check_host_id(id: &str) -> Result<(), Error> {
     }
 }
 
-/// What a service's metadata holds here, if it can be read as `T`.
-fn metadata<T: DeserializeOwned>(node: &Node, service: &str) -> Option<T> {
-    node.view
-        .read(|state| T::deserialize(&state.service(service)?.meta.as_ref()?.data).ok())
-}
-
 fn lease_address(node: &Node, host: &str) -> Option<std::net::Ipv4Addr> {
-    metadata::<NetworkLeases>(node, HOST_SERVICE)?
+    ca::metadata::<NetworkLeases>(node, HOST_SERVICE)?
         .leases
         .get(host)
         .map(|lease| lease.address)
-}
-
-async fn cluster_ca(node: &Node) -> Result<Ca, Error> {
-    node.ready_for(Consistency::Linearizable).await?;
-    let ca: ClusterCa = metadata(node, CA_SERVICE)
-        .ok_or_else(|| Error::unavailable("the cluster has no CA yet: bootstrap has not come that far"))?;
-    Ca::from_pem(ca.cert, ca.key).map_err(|error| ca_fault(&error))
-}
-
-fn ca_fault(error: &dyn std::fmt::Display) -> Error {
-    Error::internal(format!("the cluster's CA cannot be used: {error}"))
 }

@@ -2,6 +2,7 @@
 
 mod asked;
 pub mod auth;
+mod ca;
 pub mod cluster;
 mod input;
 mod recovery;
@@ -65,6 +66,9 @@ pub fn router(node: Node, door: Door) -> Router {
             .route("/cluster/recover", post(recovery::recover))
             .route("/cluster/restore", post(recovery::restore))
             .route("/cluster/rejoin", post(recovery::rejoin))
+            .route("/cluster/renew-late", post(ca::renew_late))
+            .route("/cluster/ca", get(ca::show))
+            .route("/cluster/ca/rotate", post(ca::rotate))
             .merge(rpc::routes());
     }
     routes

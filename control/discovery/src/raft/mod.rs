@@ -82,6 +82,8 @@ pub struct Timing {
     pub replace: Duration,
     /// A learner that is well for this long may become a voter.
     pub settle: Duration,
+    /// A step of a change of the CA's roots is let sink in for this long.
+    pub ca_settle: Duration,
 }
 
 impl Default for Timing {
@@ -97,6 +99,7 @@ impl Default for Timing {
             silence: Duration::from_millis(1400),
             replace: Duration::from_mins(1),
             settle: Duration::from_secs(2),
+            ca_settle: crate::ca::SETTLE,
         }
     }
 }

@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use flynn_api::ErrorCode;
 use flynn_api::client::{Http, full};
+use flynn_api::tls::{Live, Use};
 use openraft::OptionalSend;
 use openraft::errors::{NetworkError, RPCError, ReplicationClosed, StreamingError, Unreachable};
 use openraft::network::{RPCOption, RaftNetworkFactory, RaftNetworkV2};
@@ -22,8 +23,8 @@ use super::{Member, Snapshot, SnapshotMeta, TypeConfig, Vote, snapshot};
 /// How other members are reached. Clones share connections.
 #[derive(Clone)]
 pub struct Dialer {
-    tls: Arc<rustls::ClientConfig>,
-    clients: Arc<Mutex<HashMap<String, Http>>>,
+    live: Arc<Live>,
+    clients: Arc<Mutex<Clients>>,
     // openraft keeps the link that it made to a member when the member moves; the link asks here where it is now.
     places: Arc<Mutex<HashMap<u64, Place>>>,
 }
@@ -36,6 +37,9 @@ struct Place {
     addr: String,
 }
 
+/// Clients by address, and what they were made with.
+type Clients = (Option<Arc<rustls::ClientConfig>>, HashMap<String, Http>);
+
 /// Clients that are kept: more than there are members. With fewer, each call to a member would be a new connection, and
 /// nearly all of a leader's work would be handshakes.
 const MAX_CLIENTS: usize = 4096;
@@ -47,13 +51,18 @@ impl std::fmt::Debug for Dialer {
 }
 
 impl Dialer {
-    /// With this TLS configuration.
-    pub fn new(tls: Arc<rustls::ClientConfig>) -> Self {
+    /// With this identity, which may be renewed.
+    pub fn new(live: Arc<Live>) -> Self {
         Self {
-            tls,
+            live,
             clients: Arc::default(),
             places: Arc::default(),
         }
+    }
+
+    /// The identity that is in use.
+    pub fn identity(&self) -> Arc<Use> {
+        self.live.current()
     }
 
     /// By the list of members, `id` is at `addr`.
@@ -85,11 +94,17 @@ impl Dialer {
 
     /// A client of the discoverd at `addr`.
     pub fn dial(&self, addr: &str) -> flynn_api::Result<Http> {
+        let tls = Arc::clone(&self.live.current().client);
         let mut clients = self.clients.lock().unwrap_or_else(PoisonError::into_inner);
+        let (made_with, clients) = &mut *clients;
+        if made_with.as_ref().is_none_or(|with| !Arc::ptr_eq(with, &tls)) {
+            clients.clear();
+            *made_with = Some(Arc::clone(&tls));
+        }
         if let Some(http) = clients.get(addr) {
             return Ok(http.clone());
         }
-        let http = Http::new(&format!("https://{addr}"))?.tls(Arc::clone(&self.tls));
+        let http = Http::new(&format!("https://{addr}"))?.tls(tls);
         if clients.len() >= MAX_CLIENTS {
             clients.clear();
         }

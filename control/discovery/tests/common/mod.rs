@@ -66,6 +66,7 @@ pub fn timing() -> Timing {
         beat: Duration::from_millis(100),
         silence: Duration::from_millis(1400),
         settle: Duration::from_millis(100),
+        ca_settle: Duration::from_millis(300),
         ..Timing::default()
     }
 }

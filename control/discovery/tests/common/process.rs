@@ -96,9 +96,12 @@ fn write_timing(timing: Timing) -> String {
         silence,
         replace,
         settle,
+        ca_settle,
     } = timing;
-    let durations =
-        [heartbeat, election, lease, beat, silence, replace, settle].map(|duration| duration.as_millis());
+    let durations = [
+        heartbeat, election, lease, beat, silence, replace, settle, ca_settle,
+    ]
+    .map(|duration| duration.as_millis());
     let mut numbers: Vec<String> = durations.iter().map(ToString::to_string).collect();
     numbers.push(snapshot_after.to_string());
     numbers.join(" ")
@@ -115,6 +118,7 @@ fn read_timing(text: &str) -> Timing {
         silence: duration(4),
         replace: duration(5),
         settle: duration(6),
-        snapshot_after: numbers[7],
+        ca_settle: duration(7),
+        snapshot_after: numbers[8],
     }
 }

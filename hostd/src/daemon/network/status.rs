@@ -11,16 +11,14 @@ use ipnet::Ipv4Net;
 use super::wanted::Documented;
 use super::{Up, failed, metrics};
 use crate::daemon::Daemon;
+use crate::identities;
 
 impl Daemon {
     /// What `GET /metrics` shows.
     pub(crate) async fn metrics(&self) -> Result<String> {
         let gone = self.network.peek().map(|up| up.gone()).unwrap_or_default();
-        Ok(metrics::text(
-            &self.network_status().await?,
-            &gone,
-            &self.flows().await?,
-        ))
+        let network = metrics::text(&self.network_status().await?, &gone, &self.flows().await?);
+        Ok(network + &identities::metrics(self.paths.state()))
     }
 
     /// What `GET /host/network` shows.
