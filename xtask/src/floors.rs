@@ -40,6 +40,7 @@ const TOOLS: &[&str] = &[
     "xtask",
     "flynn-lab",
     "flynn-linearizability",
+    "flynn-discovery-simulation",
     "flynn-cluster-tests",
     "flynn-bench",
 ];

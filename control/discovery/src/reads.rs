@@ -14,17 +14,19 @@ use flynn_api::Error;
 use flynn_api::discovery::{Consistency, Position};
 use openraft::LinearizerOption;
 use openraft::errors::{LinearizableReadError, RaftError};
+use openraft::storage::RaftStateMachine;
 use tokio::time::Instant;
 
 use crate::gather::Gather;
 use crate::node::{Forwarded, Node};
-use crate::raft::Raft;
+use crate::raft::Types;
 use crate::view::gone;
 
 /// How long a read waits for the leader.
 const READ_TIMEOUT: Duration = Duration::from_secs(5);
 
-type Asked = Result<Forwarded<u64>, Error>;
+/// What came of a question for an index.
+pub type Asked = Result<Forwarded<u64>, Error>;
 
 /// The questions that are under way.
 #[derive(Clone, Debug)]
@@ -129,8 +131,12 @@ impl Node {
     }
 }
 
-/// Waits for a majority to answer, unless its last answer is younger than `age`, or than its lease.
-async fn read_index(raft: &Raft, age: Option<Duration>) -> Asked {
+/// The index that a reader must have reached, if that member leads. Waits for a majority to answer, unless its last
+/// answer is younger than `age`, or than its lease.
+pub async fn read_index<C: Types, M: RaftStateMachine<C>>(
+    raft: &openraft::Raft<C, M>,
+    age: Option<Duration>,
+) -> Asked {
     let option = LinearizerOption::new(age, true).with_wait_timeout(READ_TIMEOUT);
     match raft.get_read_linearizer(option).await {
         Ok(linearizer) => Ok(Forwarded::Taken(linearizer.read_log_id().index())),

@@ -14,7 +14,7 @@ use tokio::time::{Instant, timeout_at};
 use crate::command::{Command, Outcome};
 use crate::gather::Gather;
 use crate::node::{Forwarded, Node};
-use crate::raft::TypeConfig;
+use crate::raft::Types;
 
 /// How long a write may take until its outcome is given up on.
 pub(crate) const WRITE_TIMEOUT: Duration = Duration::from_secs(10);
@@ -169,7 +169,8 @@ impl Node {
     }
 }
 
-fn refused(error: &ClientWriteError<TypeConfig>) -> Written {
+/// What to say when Raft did not write.
+pub fn refused<C: Types>(error: &ClientWriteError<C>) -> Written {
     match error {
         ClientWriteError::ForwardToLeader(_) => Ok(Forwarded::NotLeader),
         // It was appended here, and another leader may have it or not.

@@ -81,6 +81,16 @@ impl Encoded {
         Ok(())
     }
 
+    /// The frame of these records, in a file of which `synced` bytes are known to be on disk.
+    pub fn frame(&self, synced: u64) -> io::Result<Vec<u8>> {
+        frame(&self.0, synced)
+    }
+
+    /// Adds what `others` holds.
+    pub fn extend(&mut self, others: &Self) {
+        self.0.extend_from_slice(&others.0);
+    }
+
     fn decode(mut payload: &[u8], mut each: impl FnMut(Record)) -> Result<(), String> {
         while let Some((kind, rest)) = payload.split_first() {
             let (length, rest) = rest.split_first_chunk::<4>().ok_or("a record is cut short")?;
@@ -335,7 +345,8 @@ fn is_full(error: &io::Error) -> bool {
     )
 }
 
-fn header() -> [u8; HEADER] {
+/// What an empty journal holds.
+pub fn header() -> [u8; HEADER] {
     let mut header = [0; HEADER];
     header[..8].copy_from_slice(MAGIC);
     header[8..12].copy_from_slice(&VERSION.to_le_bytes());
@@ -412,36 +423,11 @@ fn recover(path: &Path, mut each: impl FnMut(Record)) -> io::Result<(File, u64)>
     };
     let mut bytes = Vec::new();
     file.read_to_end(&mut bytes)?;
-    if bytes.len() <= HEADER && (bytes.len() < HEADER || bytes.iter().all(|byte| *byte == 0)) {
-        // The header is synced before anything is acknowledged: this file was never used.
+    let Some(at) = scan(&bytes, &mut each).map_err(|(at, why)| damaged(at, &why))? else {
         drop(file);
         return Ok((start(path)?, HEADER as u64));
-    }
-    if &bytes[..8] != MAGIC {
-        return Err(damaged(0, "it is not a journal"));
-    }
-    if bytes[8..12] != VERSION.to_le_bytes() {
-        return Err(damaged(8, "its version is not known: a newer release wrote it"));
-    }
-    let mut at = HEADER;
-    while let Some((_, payload)) = parse(&bytes[at..]) {
-        Encoded::decode(payload, &mut each).map_err(|why| damaged(at, &why))?;
-        at += FRAME_HEADER + payload.len();
-    }
-    let later_says_synced = (at + 1..bytes.len()).any(|later| {
-        bytes[later..].starts_with(FRAME)
-            && parse(&bytes[later..]).is_some_and(|(synced, _)| synced > at as u64)
-    });
-    if later_says_synced {
-        return Err(damaged(at, "a frame cannot be read, though later ones can"));
-    }
+    };
     if at < bytes.len() {
-        if !is_torn(at, &bytes[at..]) {
-            return Err(damaged(
-                at,
-                "the last frame is whole, but its checksum does not fit",
-            ));
-        }
         tracing::warn!(
             path = %path.display(),
             at,
@@ -453,6 +439,38 @@ fn recover(path: &Path, mut each: impl FnMut(Record)) -> io::Result<(File, u64)>
     // What was written but not synced before a crash is taken as read from here on, so it must not go away again.
     file.sync_all()?;
     Ok((file, at as u64))
+}
+
+/// Gives each record in a journal's `bytes` to `each`, and returns where a torn end begins; `None` when the journal was
+/// never used. Fails where it is damaged, with the reason.
+pub fn scan(bytes: &[u8], mut each: impl FnMut(Record)) -> Result<Option<usize>, (usize, String)> {
+    let damaged = |at: usize, why: &str| Err((at, why.to_owned()));
+    if bytes.len() <= HEADER && (bytes.len() < HEADER || bytes.iter().all(|byte| *byte == 0)) {
+        // The header is synced before anything is acknowledged: this file was never used.
+        return Ok(None);
+    }
+    if &bytes[..8] != MAGIC {
+        return damaged(0, "it is not a journal");
+    }
+    if bytes[8..12] != VERSION.to_le_bytes() {
+        return damaged(8, "its version is not known: a newer release wrote it");
+    }
+    let mut at = HEADER;
+    while let Some((_, payload)) = parse(&bytes[at..]) {
+        Encoded::decode(payload, &mut each).map_err(|why| (at, why))?;
+        at += FRAME_HEADER + payload.len();
+    }
+    let later_says_synced = (at + 1..bytes.len()).any(|later| {
+        bytes[later..].starts_with(FRAME)
+            && parse(&bytes[later..]).is_some_and(|(synced, _)| synced > at as u64)
+    });
+    if later_says_synced {
+        return damaged(at, "a frame cannot be read, though later ones can");
+    }
+    if at < bytes.len() && !is_torn(at, &bytes[at..]) {
+        return damaged(at, "the last frame is whole, but its checksum does not fit");
+    }
+    Ok(Some(at))
 }
 
 /// Whether the bytes at the end of the file, which begin at `at` and cannot be read, were not all written.

@@ -1,5 +1,7 @@
 //! openraft's log storage: the log in memory, each change in the [`super::journal`].
 //!
+//! The journal is a file, or what a simulation has in its stead ([`Records`]).
+//!
 //! Snapshots keep the log short, so all of it fits in memory: reads never touch the disk. Changes go to the journal in
 //! the order in which they are made, under the lock of the log, so vote and log are written one after the other.
 
@@ -14,8 +16,8 @@ use openraft::storage::{IOFlushed, LogState, RaftLogStorage};
 use openraft::{EntryPayload, OptionalSend, RaftLogReader};
 use tokio::sync::oneshot;
 
-use super::journal::{Encoded, Journal, Record};
-use super::{Entry, LogId, TypeConfig, Vote};
+use super::journal::{Done, Encoded, Journal, Record};
+use super::{Entry, LogId, Types, Vote};
 use crate::metrics::Times;
 
 /// A journal longer than this is rewritten when entries are purged.
@@ -23,16 +25,47 @@ const REWRITE_BYTES: u64 = 4 << 20;
 /// Bytes of the entries that go to another member with one call, about, unless it is one alone.
 const MAX_CALL: usize = 2 << 20;
 
+/// Where the changes of a log go, in their order.
+pub trait Records: Debug + Send + Sync + 'static {
+    /// Appends records. With `done` they are synced before it is called; without, they are only written.
+    fn append(&self, records: Encoded, done: Option<Done>) -> io::Result<()>;
+    /// Replaces what is there by `records`, which amount to the same.
+    fn rewrite(&self, records: Encoded) -> io::Result<()>;
+    /// Bytes that are there.
+    fn length(&self) -> u64;
+}
+
+impl Records for Journal {
+    fn append(&self, records: Encoded, done: Option<Done>) -> io::Result<()> {
+        self.append(records, done)
+    }
+
+    fn rewrite(&self, records: Encoded) -> io::Result<()> {
+        self.rewrite(records)
+    }
+
+    fn length(&self) -> u64 {
+        self.length()
+    }
+}
+
 /// The log store. Clones share it.
-#[derive(Clone, Debug)]
-pub struct LogStore {
-    shared: Arc<Shared>,
+#[derive(Debug)]
+pub struct LogStore<J = Journal> {
+    shared: Arc<Shared<J>>,
+}
+
+impl<J> Clone for LogStore<J> {
+    fn clone(&self) -> Self {
+        let shared = Arc::clone(&self.shared);
+        Self { shared }
+    }
 }
 
 #[derive(Debug)]
-struct Shared {
+struct Shared<J> {
     log: Mutex<Log>,
-    journal: Journal,
+    journal: J,
 }
 
 /// What the records of a journal add up to.
@@ -88,14 +121,7 @@ impl Log {
 impl LogStore {
     /// Opens the log in the directory `dir`.
     pub fn open(dir: &Path) -> io::Result<Self> {
-        let mut log = Log::default();
-        let journal = Journal::open(&dir.join("journal"), |record| log.apply(record))?;
-        Ok(Self {
-            shared: Arc::new(Shared {
-                log: Mutex::new(log),
-                journal,
-            }),
-        })
+        Self::recover(|each| Journal::open(&dir.join("journal"), each))
     }
 
     /// Whether a write waits for room on the disk.
@@ -111,6 +137,18 @@ impl LogStore {
     /// How long a batch takes to be written and synced.
     pub fn syncs(&self) -> &Times {
         self.shared.journal.syncs()
+    }
+}
+
+impl<J: Records> LogStore<J> {
+    /// The log of the journal that `open` opens; it gives each record that is there to the function that it gets.
+    pub fn recover(open: impl FnOnce(&mut dyn FnMut(Record)) -> io::Result<J>) -> io::Result<Self> {
+        let mut log = Log::default();
+        let journal = open(&mut |record| log.apply(record))?;
+        let log = Mutex::new(log);
+        Ok(Self {
+            shared: Arc::new(Shared { log, journal }),
+        })
     }
 
     /// The last entry, which may be in the snapshot alone.
@@ -142,7 +180,7 @@ impl LogStore {
             Box::new(move |result| {
                 // Whoever waited may have been cancelled.
                 let _ = synced.send(result);
-            }) as super::journal::Done
+            }) as Done
         });
         self.shared.journal.append(encoded, done)
     }
@@ -156,7 +194,7 @@ impl LogStore {
     }
 }
 
-impl RaftLogReader<TypeConfig> for LogStore {
+impl<C: Types, J: Records> RaftLogReader<C> for LogStore<J> {
     async fn try_get_log_entries<RB: RangeBounds<u64> + Clone + Debug + OptionalSend>(
         &mut self,
         range: RB,
@@ -191,10 +229,10 @@ impl RaftLogReader<TypeConfig> for LogStore {
     }
 }
 
-impl RaftLogStorage<TypeConfig> for LogStore {
+impl<C: Types, J: Records> RaftLogStorage<C> for LogStore<J> {
     type LogReader = Self;
 
-    async fn get_log_state(&mut self) -> Result<LogState<TypeConfig>, io::Error> {
+    async fn get_log_state(&mut self) -> Result<LogState<C>, io::Error> {
         let log = self.log();
         Ok(LogState {
             last_purged_log_id: log.purged,
@@ -212,7 +250,8 @@ impl RaftLogStorage<TypeConfig> for LogStore {
 
     async fn save_committed(&mut self, committed: Option<LogId>) -> Result<(), io::Error> {
         // Not synced: it is needed after a crash of the process, for answers without a quorum. After a power cut an
-        // older one does no harm, since reads that must not go back in time ask the leader.
+        // older one does no harm, since reads that must not go back in time ask the leader, which knows better: it was
+        // elected since (`enable_leader_restore` is off).
         self.record(Record::Committed(committed), None)
     }
 
@@ -220,7 +259,7 @@ impl RaftLogStorage<TypeConfig> for LogStore {
         Ok(self.log().committed)
     }
 
-    async fn append<I>(&mut self, entries: I, callback: IOFlushed<TypeConfig>) -> Result<(), io::Error>
+    async fn append<I>(&mut self, entries: I, callback: IOFlushed<C>) -> Result<(), io::Error>
     where
         I: IntoIterator<Item = Entry> + OptionalSend,
         I::IntoIter: OptionalSend,

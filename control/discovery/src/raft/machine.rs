@@ -5,28 +5,25 @@
 
 use std::io;
 use std::sync::Arc;
-use std::time::Duration;
 
 use futures::{Stream, StreamExt as _};
 use openraft::storage::{EntryResponder, RaftStateMachine};
 use openraft::{EntryPayload, OptionalSend, RaftSnapshotBuilder};
 use serde::{Deserialize, Serialize};
 
-use super::snapshot::SnapshotFile;
-use super::{LogId, Snapshot, SnapshotMeta, StoredMembership, TypeConfig};
+use super::snapshot::{SnapshotFile, Snapshots};
+use super::{LogId, Snapshot, SnapshotMeta, StoredMembership, Types};
 use crate::state::{self, State};
 use crate::view::View;
 
-/// Between attempts to write a snapshot while the disk is full.
-const FULL_RETRY: Duration = Duration::from_secs(1);
 /// Entries that are applied before readers get their turn.
 const APPLIED_AT_ONCE: usize = 256;
 
 /// The state machine.
 #[derive(Debug)]
-pub struct Machine {
+pub struct Machine<S = SnapshotFile> {
     view: Arc<View>,
-    file: SnapshotFile,
+    file: S,
     applied: Option<LogId>,
     membership: StoredMembership,
 }
@@ -57,9 +54,9 @@ pub fn decode_state(data: &[u8]) -> io::Result<State> {
     Ok(versioned.state)
 }
 
-impl Machine {
+impl<S> Machine<S> {
     /// An empty machine that keeps `view` and stores snapshots in `file`.
-    pub fn new(view: Arc<View>, file: SnapshotFile) -> Self {
+    pub fn new(view: Arc<View>, file: S) -> Self {
         Self {
             view,
             file,
@@ -69,38 +66,17 @@ impl Machine {
     }
 }
 
-/// Writes a snapshot; a full disk is waited out, for openraft takes an error as the end.
-async fn write(file: &SnapshotFile, meta: &SnapshotMeta, data: Vec<u8>) -> io::Result<()> {
-    let data = Arc::new(data);
-    loop {
-        let (file, meta, data) = (file.clone(), meta.clone(), Arc::clone(&data));
-        let written = tokio::task::spawn_blocking(move || file.write(&meta, &data)).await;
-        match written.map_err(io::Error::other)? {
-            Err(error)
-                if matches!(
-                    error.kind(),
-                    io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded
-                ) =>
-            {
-                tracing::error!(%error, "a snapshot cannot be written until there is room on the disk");
-                tokio::time::sleep(FULL_RETRY).await;
-            }
-            result => return result,
-        }
-    }
-}
-
-impl RaftStateMachine<TypeConfig> for Machine {
+impl<C: Types, S: Snapshots> RaftStateMachine<C> for Machine<S> {
     type SnapshotData = Vec<u8>;
-    type SnapshotBuilder = Builder;
+    type SnapshotBuilder = Builder<S>;
 
     async fn applied_state(&mut self) -> Result<(Option<LogId>, StoredMembership), io::Error> {
         Ok((self.applied, self.membership.clone()))
     }
 
-    async fn apply<S>(&mut self, entries: S) -> Result<(), io::Error>
+    async fn apply<E>(&mut self, entries: E) -> Result<(), io::Error>
     where
-        S: Stream<Item = Result<EntryResponder<TypeConfig>, io::Error>> + Unpin + OptionalSend,
+        E: Stream<Item = Result<EntryResponder<C>, io::Error>> + Unpin + OptionalSend,
     {
         if self.applied.is_none() {
             // Before the first entry there is nothing, whatever was answered until it came.
@@ -127,7 +103,7 @@ impl RaftStateMachine<TypeConfig> for Machine {
         Ok(())
     }
 
-    async fn get_snapshot_builder(&mut self) -> Builder {
+    async fn get_snapshot_builder(&mut self) -> Builder<S> {
         Builder {
             file: self.file.clone(),
             meta: SnapshotMeta {
@@ -140,7 +116,7 @@ impl RaftStateMachine<TypeConfig> for Machine {
 
     async fn install_snapshot(&mut self, meta: &SnapshotMeta, data: Vec<u8>) -> Result<(), io::Error> {
         let state = decode_state(&data)?;
-        write(&self.file, meta, data).await?;
+        self.file.save(meta, data).await?;
         (self.applied, self.membership) = (meta.last_log_id, meta.last_membership.clone());
         self.view
             .replace(meta.last_log_id.map_or(0, |last| last.index), state);
@@ -148,26 +124,23 @@ impl RaftStateMachine<TypeConfig> for Machine {
     }
 
     async fn get_current_snapshot(&mut self) -> Result<Option<Snapshot>, io::Error> {
-        let file = self.file.clone();
-        tokio::task::spawn_blocking(move || file.read())
-            .await
-            .map_err(io::Error::other)?
+        self.file.load().await
     }
 }
 
 /// Writes one snapshot.
-pub struct Builder {
-    file: SnapshotFile,
+pub struct Builder<S> {
+    file: S,
     meta: SnapshotMeta,
     state: State,
 }
 
-impl RaftSnapshotBuilder<TypeConfig> for Builder {
+impl<C: Types, S: Snapshots> RaftSnapshotBuilder<C> for Builder<S> {
     type SnapshotData = Vec<u8>;
 
     async fn build_snapshot(&mut self) -> Result<Snapshot, io::Error> {
         let data = encode_state(&self.state)?;
-        write(&self.file, &self.meta, data.clone()).await?;
+        self.file.save(&self.meta, data.clone()).await?;
         Ok(Snapshot {
             meta: self.meta.clone(),
             snapshot: data,

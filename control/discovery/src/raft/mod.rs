@@ -18,7 +18,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use flynn_api::discovery::{TTL_SECS, Voting};
-use openraft::{Config, SnapshotPolicy};
+use openraft::{Config, EntryPayload, RaftTypeConfig, SnapshotPolicy};
 use serde::{Deserialize, Serialize};
 
 use crate::command::{Command, Outcome};
@@ -30,6 +30,24 @@ openraft::declare_raft_types!(
         R = Outcome,
         Node = Member,
 );
+
+/// openraft's types as they are here, on whatever runtime: log and state machine work on tokio's as on a simulated one.
+pub trait Types:
+    RaftTypeConfig<
+        D = Command,
+        R = Outcome,
+        NodeId = u64,
+        Node = Member,
+        Term = u64,
+        LeaderId = <TypeConfig as RaftTypeConfig>::LeaderId,
+        Vote = Vote,
+        Payload = EntryPayload<Command, u64, Member>,
+        Entry = Entry,
+    >
+{
+}
+
+impl Types for TypeConfig {}
 
 /// openraft's handle.
 pub type Raft = openraft::Raft<TypeConfig, machine::Machine>;

@@ -7,6 +7,8 @@
 use std::io::{self, Write as _};
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
@@ -16,6 +18,46 @@ use super::{Snapshot, SnapshotMeta};
 const MAGIC: &[u8; 8] = b"flynnsnp";
 const VERSION: u32 = 1;
 const FIXED: usize = 24;
+/// Between attempts to write while the disk is full.
+const FULL_RETRY: Duration = Duration::from_secs(1);
+
+/// Where a state machine keeps its snapshot.
+pub trait Snapshots: Clone + Send + Sync + 'static {
+    /// The snapshot, if there is one.
+    fn load(&self) -> impl Future<Output = io::Result<Option<Snapshot>>> + Send;
+    /// Replaces the snapshot. When this returns it is on disk.
+    fn save(&self, meta: &SnapshotMeta, data: Vec<u8>) -> impl Future<Output = io::Result<()>> + Send;
+}
+
+impl Snapshots for SnapshotFile {
+    async fn load(&self) -> io::Result<Option<Snapshot>> {
+        let file = self.clone();
+        tokio::task::spawn_blocking(move || file.read())
+            .await
+            .map_err(io::Error::other)?
+    }
+
+    /// A full disk is waited out, for openraft takes an error as the end.
+    async fn save(&self, meta: &SnapshotMeta, data: Vec<u8>) -> io::Result<()> {
+        let data = Arc::new(data);
+        loop {
+            let (file, meta, data) = (self.clone(), meta.clone(), Arc::clone(&data));
+            let written = tokio::task::spawn_blocking(move || file.write(&meta, &data)).await;
+            match written.map_err(io::Error::other)? {
+                Err(error)
+                    if matches!(
+                        error.kind(),
+                        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded
+                    ) =>
+                {
+                    tracing::error!(%error, "a snapshot cannot be written until there is room on the disk");
+                    tokio::time::sleep(FULL_RETRY).await;
+                }
+                result => return result,
+            }
+        }
+    }
+}
 
 /// Where the snapshot is kept.
 #[derive(Clone, Debug)]
