@@ -36,16 +36,14 @@ pub(crate) type SimulatedRaft = openraft::Raft<Simulated, Witness>;
 const ROUND: Duration = Duration::from_secs(1);
 
 /// As in the product, but snapshots come soon, and a silent voter is replaced soon.
-pub(crate) const TIMING: Timing = Timing {
-    heartbeat: Duration::from_millis(100),
-    election: Duration::from_millis(250),
-    snapshot_after: 40,
-    lease: Duration::from_secs(10),
-    beat: Duration::from_millis(300),
-    silence: Duration::from_millis(1400),
-    replace: Duration::from_secs(4),
-    settle: Duration::from_secs(2),
-};
+fn timing() -> Timing {
+    Timing {
+        snapshot_after: 40,
+        replace: Duration::from_secs(4),
+        ..Timing::default()
+    }
+}
+
 /// As in the product.
 pub(crate) const RULES: Rules = Rules {
     silence: 1400,
@@ -152,7 +150,7 @@ pub(crate) async fn start(id: u64, process: Process, disk: Disk, net: Net, chron
         )
     };
     disk.seen().note_of("a log was read", ids);
-    let config = TIMING.config().expect("the configuration is good");
+    let config = timing().config().expect("the configuration is good");
     let raft = SimulatedRaft::new(id, config, net.of(id), log.clone(), witness).await;
     let running = Running {
         process,
