@@ -504,6 +504,7 @@ pub struct AttachRequest {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ExecRequest {
     /// The program and its arguments.
+    #[serde(default)]
     pub args: Vec<String>,
     /// Variables beside the job's.
     #[serde(default, skip_serializing_if = "Env::is_empty")]

@@ -265,6 +265,13 @@ pub async fn reconcile(node: &Node) -> Result<(), Error> {
         return Ok(());
     }
     let configs = configs(node);
+    if let [voters] = &configs[..]
+        && !voters.contains(&node.id())
+    {
+        // openraft has a leader that lost its vote lead on, as long as it is a member.
+        hand_over(node).await;
+        return Ok(());
+    }
     if let Some(next) = voters::next(&standings, &configs, node.id(), node.rules()) {
         let (from, to) = (configs.last(), &next);
         tracing::info!(?from, ?to, "the voters change");

@@ -10,6 +10,7 @@ use flynn_api::discovery::{Instance, LeaderType, ServiceMeta};
 use flynn_discovery::Options;
 use flynn_discovery::command::Command;
 use flynn_discovery::dns::Upstreams;
+use flynn_discovery::raft::dir::stored_id;
 use flynn_discovery::raft::journal::{Encoded, Journal, Record};
 use flynn_discovery::raft::machine::encode_state;
 use flynn_discovery::raft::snapshot::SnapshotFile;
@@ -210,8 +211,8 @@ fn a_hole_and_a_stale_end_are_told_apart() {
 /// What a store holds, but for where Raft keeps it.
 fn contents(store: &Path) -> (State, LogId, u64) {
     let built = build::read(store).unwrap();
-    let id = std::fs::read_to_string(store.join("id")).unwrap();
-    (built.state, built.last.unwrap(), id.trim().parse().unwrap())
+    let id = stored_id(store).unwrap().unwrap();
+    (built.state, built.last.unwrap(), id)
 }
 
 #[test]
@@ -248,8 +249,8 @@ fn each_step_may_be_killed_and_is_done_again() {
             std::fs::write(dir.path().join("raft.making/journal"), "half").unwrap();
             let begun = recovery::begin(options.clone()).unwrap();
 
-            let id = std::fs::read_to_string(raft.join("id")).unwrap();
-            assert_ne!(id.trim(), OLD.to_string());
+            let id = stored_id(&raft).unwrap().unwrap();
+            assert_ne!(id, OLD);
             match &order {
                 Order::Recover | Order::Restore => {
                     let (state, last, _) = contents(&raft);
@@ -261,7 +262,7 @@ fn each_step_may_be_killed_and_is_done_again() {
                     assert_eq!(last.index, 39 + JUMP, "once, killed after {killed}");
                     let members = build::read(&raft).unwrap().membership;
                     let (only, member) = members.membership().nodes().next().unwrap();
-                    assert_eq!((only.to_string(), &*member.zone), (id.trim().to_owned(), "a"));
+                    assert_eq!((*only, &*member.zone), (id, "a"));
                     assert_eq!(members.membership().nodes().count(), 1);
                     assert!(begun.init);
                 }

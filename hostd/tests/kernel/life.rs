@@ -309,7 +309,10 @@ pub(crate) async fn commands_check_health() {
     ));
     job.config.uid = Some(1000);
     job.config.ports = vec![checked(
-        &format!("{who} > /tmp/who; ls /proc | grep -c '^[0-9]' > /tmp/count; test -e /tmp/well"),
+        // The program waits for the last of the two.
+        &format!(
+            "ls /proc | grep -c '^[0-9]' > /tmp/count; {who} > /tmp/new; mv /tmp/new /tmp/who; test -e /tmp/well"
+        ),
         HealthCheck::default(),
     )];
     host.run(&job).await;

@@ -211,6 +211,24 @@ pub(crate) fn shell(cluster: &mut Cluster) -> Result<()> {
         stdout.contains("out") && stderr.contains("err"),
         "stdout {stdout:?}, stderr {stderr:?}"
     );
+    // In the container of a job that runs, by its type: nginx is pid 1's program there.
+    let output = platform.output([
+        "-a",
+        APP,
+        "exec",
+        "web",
+        "--",
+        "sh",
+        "-c",
+        "cat /proc/[0-9]*/comm; exit 41",
+    ])?;
+    let said = String::from_utf8_lossy(&output.stdout);
+    ensure!(
+        output.status.code() == Some(41) && said.contains("nginx"),
+        "{:?}: {said:?}, {}",
+        output.status.code(),
+        String::from_utf8_lossy(&output.stderr)
+    );
     // With a terminal, which `script` lends it.
     let mut command = platform.flynn();
     let flynn = command.get_program().display().to_string();

@@ -19,14 +19,15 @@ pub(crate) async fn exec(
     Path((app, id)): Path<(String, String)>,
     mut request: Request,
 ) -> Result<Response> {
-    if !wants_attach(request.headers())? {
+    let attached = wants_attach(request.headers())?;
+    // Taken before the body is: the connection goes over once the answer is sent.
+    let upgrade = hyper::upgrade::on(&mut request);
+    let StrictJson(wish) = StrictJson::<ExecRequest>::from_request(request, &()).await?;
+    if !attached {
         return Err(Error::validation(
             "the connection goes over to the program: send Connection: Upgrade and Upgrade: flynn-attach/0",
         ));
     }
-    // Taken before the body is: the connection goes over once the answer is sent.
-    let upgrade = hyper::upgrade::on(&mut request);
-    let StrictJson(wish) = StrictJson::<ExecRequest>::from_request(request, &()).await?;
     let job = {
         let client = state.database.client().await?;
         let app = apps::find_any(&client, &app).await?;
