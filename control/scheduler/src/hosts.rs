@@ -42,11 +42,14 @@ pub(crate) struct Reach {
 }
 
 impl Reach {
-    fn client(&self, addr: &str, timeout: Duration) -> anyhow::Result<HostClient> {
-        let identity = Identity::load(&self.tls_dir).context("no certificate")?;
-        let http = Http::new(&format!("https://{addr}"))?.identity(&identity)?;
-        Ok(HostClient::new(http.timeout(timeout)))
+    fn identity(&self) -> anyhow::Result<Identity> {
+        Identity::load(&self.tls_dir).context("no certificate")
     }
+}
+
+fn client(addr: &str, identity: &Identity, timeout: Duration) -> anyhow::Result<HostClient> {
+    let http = Http::new(&format!("https://{addr}"))?.identity(identity)?;
+    Ok(HostClient::new(http.timeout(timeout)))
 }
 
 /// Follows all hosts, for ever.
@@ -132,7 +135,8 @@ impl Followers {
         if let Some((id, _)) = self.0.iter().find(|(_, (addr, _))| *addr == instance.addr) {
             return Some(id.clone());
         }
-        let status = reach.client(&instance.addr, TIMEOUT).ok()?.status().await;
+        let client = client(&instance.addr, &reach.identity().ok()?, TIMEOUT).ok()?;
+        let status = client.status().await;
         status.map(|status| status.id).ok()
     }
 }
@@ -168,11 +172,12 @@ async fn follow_connected(
     addr: &str,
     retry: &mut Retry,
 ) -> anyhow::Result<()> {
-    let client = reach.client(addr, TIMEOUT)?;
-    probe(shared, &client, id).await?;
-    let mut events = client.job_events().await?;
-    list(shared, &client, id).await?;
-    shared.reach(id, Some(reach.client(addr, SLOW)?));
+    let mut shown = reach.identity()?;
+    let mut asked = client(addr, &shown, TIMEOUT)?;
+    probe(shared, &asked, id).await?;
+    let mut events = asked.job_events().await?;
+    list(shared, &asked, id).await?;
+    shared.reach(id, Some(client(addr, &shown, SLOW)?));
     shared.change(|view, now| view.answering(id, true, now));
     tracing::info!(host = id, addr, "following a host");
     retry.reset();
@@ -189,10 +194,17 @@ async fn follow_connected(
                 });
             }
             _ = probes.tick() => {
-                probe(shared, &client, id).await?;
+                let own = reach.identity()?;
+                if own != shown {
+                    // The one before may be of a root that hosts trust no more.
+                    asked = client(addr, &own, TIMEOUT)?;
+                    shared.reach(id, Some(client(addr, &own, SLOW)?));
+                    shown = own;
+                }
+                probe(shared, &asked, id).await?;
                 until_list -= 1;
                 if until_list == 0 {
-                    list(shared, &client, id).await?;
+                    list(shared, &asked, id).await?;
                     until_list = PROBES_PER_LIST;
                 }
             }
