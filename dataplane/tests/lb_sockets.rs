@@ -35,6 +35,10 @@ fn main() {
                 "connections_survive_other_backends",
                 connections_survive_other_backends,
             ),
+            (
+                "connections_are_found_by_way_of_a_third",
+                connections_are_found_by_way_of_a_third,
+            ),
             ("a_closed_port_is_told_of", a_closed_port_is_told_of),
             ("foreign_programs_stay", foreign_programs_stay),
         ],
@@ -283,6 +287,50 @@ fn connections_survive_other_backends() {
         for stream in &mut streams {
             exchange(stream, 5000);
         }
+    });
+}
+
+/// The VIP is the second host's, then the first's; the containers are the other way round. What the first knows nothing of
+/// it sends to the second, whose container has the slots now, and that back to the first's, which had them before.
+fn connections_are_found_by_way_of_a_third() {
+    const FLOATING: u8 = 99;
+    alone(|bpffs| {
+        let mut world = World::new(bpffs, Mode::Auto, false);
+        let floating = [IpAddr::V4(address(FLOATING)), IpAddr::V6(address6(FLOATING))];
+        let of = |backends: &[u8]| {
+            let mut service = service(backends);
+            let vip = |address| Vip {
+                address,
+                port: PORT,
+                protocol: Protocol::Tcp,
+            };
+            service.vips = floating.map(vip).into();
+            service
+        };
+        world.set(&of(&[1]));
+        let client = world.client.clone();
+        let held_by = |host: u8| {
+            for vip in floating {
+                let mac = hosts::mac_text(mac(1, host));
+                client.ip(&format!("neigh replace {vip} lladdr {mac} dev up0 nud permanent"));
+            }
+        };
+        held_by(2);
+        let mut streams = client.run(|| floating.map(|vip| connect((vip, PORT).into())));
+        for stream in &mut streams {
+            exchange(stream, 100);
+        }
+
+        let mut moved = of(&[1, 2]);
+        moved.backends[0].draining = true;
+        world.set(&moved);
+        held_by(1);
+        for stream in &mut streams {
+            for size in [1, 1400, 1 << 20] {
+                exchange(stream, size);
+            }
+        }
+        assert!(world.event(1, Event::Sought) > 10);
     });
 }
 

@@ -83,7 +83,7 @@ pub(crate) fn mac(kind: u8, host: u8) -> [u8; 6] {
     [2, 0, 0, 0, kind, host]
 }
 
-fn mac_text(mac: [u8; 6]) -> String {
+pub(crate) fn mac_text(mac: [u8; 6]) -> String {
     mac.map(|byte| format!("{byte:02x}")).join(":")
 }
 

@@ -17,16 +17,11 @@ use crate::{
     maps, seek, translate, translations, tunnel, uplink,
 };
 
-/// Hands the packet over to the container that has its connection, or to that which it is said to be for. `peer` is the
-/// host that it came through, zeros if none.
+/// Hands a packet that came by no tunnel over to the container that has its connection, or to that which it is said to be
+/// for.
 #[inline(always)]
-pub(crate) fn deliver<F: Family>(
-    ctx: &TcContext,
-    peer: Ipv4,
-    mut to: Tunnelled,
-    config: &Config,
-) -> Decision {
-    if let Some(next) = seek::elsewhere::<F>(ctx, to)? {
+pub(crate) fn deliver<F: Family>(ctx: &TcContext, mut to: Tunnelled, config: &Config) -> Decision {
+    if let Some(next) = seek::elsewhere::<F>(ctx, 0, to)? {
         maps::count(Event::Sought);
         to = next.tunnelled();
         if !seek::is_here(to.address) {
@@ -34,11 +29,12 @@ pub(crate) fn deliver<F: Family>(
             return tunnel::send::<F>(ctx, host, next.hash, to, config);
         }
     }
-    hand_over::<F>(ctx, peer, to, config)
+    hand_over::<F>(ctx, Ipv4::new([0; 4]), to, config)
 }
 
+/// Hands the packet over to a container. `peer` is the host that it came through, zeros if none.
 #[inline(always)]
-fn hand_over<F: Family>(ctx: &TcContext, peer: Ipv4, to: Tunnelled, config: &Config) -> Decision {
+pub(crate) fn hand_over<F: Family>(ctx: &TcContext, peer: Ipv4, to: Tunnelled, config: &Config) -> Decision {
     let network = flynn_programs::maps::config()?;
     let endpoint = match flynn_programs::maps::endpoint4(to.address) {
         Some(endpoint) if endpoint.flags & Endpoint::CONTAINER != 0 => endpoint,

@@ -49,15 +49,22 @@ pub(crate) fn is_here(address: Ipv4) -> bool {
     flynn_programs::maps::endpoint4(address).is_some_and(|endpoint| endpoint.flags & Endpoint::CONTAINER != 0)
 }
 
-/// Where else a packet may belong: one of a TCP connection that the container has not seen begin.
+/// Where else a packet may belong: one of a TCP connection that the container has not seen begin. In front of its Ethernet
+/// header are `outer` bytes.
 #[inline(always)]
-pub(crate) fn elsewhere<F: Family>(ctx: &TcContext, at: Tunnelled) -> Result<Option<Next>, DropReason> {
-    let header = ctx.at::<F::Header>(ETHERNET).ok_or(DropReason::Truncated)?;
+pub(crate) fn elsewhere<F: Family>(
+    ctx: &TcContext,
+    outer: usize,
+    at: Tunnelled,
+) -> Result<Option<Next>, DropReason> {
+    let header = ctx
+        .at::<F::Header>(outer + ETHERNET)
+        .ok_or(DropReason::Truncated)?;
     if F::protocol(header) != TCP {
         return Ok(None);
     }
     let (client, address) = (F::source(header), F::destination(header));
-    let tcp = ctx.at::<Tcp>(F::TRANSPORT).ok_or(DropReason::Truncated)?;
+    let tcp = ctx.at::<Tcp>(outer + F::TRANSPORT).ok_or(DropReason::Truncated)?;
     let (flags, client_port, port) = (tcp.flags, tcp.ports.source, tcp.ports.destination);
     let is_known =
         |container: Ipv4, at: Port| is_known::<F>((client, client_port), (address, port), container, at);

@@ -20,7 +20,7 @@ use crate::{
     deliver,
     family::{Family, V4, V6},
     headers::{ETHERNET, Ethernet, Ip4, OVERHEAD, Outer, Ports, TCP, UDP, Udp},
-    maps, neighbour, too_big,
+    maps, neighbour, seek, too_big, uplink,
 };
 
 const BPF_F_ADJ_ROOM_ENCAP_L2: u64 = (ETHERNET as u64) << 56;
@@ -86,18 +86,11 @@ pub(crate) fn send<F: Family>(
     tunnelled: Tunnelled,
     config: &Config,
 ) -> Decision {
-    let encrypted = host.flags & Host::ENCRYPTED != 0;
-    let room = room(config, encrypted);
+    let room = room(config, host.flags & Host::ENCRYPTED != 0);
     if largest::<F>(ctx) > room {
         return too_big::reply::<F>(ctx, room);
     }
-    if host.ifindex == 0 {
-        return Err(if encrypted {
-            DropReason::NotEncrypted
-        } else {
-            DropReason::NoRoute
-        });
-    }
+    is_reached(host)?;
     #[repr(C)]
     struct Headers {
         outer: Outer,
@@ -117,13 +110,47 @@ pub(crate) fn send<F: Family>(
         .map_err(|_| DropReason::RewriteFailed)?;
     ctx.store(ETHERNET - 2, &Ethernet::IPV4, 0)
         .map_err(|_| DropReason::RewriteFailed)?;
+    Ok(leave(host))
+}
+
+/// Sends what came by a tunnel on to another host: only its outer headers change. (They cannot be taken off and put on
+/// again: where no wire was between, or packets were merged, the kernel has noted that there is a tunnel, and makes no
+/// second one.)
+#[inline(always)]
+fn send_on(ctx: &TcContext, host: &Host, hash: u32, tunnelled: Tunnelled, config: &Config) -> Decision {
+    is_reached(host)?;
+    // Only where the one tunnel is encrypted and the other is not can it be.
+    if segment(ctx) == 0
+        && ctx.length() > room(config, host.flags & Host::ENCRYPTED != 0) + (OVERHEAD + ETHERNET) as u32
+    {
+        return Err(DropReason::TooBig);
+    }
+    let carried = ctx.length() - OVERHEAD as u32;
+    let outer = outer(host.source, host.address, carried, hash, tunnelled);
+    ctx.store(ETHERNET, &outer, 0)
+        .map_err(|_| DropReason::RewriteFailed)?;
+    Ok(leave(host))
+}
+
+#[inline(always)]
+fn is_reached(host: &Host) -> Result<(), DropReason> {
+    match host.ifindex {
+        0 if host.flags & Host::ENCRYPTED != 0 => Err(DropReason::NotEncrypted),
+        0 => Err(DropReason::NoRoute),
+        _ => Ok(()),
+    }
+}
+
+/// Out to the host, with outer headers: the kernel's action.
+#[inline(always)]
+fn leave(host: &Host) -> i32 {
     maps::count(Event::Encapsulated);
-    if encrypted {
+    if host.flags & Host::ENCRYPTED != 0 {
         // The device takes IP packets: the helper takes the Ethernet header off for it.
         // SAFETY: a helper that only notes where the packet goes.
-        return Ok(unsafe { bpf_redirect(host.ifindex, 0) } as i32);
+        return unsafe { bpf_redirect(host.ifindex, 0) } as i32;
     }
-    Ok(neighbour::send(host.ifindex, host.next_hop))
+    neighbour::send(host.ifindex, host.next_hop)
 }
 
 /// The largest packet that fits into the tunnel.
@@ -139,8 +166,7 @@ pub(crate) fn room(config: &Config, encrypted: bool) -> u32 {
 /// The largest IP packet that the frame will be on the wire.
 #[inline(always)]
 fn largest<F: Family>(ctx: &TcContext) -> u32 {
-    // SAFETY: the kernel hands programs a valid context.
-    let segment = unsafe { (*ctx.skb.skb).gso_size };
+    let segment = segment(ctx);
     if segment == 0 {
         return ctx.length() - ETHERNET as u32;
     }
@@ -153,6 +179,13 @@ fn largest<F: Family>(ctx: &TcContext) -> u32 {
         _ => size_of::<Udp>() as u32,
     };
     size_of::<F::Header>() as u32 + header + segment
+}
+
+/// How much of what it carries goes into each packet that the frame is still to be cut into: 0 if it is one packet.
+#[inline(always)]
+fn segment(ctx: &TcContext) -> u32 {
+    // SAFETY: the kernel hands programs a valid context.
+    unsafe { (*ctx.skb.skb).gso_size }
 }
 
 /// Whether it looks like a packet for [`receive`].
@@ -195,13 +228,22 @@ pub(crate) fn receive(ctx: &TcContext, config: &Config, encrypted: bool) -> Deci
 }
 
 #[inline(always)]
-fn arrived<F: Family>(ctx: &TcContext, peer: Ipv4, tunnelled: Tunnelled, config: &Config) -> Decision {
+fn arrived<F: Family>(ctx: &TcContext, peer: Ipv4, mut tunnelled: Tunnelled, config: &Config) -> Decision {
+    let is_answer = tunnelled.kind == Tunnelled::ANSWER;
+    if !is_answer && let Some(next) = seek::elsewhere::<F>(ctx, OVERHEAD, tunnelled)? {
+        maps::count(Event::Sought);
+        tunnelled = next.tunnelled();
+        if !seek::is_here(tunnelled.address) {
+            let host = uplink::host_of(tunnelled.address).ok_or(DropReason::NoRoute)?;
+            return send_on(ctx, host, next.hash, tunnelled, config);
+        }
+    }
     room::decapsulate(ctx, OVERHEAD as i32, F::VERSION == 4)?;
     ctx.store(ETHERNET - 2, &F::KIND, 0)
         .map_err(|_| DropReason::RewriteFailed)?;
-    if tunnelled.kind == Tunnelled::ANSWER {
+    if is_answer {
         maps::count(Event::Answered);
         return Ok(neighbour::route(config.uplink));
     }
-    deliver::deliver::<F>(ctx, peer, tunnelled, config)
+    deliver::hand_over::<F>(ctx, peer, tunnelled, config)
 }

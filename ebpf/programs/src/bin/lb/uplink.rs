@@ -63,8 +63,7 @@ fn forward<F: Family>(ctx: &TcContext, config: &Config) -> Decision {
     };
     let endpoint = flynn_programs::maps::endpoint4(address);
     if endpoint.is_some_and(|endpoint| endpoint.flags & Endpoint::CONTAINER != 0) {
-        let nobody = Ipv4::new([0; 4]);
-        return deliver::deliver::<F>(ctx, nobody, tunnelled, config);
+        return deliver::deliver::<F>(ctx, tunnelled, config);
     }
     let host = host_of(address).ok_or(DropReason::NoRoute)?;
     // IPv6 packets have no neighbour's address: the underlay is IPv4.
