@@ -2,6 +2,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
+    iter,
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
 };
 
@@ -285,12 +286,12 @@ impl Tables {
                 Err(error) => return Err(Error::kernel("reading rings of the load balancer")(error.into())),
             };
             let none = Formers {
-                slots: [[0; 2]; CHUNK_SLOTS as usize],
+                slots: [Former::default(); CHUNK_SLOTS as usize],
             };
             let mut wanted = none;
             let slots = part(before, nth).iter().zip(part(ring, nth));
             for (place, (before, now)) in slots.enumerate() {
-                let known = known.map_or([0; 2], |known| known.slots[place]);
+                let known = known.map_or_else(Former::default, |known| known.slots[place]);
                 wanted.slots[place] = formers(known, *before, *now, alive);
             }
             let outcome = if known.unwrap_or(none) == wanted {
@@ -518,14 +519,12 @@ fn part(ring: &[u16], nth: u32) -> &[u16] {
 
 /// Who had a slot before the one who has it now, of those who are alive: the latest first, each once.
 fn formers(known: Former, before: u16, now: u16, alive: &BTreeSet<u16>) -> Former {
-    let mut formers = [0; 2];
-    let mut places = formers.iter_mut();
-    let mut last = 0;
-    for one in [before, known[0], known[1]] {
-        if one != now && one != last && alive.contains(&one) {
-            let Some(place) = places.next() else { break };
-            *place = one;
-            last = one;
+    let mut formers = Former::default();
+    let mut count = 0;
+    for one in iter::once(before).chain(known) {
+        if count < formers.len() && one != now && alive.contains(&one) && !formers[..count].contains(&one) {
+            formers[count] = one;
+            count += 1;
         }
     }
     formers

@@ -62,7 +62,7 @@ pub(crate) fn a_connection_is_sought_where_its_slot_was() {
     const TRIED: u8 = 1 << 6;
     alone(|bpffs| {
         let mut bench = Bench::new(bpffs);
-        let second = Ipv4Addr::new(100, 100, 2, 3);
+        let [second, third] = [3, 4].map(|last| Ipv4Addr::new(100, 100, 2, last));
         // Each in turn has all slots, and those before it keep what they have.
         let turn = |one: Ipv4Addr, before: &[Ipv4Addr]| {
             let mut all = service(&[&[one], before].concat());
@@ -74,25 +74,28 @@ pub(crate) fn a_connection_is_sought_where_its_slot_was() {
         let to = |frame: &[u8]| ends(frame).1.0;
         bench.set(turn(REMOTE, &[]));
         bench.set(turn(second, &[REMOTE]));
-        bench.set(turn(LOCAL.ipv4, &[REMOTE, second]));
+        bench.set(turn(third, &[REMOTE, second]));
+        bench.set(turn(LOCAL.ipv4, &[REMOTE, second, third]));
         // What a process that begins anew is told changes nothing of that.
         drop(bench);
         let mut bench = Bench::new(bpffs);
-        bench.set(turn(LOCAL.ipv4, &[REMOTE, second]));
+        bench.set(turn(LOCAL.ipv4, &[REMOTE, second, third]));
 
         for question in [question4(Kind::Ack, 4000), question6(Kind::Ack, 4000)] {
             // Twice: what a flow table says meanwhile is no better.
             for _ in 0..2 {
                 let (header, carried) = inner(&bench.sent(&question));
-                assert_eq!(header, forward(TRIED, second), "the latest first");
+                assert_eq!(header, forward(TRIED, third), "the latest first");
                 assert_eq!(carried[12..], question[12..], "unchanged");
             }
-            let asked = tunnelled(forward(TRIED, LOCAL.ipv4), &question);
-            assert_eq!(inner(&bench.sent(&asked)).0, forward(2 * TRIED, REMOTE));
-            let last = tunnelled(forward(2 * TRIED, LOCAL.ipv4), &question);
+            for (tried, next) in [(1, second), (2, REMOTE)] {
+                let asked = tunnelled(forward(tried * TRIED, LOCAL.ipv4), &question);
+                assert_eq!(inner(&bench.sent(&asked)).0, forward((tried + 1) * TRIED, next));
+            }
+            let last = tunnelled(forward(3 * TRIED, LOCAL.ipv4), &question);
             assert_ne!(to(&bench.sent(&last)), VIP4, "nobody else is left");
         }
-        assert_eq!(bench.event(Event::Sought), 6);
+        assert_eq!(bench.event(Event::Sought), 8);
 
         // Whoever begins here stays here.
         for kind in [Kind::Syn, Kind::Ack] {

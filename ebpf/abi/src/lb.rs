@@ -145,8 +145,11 @@ pub struct Formers {
     pub slots: [Former; CHUNK_SLOTS as usize],
 }
 
+/// How many of those who had a slot before are known: as many as [`Tunnelled::TRIED`] can count.
+pub const FORMERS: u32 = 3;
+
 /// Of one slot.
-pub type Former = [u16; 2];
+pub type Former = [u16; FORMERS as usize];
 
 /// A value of the array `lb_backends`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -372,7 +375,7 @@ const _: () = assert!(size_of::<Vip>() == 8);
 const _: () = assert!(size_of::<Flow4>() == 8 && size_of::<Flow6>() == 20);
 const _: () = assert!(size_of::<Pick>() == 4);
 const _: () = assert!(size_of::<Chunk>() == 2 * CHUNK_SLOTS as usize && RING_CHUNKS < 1 << 8);
-const _: () = assert!(size_of::<Formers>() == 4 * CHUNK_SLOTS as usize);
+const _: () = assert!(size_of::<Formers>() == (2 * FORMERS * CHUNK_SLOTS) as usize);
 const _: () = assert!(size_of::<Backend>() == 40);
 const _: () = assert!(size_of::<Config>() == 20);
 const _: () = assert!(size_of::<TranslationKey>() == 28);

@@ -41,8 +41,8 @@ pub use steer::{MAX_STEER_SOCKETS, MAX_STEERED_PORTS, SteerKey, Steered};
 /// The version of all layouts in this crate together. A map that has the same shape as in another version is taken over as
 /// it is (so one whose entries come to mean something else needs another name); what one of another shape held is carried
 /// over where it matters, for which the older layout stays here in a module of its own. Layout 2 had a `lb_traffic` without
-/// [`lb::VipTraffic::unserved`].
-pub const LAYOUT: u32 = 3;
+/// [`lb::VipTraffic::unserved`], layout 3 one former owner of a slot less.
+pub const LAYOUT: u32 = 4;
 
 /// How many endpoints of each address family the cluster may have.
 pub const MAX_ENDPOINTS: u32 = 1 << 17;

@@ -113,7 +113,7 @@ pub(crate) fn formers(service: u16, slot: u32) -> Former {
     // SAFETY: as above.
     match unsafe { FORMERS.get(key) } {
         Some(formers) => formers.slots[(slot % CHUNK_SLOTS) as usize],
-        None => [0; 2],
+        None => Former::default(),
     }
 }
 

@@ -3,13 +3,13 @@
 //!
 //! The backend that the ring names has never seen the connection. Its host looks for those who had the slot before, as
 //! each host knows by itself, and sends the packet on to them, the latest first, until one knows the connection. What
-//! nobody knows stays with the last and is answered by a reset. A packet says how many have been tried: it goes on twice
-//! at most.
+//! nobody knows stays with the last and is answered by a reset. A packet says how many have been tried: it goes on as
+//! often as there are those who are tried.
 
 use aya_ebpf::programs::TcContext;
 use flynn_abi::{
     DropReason, Endpoint, Ipv4,
-    lb::{Backend, Port, TranslationKey, Tunnelled, Vip},
+    lb::{Backend, FORMERS, Port, TranslationKey, Tunnelled, Vip},
 };
 
 use crate::{
@@ -78,7 +78,7 @@ pub(crate) fn elsewhere<F: Family>(
     let former = maps::formers(vip.service, maps::slot(hash));
     let tried = u32::from(at.flags >> Tunnelled::TRIED);
     let first_host = u32::from(vip.flags & Vip::FIRST_HOST);
-    for nth in 0..2 {
+    for nth in 0..FORMERS {
         if nth < tried {
             continue;
         }
