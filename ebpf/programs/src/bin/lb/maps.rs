@@ -108,13 +108,11 @@ pub(crate) fn at_slot(service: u16, slot: u32) -> u16 {
 
 /// Who had a slot before.
 #[inline(always)]
-pub(crate) fn formers(service: u16, slot: u32) -> Former {
+pub(crate) fn formers(service: u16, slot: u32) -> Option<&'static Former> {
     let key = Chunk::key(service, slot / CHUNK_SLOTS);
     // SAFETY: as above.
-    match unsafe { FORMERS.get(key) } {
-        Some(formers) => formers.slots[(slot % CHUNK_SLOTS) as usize],
-        None => Former::default(),
-    }
+    let formers = unsafe { FORMERS.get(key) }?;
+    Some(&formers.slots[(slot % CHUNK_SLOTS) as usize])
 }
 
 /// Which slot a hash, evenly spread over all 32 bits, means.

@@ -75,14 +75,16 @@ pub(crate) fn elsewhere<F: Family>(
         return Ok(None);
     };
     let hash = select::hash::<F>(vip, client, client_port, port);
-    let former = maps::formers(vip.service, maps::slot(hash));
+    let Some(formers) = maps::formers(vip.service, maps::slot(hash)) else {
+        return Ok(None);
+    };
     let tried = u32::from(at.flags >> Tunnelled::TRIED);
     let first_host = u32::from(vip.flags & Vip::FIRST_HOST);
     for nth in 0..FORMERS {
         if nth < tried {
             continue;
         }
-        let Some(backend) = maps::backend(former[nth as usize]) else {
+        let Some(backend) = maps::backend(formers[nth as usize]) else {
             continue;
         };
         // SAFETY: as above.

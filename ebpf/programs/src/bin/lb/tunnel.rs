@@ -117,7 +117,7 @@ pub(crate) fn send<F: Family>(
 /// again: where no wire was between, or packets were merged, the kernel has noted that there is a tunnel, and makes no
 /// second one.)
 #[inline(always)]
-fn send_on(ctx: &TcContext, host: &Host, hash: u32, tunnelled: Tunnelled, config: &Config) -> Decision {
+fn send_on(ctx: &TcContext, host: &Host, tunnelled: Tunnelled, config: &Config) -> Decision {
     is_reached(host)?;
     // Only where the one tunnel is encrypted and the other is not can it be.
     if segment(ctx) == 0
@@ -126,6 +126,9 @@ fn send_on(ctx: &TcContext, host: &Host, hash: u32, tunnelled: Tunnelled, config
         return Err(DropReason::TooBig);
     }
     let carried = ctx.length() - OVERHEAD as u32;
+    // It is the flow's already.
+    let before = ctx.at::<Outer>(ETHERNET).ok_or(DropReason::Truncated)?;
+    let hash = u16::from_be_bytes(before.udp.ports.source).into();
     let outer = outer(host.source, host.address, carried, hash, tunnelled);
     ctx.store(ETHERNET, &outer, 0)
         .map_err(|_| DropReason::RewriteFailed)?;
@@ -235,7 +238,7 @@ fn arrived<F: Family>(ctx: &TcContext, peer: Ipv4, mut tunnelled: Tunnelled, con
         tunnelled = next.tunnelled();
         if !seek::is_here(tunnelled.address) {
             let host = uplink::host_of(tunnelled.address).ok_or(DropReason::NoRoute)?;
-            return send_on(ctx, host, next.hash, tunnelled, config);
+            return send_on(ctx, host, tunnelled, config);
         }
     }
     room::decapsulate(ctx, OVERHEAD as i32, F::VERSION == 4)?;
