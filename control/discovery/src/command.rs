@@ -36,6 +36,9 @@ pub enum Command {
         service: String,
         /// The instance; its index is ignored.
         instance: Instance,
+        /// The Raft id of the member that it registered at; 0: of an earlier release, which did not say.
+        #[serde(default)]
+        member: u64,
     },
     /// Deregisters an instance.
     DeleteInstance {
@@ -165,7 +168,9 @@ impl fmt::Display for Command {
         match self {
             Self::CreateService { service, .. } => write!(f, "create service {service}"),
             Self::DeleteService { service } => write!(f, "delete service {service}"),
-            Self::PutInstance { service, instance } => write!(f, "put instance {} of {service}", instance.id),
+            Self::PutInstance {
+                service, instance, ..
+            } => write!(f, "put instance {} of {service}", instance.id),
             Self::DeleteInstance { service, id } => write!(f, "delete instance {id} of {service}"),
             Self::Expire { instances } => write!(f, "expire {} instances", instances.len()),
             Self::SetMeta { service, meta, .. } => write!(f, "set metadata of {service} at {}", meta.index),

@@ -7,7 +7,8 @@
 //! - its member is gone, by two signals: no beat for [`Times::silence`], and meanwhile its host did not answer when it
 //!   was probed, nor has another voter heard it. A host that answers keeps its instances for [`Times::lease`], for the
 //!   discoverd there may be about to start again;
-//! - nobody has answered for it for a lease.
+//! - nobody has answered for it for a lease; or the member that it registered at last is gone, and all others have said
+//!   for whom they answer. (A leader that has only just started was never told by the one that is gone.)
 //!
 //! When most of the others are silent at once it is more likely that this member is cut off: then the lease counts as
 //! well. And whoever was stopped for a while has heard nothing meanwhile, so everybody begins anew.
@@ -31,6 +32,19 @@ pub struct Times {
     pub lease: u64,
 }
 
+/// An instance as the registry has it.
+#[derive(Clone, Copy, Debug)]
+pub struct Registered<'r> {
+    /// Its service.
+    pub service: &'r str,
+    /// Its id.
+    pub id: &'r str,
+    /// When it registered.
+    pub index: u64,
+    /// The member that it registered at last; 0 if nobody knows.
+    pub member: u64,
+}
+
 /// A voter's memory of beats.
 #[derive(Debug)]
 pub struct Liveness {
@@ -49,6 +63,7 @@ pub struct Liveness {
 
 #[derive(Debug, Default)]
 struct Member {
+    /// 0: it was never heard.
     session: u64,
     version: u64,
     claims: HashSet<Key>,
@@ -127,7 +142,8 @@ impl Liveness {
     pub fn ages(&self, now: u64, members: &[u64]) -> BTreeMap<u64, u64> {
         members
             .iter()
-            .filter_map(|id| Some((*id, now.saturating_sub(self.members.get(id)?.heard))))
+            .filter_map(|id| Some((*id, self.members.get(id).filter(|member| member.session != 0)?)))
+            .map(|(id, member)| (id, now.saturating_sub(member.heard)))
             .collect()
     }
 
@@ -154,7 +170,7 @@ impl Liveness {
 
     /// To be called several times a second by every voter: `members` are those of the cluster, `own` is this one.
     /// For the leader (`term`), gives those of `registered` that are to be taken out.
-    pub fn round<'r, R: Iterator<Item = (&'r str, &'r str, u64)>>(
+    pub fn round<'r, R: Iterator<Item = Registered<'r>>>(
         &mut self,
         now: u64,
         own: u64,
@@ -171,6 +187,13 @@ impl Liveness {
         }
         self.round = now;
         self.forget_all_but(members);
+        for id in members {
+            // Of whom nothing was heard yet, silence begins now.
+            self.members.entry(*id).or_insert_with(|| Member {
+                heard: now,
+                ..Member::default()
+            });
+        }
         let Some(term) = term else {
             self.term = None;
             self.released.clear();
@@ -219,18 +242,22 @@ impl Liveness {
         lost
     }
 
-    fn scan<'r>(
-        &mut self,
-        now: u64,
-        registered: impl Iterator<Item = (&'r str, &'r str, u64)>,
-    ) -> Vec<Registration> {
+    fn scan<'r>(&mut self, now: u64, registered: impl Iterator<Item = Registered<'r>>) -> Vec<Registration> {
         let mut expired = Vec::new();
         let mut orphans = HashMap::new();
         let mut key = Key {
             service: String::new(),
             id: String::new(),
         };
-        for (service, id, index) in registered {
+        let is_told = |member: &Member| member.gone || member.session != 0;
+        let told_by_all = self.members.values().all(is_told);
+        for of in registered {
+            let Registered {
+                service,
+                id,
+                index,
+                member,
+            } = of;
             service.clone_into(&mut key.service);
             id.clone_into(&mut key.id);
             let dead = match self.owners.get(&key) {
@@ -238,6 +265,7 @@ impl Liveness {
                     .iter()
                     .all(|owner| self.members.get(owner).is_none_or(|member| member.gone)),
                 None if self.released.get(&key).is_some_and(|upto| index <= *upto) => true,
+                None if told_by_all && self.members.get(&member).is_some_and(|member| member.gone) => true,
                 None => {
                     let since = *self.orphans.get(&key).unwrap_or(&now);
                     orphans.insert(key.clone(), since);

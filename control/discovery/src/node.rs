@@ -239,7 +239,9 @@ impl Node {
                     index: known.index,
                     ..instance.clone()
                 } == *known
-            })
+            }) && state
+                .service(service)
+                .is_some_and(|of| of.member_of(&instance.id) == self.id)
         });
         // Before it is written: what is said of it until then is said of an earlier registration.
         let new = self.claims().heard(self.now(), service, &id);
@@ -249,6 +251,7 @@ impl Node {
         let command = Command::PutInstance {
             service: service.to_owned(),
             instance,
+            member: self.id,
         };
         let written = self.write(command).await;
         if new && written.as_ref().is_err_and(|error| !error.may_be_done()) {

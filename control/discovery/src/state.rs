@@ -24,6 +24,7 @@ use flynn_api::{Error, ErrorCode};
 use serde::{Deserialize, Serialize};
 
 use crate::command::{Command, Outcome, Registration};
+use crate::liveness::Registered;
 
 /// The version of [`State`]'s stored form that is written. Version 1 had no numbers.
 pub const VERSION: u32 = 2;
@@ -61,6 +62,9 @@ pub struct Service {
     pub number: u32,
     /// By id.
     pub instances: BTreeMap<String, Instance>,
+    /// By the instance's id, the Raft id of the member that it registered at last.
+    #[serde(default)]
+    members: BTreeMap<String, u64>,
     /// Metadata, once it was set.
     #[serde(default)]
     pub meta: Option<ServiceMeta>,
@@ -106,6 +110,11 @@ impl Service {
         self.instances.values().map(up).chain(leads).collect()
     }
 
+    /// The Raft id of the member that an instance registered at last; 0 if nobody knows.
+    pub fn member_of(&self, id: &str) -> u64 {
+        self.members.get(id).copied().unwrap_or(0)
+    }
+
     fn write_that_replaced(&self, index: u64) -> Option<&Write> {
         self.writes.iter().find(|write| write.replaced == index)
     }
@@ -146,12 +155,15 @@ impl State {
         })
     }
 
-    /// All registrations: service, instance and index.
-    pub fn registrations(&self) -> impl Iterator<Item = (&str, &str, u64)> {
+    /// All registrations.
+    pub fn registrations(&self) -> impl Iterator<Item = Registered<'_>> {
         self.services.iter().flat_map(|(service, of)| {
-            of.instances
-                .values()
-                .map(|instance| (service.as_str(), instance.id.as_str(), instance.index))
+            of.instances.values().map(|instance| Registered {
+                service,
+                id: &instance.id,
+                index: instance.index,
+                member: of.member_of(&instance.id),
+            })
         })
     }
 
@@ -201,7 +213,11 @@ impl State {
                 self.create_service(index, service, *leader_type)
             }
             Command::DeleteService { service } => self.delete_service(index, service),
-            Command::PutInstance { service, instance } => self.put_instance(index, service, instance),
+            Command::PutInstance {
+                service,
+                instance,
+                member,
+            } => self.put_instance(index, service, instance, *member),
             Command::DeleteInstance { service, id } => {
                 let of = self.find_mut(service)?;
                 if !of.instances.contains_key(id) {
@@ -269,7 +285,13 @@ impl State {
         Ok(events)
     }
 
-    fn put_instance(&mut self, index: u64, service: &str, instance: &Instance) -> Result<Vec<Event>, Error> {
+    fn put_instance(
+        &mut self,
+        index: u64,
+        service: &str,
+        instance: &Instance,
+        member: u64,
+    ) -> Result<Vec<Event>, Error> {
         let of = self.find_mut(service)?;
         let known = of.instances.get(&instance.id).map(|known| known.index);
         if known.is_none() {
@@ -285,6 +307,7 @@ impl State {
             EventKind::Up
         };
         Ok(of.change(index, service, |of| {
+            of.members.insert(instance.id.clone(), member);
             let before = of.instances.insert(instance.id.clone(), instance.clone());
             if before.as_ref() == Some(&instance) {
                 return Vec::new();
@@ -449,6 +472,7 @@ impl Service {
 
 fn remove(of: &mut Service, index: u64, service: &str, id: &str) -> Vec<Event> {
     let gone = of.instances.remove(id);
+    of.members.remove(id);
     gone.iter()
         .map(|gone| instance_event(service, EventKind::Down, gone, index))
         .collect()

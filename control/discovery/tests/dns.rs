@@ -575,6 +575,7 @@ fn check(bytes: &[u8]) -> Result<(), TestCaseError> {
         &flynn_discovery::command::Command::PutInstance {
             service: "web".into(),
             instance,
+            member: 1,
         },
     );
     let reaction = view.read(|state| react(bytes, Transport::Udp, state, 2, &mut rand::rng()));

@@ -34,6 +34,7 @@ fn registry(addrs: &[String]) -> State {
         let put = Command::PutInstance {
             service: "web".into(),
             instance: Instance::new("tcp", addr.clone(), Meta::new()),
+            member: 1,
         };
         state.apply(index, &put);
     }

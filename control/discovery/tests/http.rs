@@ -536,6 +536,7 @@ fn a_watcher_that_does_not_read_is_cut_off_and_others_are_not() {
             &Command::PutInstance {
                 service: "web".into(),
                 instance,
+                member: 1,
             },
         );
         while quick.changes.try_recv().is_ok() {}

@@ -9,7 +9,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use flynn_discovery::claims::{Claims, Told};
-use flynn_discovery::liveness::{Liveness, Times};
+use flynn_discovery::liveness::{Liveness, Registered, Times};
 use rand::rngs::StdRng;
 use rand::{Rng as _, SeedableRng as _};
 
@@ -106,6 +106,19 @@ fn instance(host: u64) -> String {
     format!("instance-{host}")
 }
 
+fn of_instance(id: &str) -> u64 {
+    id.strip_prefix("instance-").unwrap().parse().unwrap()
+}
+
+fn registration(id: &str, index: u64, member: u64) -> Registered<'_> {
+    Registered {
+        service: "web",
+        id,
+        index,
+        member,
+    }
+}
+
 impl Cluster {
     fn new(random: &mut StdRng) -> Self {
         let hosts = random.random_range(2..=8);
@@ -173,8 +186,7 @@ impl Cluster {
         let kind = match random.random_range(0..4) {
             0 if !is_only_voter => {
                 host.dead = Some(now);
-                // Who has only just come back has not heard everybody yet.
-                host.alone = self.fault + 2 * BEAT <= now;
+                host.alone = self.fault <= now;
                 "power lost"
             }
             1 => {
@@ -315,7 +327,7 @@ impl Cluster {
             let expired = host.liveness.round(now, *id, &members, term, || {
                 registered
                     .iter()
-                    .map(|(instance, index)| ("web", instance.as_str(), *index))
+                    .map(|(instance, index)| registration(instance, *index, of_instance(instance)))
             });
             for gone in expired {
                 self.check_expiry(&gone.id);
@@ -326,8 +338,7 @@ impl Cluster {
 
     /// Nobody expires who was heard, or whose host answered, just now.
     fn check_expiry(&mut self, instance: &str) {
-        let id: u64 = instance.strip_prefix("instance-").unwrap().parse().unwrap();
-        let host = &self.hosts[&id];
+        let host = &self.hosts[&of_instance(instance)];
         let unheard = self.now - host.sound;
         assert!(
             unheard + 2 * BEAT >= TIMES.silence,
@@ -420,7 +431,7 @@ fn a_goodbye_is_of_the_registration_that_it_ends() {
         let (beat, _) = told.unwrap().next(1, 1, 9, &claims);
         liveness.beat(100, beat);
         let expired = liveness.round(100, 1, &members, Some(1), || {
-            [("web", "one", registered)].into_iter()
+            [registration("one", registered, 1)].into_iter()
         });
         assert_eq!(!expired.is_empty(), gone, "registered at {registered}");
     }

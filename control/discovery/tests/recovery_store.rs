@@ -39,6 +39,7 @@ fn command(kind: u8, name: u8, index: u64) -> Command {
         2 => Command::PutInstance {
             service,
             instance: Instance::new("http", format!("10.0.0.{name}:80"), flynn_api::Meta::new()),
+            member: name.into(),
         },
         3 => Command::AddToken {
             digest: format!("{name}"),

@@ -11,6 +11,7 @@ use flynn_api::discovery::{
     Event, EventKind, Instance, LeaderType, ServiceMeta, VirtualAddresses, VirtualNetworks,
 };
 use flynn_discovery::command::{Command, Outcome, Registration};
+use flynn_discovery::liveness::Registered;
 use flynn_discovery::state::State;
 use rand::rngs::StdRng;
 use rand::seq::IndexedRandom as _;
@@ -60,7 +61,9 @@ impl Model {
                 !self.services.contains_key(service) && self.services.insert(service.clone(), new).is_none()
             }
             Command::DeleteService { service } => self.services.remove(service).is_some(),
-            Command::PutInstance { service, instance } => {
+            Command::PutInstance {
+                service, instance, ..
+            } => {
                 let Some(of) = self.services.get_mut(service) else {
                     return false;
                 };
@@ -202,16 +205,24 @@ fn random(rng: &mut StdRng, state: &State, now: &mut u64) -> Command {
             Command::CreateService { service, leader_type }
         }
         8..10 => Command::DeleteService { service },
-        10..45 => Command::PutInstance { service, instance },
+        10..45 => Command::PutInstance {
+            service,
+            instance,
+            member: rng.random_range(0..4),
+        },
         45..55 => Command::DeleteInstance { service, id },
         55..65 => {
             let all: Vec<Registration> = state
                 .registrations()
-                .map(|(service, id, index)| Registration {
-                    service: service.to_owned(),
-                    id: id.to_owned(),
-                    index,
-                })
+                .map(
+                    |Registered {
+                         service, id, index, ..
+                     }| Registration {
+                        service: service.to_owned(),
+                        id: id.to_owned(),
+                        index,
+                    },
+                )
                 .collect();
             let mut instances: Vec<_> = all.choose_multiple(rng, 2).cloned().collect();
             if rng.random_bool(0.3) {

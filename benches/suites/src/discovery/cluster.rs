@@ -102,7 +102,7 @@ impl Cluster {
     }
 
     /// Starts so many more of ours in one process, and says where they are.
-    pub(crate) fn add_crowd(&mut self, count: u32) -> Result<Vec<SocketAddr>> {
+    pub(crate) fn add_crowd(&mut self, count: u32, dir: &Path) -> Result<Vec<SocketAddr>> {
         let first = Ipv4Addr::new(127, 0, 3, 1);
         let ips = (0..count).map(|at| Ipv4Addr::from_bits(first.to_bits() + at));
         let mut addrs = Vec::new();
@@ -110,17 +110,17 @@ impl Cluster {
             let identity = self
                 .ca
                 .issue(&PeerIdentity::Job("discoverd".into()), &[ip.to_string()])?;
-            identity.save(&self.dir.join(ip.to_string()).join("tls"))?;
+            identity.save(&dir.join(ip.to_string()).join("tls"))?;
             addrs.push(SocketAddr::from((ip, 1111)));
         }
         let child = Command::new(std::env::current_exe()?)
             .args(["inside", "discoverd", "--ip", &first.to_string(), "--dir"])
-            .arg(&self.dir)
+            .arg(dir)
             .args(["--count", &count.to_string()])
             .args(["--join", &format!("{}:1111", self.ip(0))])
             .stdin(Stdio::null())
             .stdout(Stdio::null())
-            .stderr(File::create(self.dir.join("crowd.log"))?)
+            .stderr(File::create(dir.join("log"))?)
             .spawn()
             .context("cannot start many members")?;
         self.members.push(Member { ip: first, child });

@@ -2,13 +2,14 @@
 
 use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Context as _, Result, bail, ensure};
 use bytes::Bytes;
 use flynn_api::discovery::{ServiceConfig, ServiceMeta};
 use http_body_util::BodyExt as _;
 use hyper::Method;
 use hyper::body::Incoming;
 use tokio::sync::mpsc;
+use tokio::task::JoinSet;
 
 use super::client::value;
 use super::cluster::{Cluster, Kind, MEMBERS};
@@ -48,6 +49,7 @@ async fn told(changes: u64) -> Result<Vec<Duration>> {
     // Not at the leader: the change has to get there first.
     let at = cluster.addr((leader + 1) % MEMBERS);
     let (sender, mut seen) = mpsc::unbounded_channel();
+    let mut watchers = JoinSet::new();
     for _ in 0..WATCHERS {
         let mut connection = Http1::open(&cluster.identity, at).await?;
         let path = format!("/services/{SERVICE}");
@@ -55,12 +57,10 @@ async fn told(changes: u64) -> Result<Vec<Duration>> {
             .send(Method::GET, &path, Bytes::new(), "text/event-stream")
             .await?;
         let sender = sender.clone();
-        tokio::spawn(async move {
+        watchers.spawn(async move {
             // The connection is open as long as its sender is there.
             let _connection = connection;
-            if let Err(error) = watch(answer.into_body(), &sender).await {
-                eprintln!("    a watcher ended: {error:#}");
-            }
+            watch(answer.into_body(), &sender).await
         });
     }
     drop(sender);
@@ -76,7 +76,13 @@ async fn told(changes: u64) -> Result<Vec<Duration>> {
         let last = async {
             let mut last = begun;
             for _ in 0..WATCHERS {
-                let (told, at) = seen.recv().await.context("all watchers have ended")?;
+                let (told, at) = tokio::select! {
+                    Some(told) = seen.recv() => told,
+                    Some(ended) = watchers.join_next() => {
+                        ended?.context("a watcher has ended")?;
+                        bail!("a watcher has ended");
+                    }
+                };
                 ensure!(told == number, "a watcher is told of {told} and not of {number}");
                 last = last.max(at);
             }
@@ -107,7 +113,7 @@ async fn watch(mut body: Incoming, seen: &mpsc::UnboundedSender<(u64, Instant)>)
             }
         }
     }
-    anyhow::bail!("the stream is over")
+    bail!("the stream is over")
 }
 
 /// The number that the metadata in this event holds.

@@ -29,6 +29,7 @@ pub(crate) fn serve(args: &Args) -> anyhow::Result<()> {
         let put = Command::PutInstance {
             service,
             instance: Instance::new("tcp", format!("{}:80", address(number)), flynn_api::Meta::new()),
+            member: 1,
         };
         let index = u64::from(number) * 2 + 1;
         view.apply(index, &create);

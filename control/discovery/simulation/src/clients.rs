@@ -39,6 +39,7 @@ pub(crate) fn register(client: u64, number: u64) -> Command {
             index: 0,
             id,
         },
+        member: 1 + client,
     }
 }
 
