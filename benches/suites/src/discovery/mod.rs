@@ -106,21 +106,10 @@ fn disk() -> Result<tempfile::TempDir> {
 }
 
 async fn measured(thoroughness: Thoroughness) -> Result<Vec<Row>> {
-    let part = std::env::var("HACK").unwrap_or_default();
-    let mut rows = if part.is_empty() {
-        beside_peer(thoroughness).await?
-    } else {
-        Vec::new()
-    };
-    if part.is_empty() || part == "watchers" {
-        rows.push(watchers::measured(thoroughness).await);
-    }
-    if part.is_empty() || part == "kills" {
-        rows.extend(kills::measured(thoroughness).await);
-    }
-    if part.is_empty() || part == "hosts" {
-        rows.extend(hosts::measured(thoroughness).await);
-    }
+    let mut rows = beside_peer(thoroughness).await?;
+    rows.push(watchers::measured(thoroughness).await);
+    rows.extend(kills::measured(thoroughness).await);
+    rows.extend(hosts::measured(thoroughness).await);
     Ok(rows)
 }
 
