@@ -4,7 +4,8 @@
 //! **In**: which interfaces carry which [`Program`], which containers are behind which addresses ([`Container`]), and
 //! the cluster's networks ([`Network`]). **Out**: drops by reason, what went through each container's veth.
 //!
-//! [`Dataplane`] is the network of containers; [`steer`] the router's ports.
+//! [`Dataplane`] is the network of containers; [`steer`] the router's ports; [`allow_devices`] is no packet's affair, but
+//! bpf(2)'s.
 //!
 //! Invariants:
 //! - All state is in the kernel, pinned below one directory of a BPF file system: `v<layout>/<map>` and
@@ -17,6 +18,7 @@
 #[cfg(feature = "bench")]
 pub mod bench;
 mod container;
+mod devices;
 mod error;
 pub mod features;
 mod hook;
@@ -43,6 +45,7 @@ use std::{
 };
 
 pub use container::{Container, Drops, Traffic};
+pub use devices::{Device, allow_devices};
 pub use error::{Error, Result};
 pub use flynn_abi::{
     Counters, DropReason, Steered, VXLAN_PORT,

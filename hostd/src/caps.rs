@@ -92,6 +92,12 @@ impl Set {
         Self(self.0 | other.0)
     }
 
+    /// The name of one that is in this set and not in the other; none when there is none.
+    pub fn beyond(self, other: Self) -> Option<&'static str> {
+        let number = usize::try_from((self.0 & !other.0).trailing_zeros()).ok()?;
+        NAMES.get(number).copied()
+    }
+
     /// Whether a capability is in it.
     pub fn contains(self, number: u32) -> bool {
         self.0 & 1 << number != 0

@@ -59,10 +59,14 @@ pub fn sync_dir(path: &Path) -> io::Result<()> {
     File::open(path)?.sync_all()
 }
 
-/// Removes a file or a directory with all in it; it need not be there.
+/// So many directories below one another are removed where they are: with the longest names their path still is one.
+const DEEP: usize = 8;
+
+/// Removes a file or a directory with all in it; it need not be there. Containers make such directories, and nobody
+/// may use it any more.
 pub fn remove_all(path: &Path) -> io::Result<()> {
     let removed = match fs::symlink_metadata(path) {
-        Ok(metadata) if metadata.is_dir() => fs::remove_dir_all(path),
+        Ok(metadata) if metadata.is_dir() => remove_tree(path),
         Ok(_) => fs::remove_file(path),
         Err(error) => Err(error),
     };
@@ -72,9 +76,81 @@ pub fn remove_all(path: &Path) -> io::Result<()> {
     }
 }
 
+/// Removes a directory of any depth. The standard library's way wants a descriptor and a piece of the stack for each
+/// level, of which a container can make more than there are: here, what is deep is moved up.
+fn remove_tree(top: &Path) -> io::Result<()> {
+    let mut moved = 0_u64;
+    loop {
+        empty(top, top, 0, &mut moved)?;
+        match fs::remove_dir(top) {
+            Err(error) if error.kind() == io::ErrorKind::DirectoryNotEmpty => {}
+            result => return result,
+        }
+    }
+}
+
+fn empty(dir: &Path, top: &Path, depth: usize, moved: &mut u64) -> io::Result<()> {
+    for entry in fs::read_dir(dir)? {
+        let entry = entry?;
+        let path = entry.path();
+        if !entry.file_type()?.is_dir() {
+            fs::remove_file(&path)?;
+        } else if depth < DEEP {
+            empty(&path, top, depth + 1, moved)?;
+            fs::remove_dir(&path)?;
+        } else {
+            move_up(&path, top, moved)?;
+        }
+    }
+    Ok(())
+}
+
+fn move_up(path: &Path, top: &Path, moved: &mut u64) -> io::Result<()> {
+    loop {
+        *moved += 1;
+        match fs::rename(path, top.join(format!(".deep-{moved}"))) {
+            // The name is taken.
+            Err(error)
+                if matches!(
+                    error.kind(),
+                    io::ErrorKind::DirectoryNotEmpty
+                        | io::ErrorKind::AlreadyExists
+                        | io::ErrorKind::NotADirectory
+                ) => {}
+            result => return result,
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn directories_of_any_depth_are_removed() {
+        let dir = tempfile::tempdir().unwrap();
+        let top = dir.path().join("top");
+        fs::create_dir(&top).unwrap();
+        // Names that are wanted for what is moved up.
+        fs::create_dir_all(top.join(".deep-1/inner")).unwrap();
+        fs::write(top.join(".deep-2"), "").unwrap();
+        std::os::unix::fs::symlink("/etc", top.join("link")).unwrap();
+        let name = "n".repeat(255);
+        let open = |dir: &std::os::fd::OwnedFd, name: &str| {
+            let flags = rustix::fs::OFlags::PATH | rustix::fs::OFlags::DIRECTORY;
+            rustix::fs::openat(dir, name, flags, rustix::fs::Mode::empty()).unwrap()
+        };
+        let mut deepest: std::os::fd::OwnedFd = File::open(&top).unwrap().into();
+        for level in 0..5000 {
+            rustix::fs::mkdirat(&deepest, &name, rustix::fs::Mode::RWXU).unwrap();
+            if level % 100 == 0 {
+                rustix::fs::mkdirat(&deepest, "beside", rustix::fs::Mode::RWXU).unwrap();
+            }
+            deepest = open(&deepest, &name);
+        }
+        remove_all(&top).unwrap();
+        assert!(!top.exists() && Path::new("/etc").exists());
+    }
 
     #[test]
     fn a_failed_write_leaves_the_old_content_and_nothing_else() {

@@ -279,6 +279,19 @@ pub fn launch(
         .and_then(ImageManifest::default_entrypoint)
         .unwrap_or(&default);
     let (capabilities, ambient) = capabilities(config, entrypoint)?;
+    // Whoever makes an image decides what runs in a container, not what a container may do to its host.
+    let beyond = capabilities.beyond(caps::Set::default_container());
+    if config.linux_capabilities.is_none()
+        && !is_system(job)
+        && let Some(name) = beyond
+    {
+        return Err(Error::invalid_field(
+            "artifacts",
+            format!(
+                "the image asks for CAP_{name}, which only jobs of the platform may have: build it without"
+            ),
+        ));
+    }
     let args = if config.args.is_empty() {
         &entrypoint.args
     } else {
@@ -459,6 +472,30 @@ mod tests {
         );
         assert_eq!(launch.services.len(), 1);
         assert_eq!(launch.instance_meta["FLYNN_JOB_ID"], "one-1");
+    }
+
+    #[test]
+    fn images_grant_no_capabilities() {
+        let mut image = manifest(&["/app"]);
+        let launched = |job: &Job, image: &ImageManifest| {
+            launch(job, &HOST, std::slice::from_ref(image), &[], Vec::new()).map(|launch| launch.capabilities)
+        };
+        let default = caps::Set::default_container();
+        for (asked, refused) in [
+            ("CAP_KILL", false),
+            ("CAP_NET_RAW", true),
+            ("CAP_SYS_ADMIN", true),
+        ] {
+            let mut entrypoint = image.default_entrypoint().unwrap().clone();
+            entrypoint.capabilities = vec![asked.into()];
+            image = ImageManifest::new(entrypoint, vec![Layer::squashfs(Digest::of(b"layer"), 5)]);
+            let granted = launched(&job(), &image);
+            assert_eq!(granted.is_err(), refused, "{granted:?}");
+            let mut system = job();
+            system.metadata.insert(label::SYSTEM_APP.into(), "true".into());
+            let granted = launched(&system, &image).unwrap();
+            assert_eq!(granted, default.union(caps::Set::of_names(&[asked]).unwrap()));
+        }
     }
 
     #[test]

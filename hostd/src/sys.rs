@@ -97,6 +97,12 @@ pub(crate) fn unshare_network() -> io::Result<()> {
     check(unsafe { libc::unshare(libc::CLONE_NEWNET) }.into()).map(drop)
 }
 
+/// Has this process, and its children, see its own cgroups as the roots of all hierarchies.
+pub(crate) fn unshare_cgroups() -> io::Result<()> {
+    // SAFETY: CLONE_NEWCGROUP changes which cgroups are seen; no memory and no descriptor table is affected.
+    check(unsafe { libc::unshare(libc::CLONE_NEWCGROUP) }.into()).map(drop)
+}
+
 /// Brings the loopback device of the current network namespace up.
 pub(crate) fn loopback_up() -> io::Result<()> {
     let socket = rustix::net::socket(

@@ -15,11 +15,24 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use flynn_api::host::Partition;
+use flynn_dataplane::{Device, allow_devices};
 
 pub use hierarchy::{Hierarchies, Hierarchy};
 
 /// The group below which the supervisors themselves live.
 const SUPERVISORS: &str = "flynn/supervisor";
+
+/// The devices that jobs may use, by their numbers: those in a container's `/dev`, and terminals.
+const DEVICES: [(u32, Option<u32>); 8] = [
+    (1, Some(3)),
+    (1, Some(5)),
+    (1, Some(7)),
+    (1, Some(8)),
+    (1, Some(9)),
+    (5, Some(0)),
+    (5, Some(2)),
+    (136, None),
+];
 
 /// How long processes may take to stand still: one that waits for a disk does not before it is served.
 const FREEZING: Duration = Duration::from_secs(1);
@@ -225,10 +238,18 @@ pub fn jobs_v2(all: &Hierarchies) -> Option<PathBuf> {
     Some(v2.base.join("flynn"))
 }
 
-/// Makes the group that all others are in. Done by the daemon, before there are supervisors.
+/// Makes the group that all others are in, and limits its devices. Done by the daemon, before there are supervisors.
 pub fn prepare(all: &Hierarchies) -> io::Result<()> {
     all.iter()
-        .try_for_each(|hierarchy| create_path(hierarchy, &hierarchy.base.join("flynn")))
+        .try_for_each(|hierarchy| create_path(hierarchy, &hierarchy.base.join("flynn")))?;
+    // The second wall: a container cannot make devices, unless a job of the platform asks for that.
+    let devices = DEVICES.map(|(major, minor)| Device { major, minor });
+    if let Some(jobs) = jobs_v2(all)
+        && let Err(error) = allow_devices(&jobs, &devices)
+    {
+        tracing::warn!(%error, "which devices jobs may use is not limited");
+    }
+    Ok(())
 }
 
 /// Moves this process, a supervisor, out of the daemon's groups: what is done to the daemon's unit is not done to it.

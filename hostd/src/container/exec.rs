@@ -126,6 +126,7 @@ fn live(
         sys::exit_now(125);
     }
     let mut namespaces = ThreadNameSpaceType::MOUNT
+        | ThreadNameSpaceType::CONTROL_GROUP
         | ThreadNameSpaceType::INTER_PROCESS_COMMUNICATION
         | ThreadNameSpaceType::HOST_NAME_AND_NIS_DOMAIN_NAME;
     if !launch.host_pid_namespace {

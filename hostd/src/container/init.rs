@@ -75,6 +75,7 @@ fn live(
     if received.0 == 0 || packet[0] != GO {
         sys::exit_now(125);
     }
+    sys::unshare_cgroups().attempt("hide the host's cgroups")?;
     if launch.host_pid_namespace {
         rustix::process::set_child_subreaper(Some(rustix::process::getpid())).attempt("become the reaper")?;
     }

@@ -121,7 +121,8 @@ fn limits(launch: &Launch) -> Result<(), Failure> {
     rustix::process::setrlimit(Resource::Nofile, limit(wanted))
         .or_else(|_| rustix::process::setrlimit(Resource::Nofile, limit(highest)))
         .attempt("limit open files")?;
-    rustix::process::setrlimit(Resource::Core, limit(Some(0))).attempt("limit core dumps")
+    // Not 0: the kernel would still start the program of the host's to which dumps are piped, if there is one.
+    rustix::process::setrlimit(Resource::Core, limit(Some(1))).attempt("limit core dumps")
 }
 
 fn privileges(launch: &Launch) -> Result<(), Failure> {

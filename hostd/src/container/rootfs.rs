@@ -21,8 +21,9 @@ use crate::launch::{Bind, Launch};
 use crate::sys;
 
 /// What of `/proc` and `/sys` a container must not see.
-const MASKED: [&str; 10] = [
+const MASKED: [&str; 12] = [
     "/proc/acpi",
+    "/proc/asound",
     "/proc/kcore",
     "/proc/keys",
     "/proc/latency_stats",
@@ -31,6 +32,7 @@ const MASKED: [&str; 10] = [
     "/proc/sched_debug",
     "/proc/scsi",
     "/proc/interrupts",
+    "/sys/devices/virtual/powercap",
     "/sys/firmware",
 ];
 
@@ -153,6 +155,12 @@ fn enter(root: &Path) -> Result<(), Failure> {
 }
 
 fn mount_at(kind: &str, target: &str, flags: MountFlags, options: &str) -> Result<(), Failure> {
+    // Programs, and what hides parts of it below, look for it where it belongs.
+    if Path::new(target).is_symlink() {
+        return Err(format!(
+            "cannot mount {target}: in the image {target} is a link, not a directory"
+        ));
+    }
     directory(Path::new(target), 0o755)?;
     let options = std::ffi::CString::new(options).attempt("mount")?;
     mount(kind, target, kind, flags, Some(options.as_c_str())).attempt(format_args!("mount {target}"))

@@ -2,7 +2,8 @@
 //!
 //! An allow-list: what is not on it fails with EPERM. Left out are the calls that reach into the kernel's own set-up
 //! (modules, mounts, clocks, keys, swap), into other processes' memory, and those whose history makes them a poor risk
-//! (io_uring, userfaultfd, bpf). A capability that exists for such a call brings the call back.
+//! (io_uring, userfaultfd, bpf). A capability that exists for such a call brings the call back. Of sockets there are the
+//! kinds that programs use: for a rare one the kernel would load a module for whoever asks.
 
 use std::collections::BTreeMap;
 
@@ -31,7 +32,7 @@ const ALLOWED: &[c_long] = &calls![
     SYS_lremovexattr SYS_fremovexattr SYS_openat SYS_openat2 SYS_mkdirat SYS_fchownat SYS_newfstatat SYS_unlinkat
     SYS_renameat SYS_renameat2 SYS_linkat SYS_symlinkat SYS_readlinkat SYS_fchmodat SYS_fchmodat2 SYS_faccessat
     SYS_faccessat2 SYS_preadv SYS_pwritev SYS_preadv2 SYS_pwritev2 SYS_copy_file_range SYS_sendfile SYS_splice SYS_tee
-    SYS_vmsplice SYS_name_to_handle_at SYS_close_range SYS_chroot SYS_ioctl SYS_memfd_create SYS_memfd_secret
+    SYS_vmsplice SYS_name_to_handle_at SYS_close_range SYS_chroot SYS_memfd_create SYS_memfd_secret
     SYS_inotify_init SYS_inotify_init1 SYS_inotify_add_watch SYS_inotify_rm_watch SYS_fanotify_mark
     SYS_landlock_create_ruleset SYS_landlock_add_rule SYS_landlock_restrict_self
     // Waiting.
@@ -43,9 +44,9 @@ const ALLOWED: &[c_long] = &calls![
     SYS_mmap SYS_mprotect SYS_munmap SYS_brk SYS_mremap SYS_msync SYS_mincore SYS_madvise SYS_process_madvise SYS_mlock
     SYS_mlock2 SYS_munlock SYS_mlockall SYS_munlockall SYS_remap_file_pages SYS_pkey_mprotect SYS_pkey_alloc
     SYS_pkey_free SYS_membarrier SYS_mseal SYS_modify_ldt SYS_get_mempolicy
-    // Sockets; `socket` itself has a rule.
+    // Sockets; `socket` and `socketpair` have rules.
     SYS_connect SYS_accept SYS_accept4 SYS_sendto SYS_recvfrom SYS_sendmsg SYS_recvmsg SYS_sendmmsg SYS_recvmmsg
-    SYS_shutdown SYS_bind SYS_listen SYS_getsockname SYS_getpeername SYS_socketpair SYS_setsockopt SYS_getsockopt
+    SYS_shutdown SYS_bind SYS_listen SYS_getsockname SYS_getpeername SYS_setsockopt SYS_getsockopt
     // Processes; `clone` and `personality` have rules.
     SYS_clone3 SYS_fork SYS_vfork SYS_execve SYS_execveat SYS_exit SYS_exit_group SYS_wait4 SYS_waitid SYS_kill
     SYS_tkill SYS_tgkill SYS_getpid SYS_getppid SYS_gettid SYS_getpgrp SYS_getpgid SYS_setpgid SYS_getsid SYS_setsid
@@ -123,7 +124,9 @@ impl Filters {
                 vec![no_new_namespaces()?]
             },
         );
-        rules.insert(libc::SYS_socket, vec![socket()?]);
+        rules.insert(libc::SYS_socket, sockets()?);
+        rules.insert(libc::SYS_socketpair, sockets()?);
+        rules.insert(libc::SYS_ioctl, vec![no_typing()?]);
         rules.insert(libc::SYS_personality, personalities()?);
         let error = |errno: i32| SeccompAction::Errno(errno.cast_unsigned());
         let arch = TargetArch::x86_64;
@@ -161,32 +164,36 @@ fn no_new_namespaces() -> Rule {
     SeccompRule::new(vec![condition(0, SeccompCmpOp::MaskedEq(mask), 0)?])
 }
 
-/// Not to the kernel's crypto, nor to the hypervisor.
-fn socket() -> Rule {
-    let not = |family: i32| {
-        SeccompCondition::new(
-            0,
-            SeccompCmpArgLen::Dword,
-            SeccompCmpOp::Ne,
-            u64::from(family.cast_unsigned()),
-        )
+/// Rules by each of which the call is allowed with this first argument, of which the kernel looks at the lower half.
+fn one_of(values: &[u64]) -> Result<Vec<SeccompRule>, seccompiler::BackendError> {
+    let rule = |value: &u64| {
+        let equal = SeccompCondition::new(0, SeccompCmpArgLen::Dword, SeccompCmpOp::Eq, *value)?;
+        SeccompRule::new(vec![equal])
     };
-    SeccompRule::new(vec![not(libc::AF_ALG)?, not(libc::AF_VSOCK)?])
+    values.iter().map(rule).collect()
+}
+
+fn sockets() -> Result<Vec<SeccompRule>, seccompiler::BackendError> {
+    let families = [
+        libc::AF_UNIX,
+        libc::AF_INET,
+        libc::AF_INET6,
+        libc::AF_NETLINK,
+        libc::AF_PACKET,
+    ];
+    one_of(&families.map(|family| u64::from(family.cast_unsigned())))
+}
+
+/// Every ioctl but those that put input into a terminal, as if somebody had typed it. The kernel looks at the lower half
+/// of a request, and so does this.
+fn no_typing() -> Rule {
+    let not = |request| SeccompCondition::new(1, SeccompCmpArgLen::Dword, SeccompCmpOp::Ne, request);
+    SeccompRule::new(vec![not(libc::TIOCSTI)?, not(libc::TIOCLINUX)?])
 }
 
 /// Linux, its 32-bit kind, without randomised addresses, and the question which it is.
 fn personalities() -> Result<Vec<SeccompRule>, seccompiler::BackendError> {
-    [0, 0x8, 0x2_0000, 0x2_0008, 0xffff_ffff]
-        .into_iter()
-        .map(|value| {
-            SeccompRule::new(vec![SeccompCondition::new(
-                0,
-                SeccompCmpArgLen::Dword,
-                SeccompCmpOp::Eq,
-                value,
-            )?])
-        })
-        .collect()
+    one_of(&[0, 0x8, 0x2_0000, 0x2_0008, 0xffff_ffff])
 }
 
 #[cfg(test)]

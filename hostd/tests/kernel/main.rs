@@ -8,6 +8,7 @@
 
 mod attached;
 mod container;
+mod escape;
 mod faults;
 mod host;
 mod life;
@@ -53,6 +54,7 @@ fn main() -> ExitCode {
             two_daemons_do_not_share_a_state;
         network: containers_have_addresses services_are_registered missing_layers_are_fetched
             other_hosts_are_encrypted_with_or_named;
+        escape: our_program_is_read_only_for_containers images_grant_no_capabilities deep_directories_are_removed;
     ];
     let trial = |(name, test): (&'static str, fn())| match &lacks {
         None => Trial::test(name, move || {
