@@ -260,7 +260,7 @@ pub struct OwnStatus {
     pub state: String,
     /// The Raft term.
     pub term: u64,
-    /// Where the leader is.
+    /// Where the leader is. Nobody is, too, if this member leads and no majority has answered it of late.
     pub leader: Option<String>,
     /// The last entry of its log.
     pub last_log: u64,

@@ -13,7 +13,7 @@ use anyhow::Context as _;
 use flynn_api::discovery::{Instance, OwnStatus, Peer};
 use flynn_api::server::CancellationToken;
 use flynn_api::{Error, ErrorCode};
-use openraft::{ServerState, async_runtime::WatchReceiver as _};
+use openraft::{Instant as _, ServerState, async_runtime::WatchReceiver as _};
 use serde::{Deserialize, Serialize};
 
 use crate::claims::{Beat, Claims, Heard, Told};
@@ -36,6 +36,8 @@ use crate::writes::{WRITE_TIMEOUT, Writes};
 const MAX_LOG_BYTES: u64 = 32 << 20;
 /// A member this many entries behind has caught up.
 const CAUGHT_UP: u64 = 100;
+/// A leader whom no majority has answered for this long leads nobody: it cannot write, and others may have elected another.
+const UNANSWERED: Duration = Duration::from_secs(2);
 
 /// A member of the cluster. Cheap to clone.
 #[derive(Clone)]
@@ -399,11 +401,15 @@ impl Node {
         let metrics = self.raft.metrics();
         let metrics = metrics.borrow_watched();
         let index = |id: Option<crate::raft::LogId>| id.map_or(0, |id| id.index);
+        let answered = metrics.last_quorum_acked.as_ref();
+        let is_alone = metrics.state == ServerState::Leader
+            && metrics.membership_config.membership().voter_ids().count() > 1
+            && answered.is_none_or(|at| at.elapsed() > UNANSWERED);
         OwnStatus {
             id: self.id,
             state: format!("{:?}", metrics.state).to_lowercase(),
             term: metrics.current_term,
-            leader: self.leader().map(|(_, member)| member.addr),
+            leader: self.leader().filter(|_| !is_alone).map(|(_, member)| member.addr),
             last_log: metrics.last_log_index.unwrap_or(0),
             last_term: self.log.last().map_or(0, |last| last.leader_id.term),
             committed: index(metrics.cluster_committed),

@@ -11,6 +11,7 @@ mod input;
 mod join;
 mod life;
 mod network;
+mod recovery;
 mod routes;
 mod services;
 mod traces;
@@ -77,6 +78,10 @@ const TESTS: &[(&str, Test)] = &[
     (
         "a_lost_host_breaks_only_the_connections_of_its_containers",
         floating::host_lost,
+    ),
+    (
+        "a_lost_majority_is_recovered_by_one_command",
+        recovery::majority_lost,
     ),
     ("a_removed_host_loses_its_subnet", network::removed),
     ("nothing_is_left_after_down", faults::down),
