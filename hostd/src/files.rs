@@ -5,6 +5,8 @@ use std::io::{self, Write};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::Path;
 
+use flynn_api::Error;
+use flynn_api::server::disk;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
@@ -119,6 +121,14 @@ fn move_up(path: &Path, top: &Path, moved: &mut u64) -> io::Result<()> {
                 ) => {}
             result => return result,
         }
+    }
+}
+
+/// An I/O error as an answer.
+pub(crate) fn disk_error(what: &str, error: &io::Error) -> Error {
+    match error.kind() {
+        io::ErrorKind::StorageFull => disk::full(format!("cannot {what}: the disk is full")),
+        _ => Error::internal(format!("cannot {what}: {error}")),
     }
 }
 

@@ -77,6 +77,16 @@ impl Paths {
         self.state.join("volumes")
     }
 
+    /// The list of providers of volumes that were added.
+    pub fn providers(&self) -> PathBuf {
+        self.state.join("providers.json")
+    }
+
+    /// Where a volume is mounted that is a filesystem in a file.
+    pub fn volume_mount(id: &str) -> PathBuf {
+        Path::new(RUN).join("volumes").join(id)
+    }
+
     /// This host's private key for WireGuard.
     pub fn wireguard_key(&self) -> PathBuf {
         self.state.join("wireguard.key")

@@ -11,6 +11,7 @@ use crate::caps;
 use crate::cgroup::Limits;
 use crate::launch::{Bind, Launch, Service};
 use crate::paths::Paths;
+use crate::volumes::is_volume_id;
 
 /// The longest job id: it must fit, with its directory, into a Unix socket's address.
 const MAX_ID: usize = 80;
@@ -105,12 +106,6 @@ fn check_id(id: &str, host_id: &str) -> Result<()> {
         "id",
         format!("{shown:?} is no job id of this host: {host_id}-<uuid> is wanted"),
     ))
-}
-
-/// Whether a text can be a volume's id: it is a directory's name.
-pub fn is_volume_id(id: &str) -> bool {
-    let fits = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
-    !id.is_empty() && id.len() <= 100 && !id.starts_with('.') && id.chars().all(fits)
 }
 
 fn check_mounts(job: &Job) -> Result<()> {

@@ -247,8 +247,8 @@ const LOOP_CONFIGURE: libc::c_ulong = 0x4C0A;
 const LO_FLAGS_READ_ONLY: u32 = 1;
 const LO_FLAGS_AUTOCLEAR: u32 = 4;
 
-/// Makes a read-only loop device of `file` which goes away with its last user. Gives the open device and its path.
-pub(crate) fn loop_device(file: &File) -> io::Result<(File, String)> {
+/// Makes a loop device of `file` which goes away with its last user. Gives the open device and its path.
+pub(crate) fn loop_device(file: &File, writable: bool) -> io::Result<(File, String)> {
     #[repr(C)]
     struct LoopInfo64 {
         device: u64,
@@ -278,19 +278,21 @@ pub(crate) fn loop_device(file: &File) -> io::Result<(File, String)> {
         // SAFETY: LOOP_CTL_GET_FREE takes no argument.
         let number = check(unsafe { libc::ioctl(control.as_raw_fd(), LOOP_CTL_GET_FREE) }.into())?;
         let path = format!("/dev/loop{number}");
-        let device = match File::open(&path) {
+        let open = || File::options().read(true).write(writable).open(&path);
+        let device = match open() {
             Ok(device) => device,
             // Without a devtmpfs nobody makes the node of a new device.
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
                 make_block_node(&path, 7, u32::try_from(number).unwrap_or_default())?;
-                File::open(&path)?
+                open()?
             }
             Err(error) => return Err(error),
         };
         // SAFETY: all-zero bytes are a valid loop_config.
         let mut config: LoopConfig = unsafe { std::mem::zeroed() };
         config.fd = u32::try_from(file.as_raw_fd()).unwrap_or_default();
-        config.info.flags = LO_FLAGS_READ_ONLY | LO_FLAGS_AUTOCLEAR;
+        let read_only = if writable { 0 } else { LO_FLAGS_READ_ONLY };
+        config.info.flags = read_only | LO_FLAGS_AUTOCLEAR;
         // SAFETY: LOOP_CONFIGURE reads a loop_config, which lives until the call returns.
         match check(unsafe { libc::ioctl(device.as_raw_fd(), LOOP_CONFIGURE, &raw const config) }.into()) {
             Ok(_) => return Ok((device, path)),

@@ -16,7 +16,16 @@
 //! | `GET /host/network/services` | `[`[`ServiceStatus`]`]`: which virtual addresses lead to which instances |
 //! | `GET /metrics` | counters and gauges of the network, in Prometheus' text format |
 //! | `PUT /host/layers/{digest}`, `GET` | puts a squashfs layer into the store; fetches it |
-//! | `GET /host/volumes`, `DELETE /host/volumes/{id}` | [`Volume`]s |
+//! | `GET /storage/providers`, `POST` | [`Provider`](crate::volume::Provider)s; adds a [`NewProvider`](crate::volume::NewProvider) |
+//! | `DELETE /storage/providers/{id}` | takes one without volumes off the list |
+//! | `POST /storage/providers/{id}/volumes` | makes a [`NewVolume`](crate::volume::NewVolume) |
+//! | `GET /storage/volumes`, `GET` and `DELETE /storage/volumes/{id}` | [`Volume`](crate::volume::Volume)s |
+//! | `PUT /storage/volumes/{id}/snapshot`, `…/fork` | makes a [`Copy`](crate::volume::Copy) of it |
+//! | `PUT /storage/volumes/{id}/rollback` | makes it what it was ([`Rollback`](crate::volume::Rollback)) |
+//! | `PUT /storage/volumes/{id}/decommission` | sets it aside, under another id |
+//! | `GET /storage/volumes/{id}/send?from=` | a snapshot, or what differs from an earlier one, as a stream |
+//! | `POST /storage/providers/{id}/receive` | takes such a stream in |
+//! | `POST /storage/gc` | removes what was decommissioned ([`Gc`](crate::volume::Gc)) |
 
 use std::collections::BTreeMap;
 use std::net::Ipv4Addr;
@@ -727,18 +736,6 @@ pub struct MapFill {
     pub entries: u64,
     /// Entries that there is room for.
     pub room: u64,
-}
-
-/// A volume of a host.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct Volume {
-    /// Its id.
-    pub id: String,
-    /// When it was made.
-    pub created_at: Timestamp,
-    /// Jobs that have it mounted.
-    #[serde(default)]
-    pub jobs: Vec<String>,
 }
 
 /// Tells the daemon about its network: sent by bootstrap once the host holds a subnet lease.

@@ -24,6 +24,7 @@ pub mod route;
 pub mod sirenia;
 pub mod spec;
 pub mod virtual_address;
+pub mod volume;
 
 #[cfg(feature = "client")]
 pub mod client;

@@ -8,6 +8,7 @@ pub mod members;
 mod network;
 mod run;
 mod show;
+mod volume;
 
 use std::path::Path;
 use std::process::ExitCode;
@@ -92,12 +93,8 @@ pub enum Operator {
     },
     /// Show the host's part of the cluster's network
     Network(network::Args),
-    /// List volumes
-    Volumes {
-        /// As JSON
-        #[arg(long)]
-        json: bool,
-    },
+    /// Look after volumes, and where they are kept
+    Volume(volume::Args),
 }
 
 /// Has a command end, and not panic, when whoever reads its output (`| head`) has read enough.
@@ -127,7 +124,7 @@ pub async fn operate(command: Operator) -> anyhow::Result<ExitCode> {
             if json {
                 print_json(&job)?;
             } else {
-                println!("{}", show::job(&job)?);
+                println!("{}", show::everything(&job)?);
             }
         }
         Operator::Log { job, follow, lines } => {
@@ -176,14 +173,7 @@ pub async fn operate(command: Operator) -> anyhow::Result<ExitCode> {
             }
         }
         Operator::Network(args) => network::run(&host, &args).await?,
-        Operator::Volumes { json } => {
-            let volumes = reach(host.volumes().await)?;
-            if json {
-                print_json(&volumes)?;
-            } else {
-                println!("{}", show::volumes(&volumes));
-            }
-        }
+        Operator::Volume(args) => volume::run(&host, args).await?,
     }
     Ok(ExitCode::SUCCESS)
 }

@@ -391,7 +391,7 @@ fn flows_table(flows: &[Flow]) -> String {
 }
 
 /// Bytes in the largest unit that leaves a number before the point.
-fn amount(bytes: u64) -> String {
+pub(super) fn amount(bytes: u64) -> String {
     const UNITS: [&str; 5] = ["B", "KiB", "MiB", "GiB", "TiB"];
     let unit = (0..UNITS.len())
         .rev()

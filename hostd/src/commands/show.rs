@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use comfy_table::{Table, presets};
-use flynn_api::host::{ActiveJob, HostStatus, Volume, label};
+use flynn_api::host::{ActiveJob, HostStatus, label};
 use jiff::Timestamp;
 
 pub(super) fn table(head: &[&str]) -> Table {
@@ -68,9 +68,9 @@ pub(super) fn within(time: Duration) -> String {
 }
 
 /// `inspect`: each value on a line of its own, by its path.
-pub(super) fn job(job: &ActiveJob) -> serde_json::Result<String> {
+pub(super) fn everything(value: &impl serde::Serialize) -> serde_json::Result<String> {
     let mut lines = Vec::new();
-    flatten("", &serde_json::to_value(job)?, &mut lines);
+    flatten("", &serde_json::to_value(value)?, &mut lines);
     let width = lines.iter().map(|(path, _)| path.len()).max().unwrap_or(0);
     let lines: Vec<String> = lines
         .into_iter()
@@ -138,19 +138,6 @@ pub(super) fn status(status: &HostStatus) -> String {
     }));
     lines.extend(status.notices.iter().map(|notice| format!("notice    {notice}")));
     lines.join("\n")
-}
-
-/// `volumes`.
-pub(super) fn volumes(volumes: &[Volume]) -> String {
-    let mut table = table(&["VOLUME", "MADE", "USED BY"]);
-    for volume in volumes {
-        table.add_row([
-            volume.id.clone(),
-            volume.created_at.to_string(),
-            volume.jobs.join(", "),
-        ]);
-    }
-    table.trim_fmt()
 }
 
 #[cfg(test)]

@@ -11,7 +11,7 @@ use axum::http::request::Parts;
 use axum::http::{HeaderMap, Method, StatusCode};
 use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
-use axum::routing::{delete, get, post, put};
+use axum::routing::{get, post, put};
 use flynn_api::client::attach::write_frame;
 use flynn_api::host::{AttachRequest, ExecRequest, Job, JobEvent, LogLine, NetworkConfig, attach};
 use flynn_api::server::{Json, Peer, StrictJson, disk, events, wants_events};
@@ -55,15 +55,14 @@ pub(super) fn router(daemon: Arc<Daemon>) -> Router {
         .route("/host/network/flows", get(flows))
         .route("/host/network/services", get(services))
         .route("/metrics", get(metrics))
-        .route("/host/volumes", get(volumes))
-        .route("/host/volumes/{id}", delete(remove_volume))
+        .merge(super::volumes::router())
         .fallback(|| async { Error::new(ErrorCode::NotFound, "there is no such call in the host API") })
         .layer(middleware::from_fn(authorize))
         .with_state(daemon)
 }
 
 /// Root on this host may do everything. Of the cluster's components each may look, and those that run jobs may act.
-fn may(peer: &Peer, method: &Method) -> Result<()> {
+fn may(peer: &Peer, method: &Method, path: &str) -> Result<()> {
     if peer.unix {
         return Ok(());
     }
@@ -73,7 +72,9 @@ fn may(peer: &Peer, method: &Method) -> Result<()> {
             "the host API needs a certificate of the cluster",
         ));
     };
-    let looks = *method == Method::GET || *method == Method::HEAD;
+    // What a volume holds is more than a look at the host.
+    let holds = path.starts_with("/storage/") && path.ends_with("/send");
+    let looks = (*method == Method::GET || *method == Method::HEAD) && !holds;
     match identity {
         PeerIdentity::Host(_) => Ok(()),
         PeerIdentity::Job(app) if looks || matches!(app.as_str(), "controller" | "scheduler") => Ok(()),
@@ -89,7 +90,7 @@ fn may(peer: &Peer, method: &Method) -> Result<()> {
 async fn authorize(request: HttpRequest, next: Next) -> Response {
     let nobody = Peer::default();
     let peer = request.extensions().get::<Peer>().unwrap_or(&nobody);
-    match may(peer, request.method()) {
+    match may(peer, request.method(), request.uri().path()) {
         Ok(()) => next.run(request).await,
         Err(error) => error.into_response(),
     }
@@ -141,14 +142,18 @@ async fn add_job(
     done(daemon.add(job).await)
 }
 
-/// A full disk has a status of its own.
+/// Nothing, or why not.
 fn done(result: Result<()>) -> Result<Response> {
+    answer(result.map(|()| Json(serde_json::json!({})).into_response()))
+}
+
+/// A full disk has a status of its own.
+pub(super) fn answer(result: Result<Response>) -> Result<Response> {
     match result {
-        Ok(()) => Ok(Json(serde_json::json!({})).into_response()),
         Err(error) if disk::is_full(&error) => {
             Ok((StatusCode::INSUFFICIENT_STORAGE, Json(error)).into_response())
         }
-        Err(error) => Err(error),
+        answer => answer,
     }
 }
 
@@ -296,14 +301,6 @@ async fn layer(State(daemon): Shared, Path(digest): Path<String>) -> Result<Resp
         (CONTENT_TYPE, "application/octet-stream".into()),
     ];
     Ok((headers, Body::from_stream(chunks)).into_response())
-}
-
-async fn volumes(State(daemon): Shared) -> Result<Response> {
-    Ok(Json(daemon.volumes()?).into_response())
-}
-
-async fn remove_volume(State(daemon): Shared, Path(id): Path<String>) -> Result<Response> {
-    done(daemon.remove_volume(&id))
 }
 
 /// The protocol of attached connections.
@@ -455,6 +452,8 @@ mod tests {
 
     #[test]
     fn only_those_who_run_jobs_may_act() {
+        const JOBS: &str = "/host/jobs";
+        const SEND: &str = "/storage/volumes/one/send";
         let over_tls = |identity| Peer {
             identity: Some(identity),
             ..Peer::default()
@@ -466,17 +465,23 @@ mod tests {
         };
         let host = over_tls(PeerIdentity::Host("one".into()));
         for peer in [&root, &host, &job("controller"), &job("scheduler")] {
-            assert!(may(peer, &Method::PUT).is_ok() && may(peer, &Method::GET).is_ok());
+            assert!(may(peer, &Method::PUT, JOBS).is_ok() && may(peer, &Method::GET, JOBS).is_ok());
+            assert!(may(peer, &Method::GET, SEND).is_ok());
         }
-        assert!(may(&job("router"), &Method::GET).is_ok());
-        for method in [Method::PUT, Method::POST, Method::DELETE] {
+        assert!(may(&job("router"), &Method::GET, JOBS).is_ok());
+        for (method, path) in [
+            (Method::PUT, JOBS),
+            (Method::POST, JOBS),
+            (Method::DELETE, JOBS),
+            (Method::GET, SEND),
+        ] {
             assert_eq!(
-                may(&job("router"), &method).unwrap_err().code,
+                may(&job("router"), &method, path).unwrap_err().code,
                 ErrorCode::Forbidden
             );
         }
         assert_eq!(
-            may(&Peer::default(), &Method::GET).unwrap_err().code,
+            may(&Peer::default(), &Method::GET, JOBS).unwrap_err().code,
             ErrorCode::Unauthorized
         );
     }

@@ -15,10 +15,10 @@ use super::{Daemon, store};
 use crate::cgroup::Group;
 use crate::container::Place;
 use crate::control::{Connection, Request};
+use crate::files;
 use crate::paths::Paths;
 use crate::status::Status;
 use crate::supervisor::Backoff;
-use crate::{files, volumes};
 
 /// How long a supervisor may take to answer.
 const SUPERVISOR_ANSWER: Duration = Duration::from_secs(10);
@@ -179,7 +179,15 @@ impl Daemon {
             .iter()
             .filter(|volume| volume.delete_on_stop)
         {
-            if let Err(error) = volumes::remove(&self.paths, &volume.volume_id) {
+            let others = |volume: &str| {
+                let mut jobs = self.users(volume);
+                jobs.retain(|job| job != id);
+                jobs
+            };
+            let removed = tokio::task::block_in_place(|| self.volumes.remove(&volume.volume_id, &others));
+            if let Err(error) = removed
+                && error.code != ErrorCode::NotFound
+            {
                 tracing::warn!(job = id, volume = volume.volume_id, %error, "cannot remove its volume");
             }
         }

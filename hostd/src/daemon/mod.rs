@@ -14,9 +14,10 @@ mod services;
 mod start;
 mod store;
 mod table;
+mod transfer;
+mod volumes;
 
 use std::collections::BTreeMap;
-use std::io;
 use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -35,11 +36,13 @@ use self::network::documents::Documents;
 use self::table::Table;
 use crate::cgroup::Hierarchies;
 use crate::config::{HostConfig, Overrides};
+use crate::files::disk_error;
 use crate::identities;
 use crate::layers::{Mounts, Store};
 use crate::paths::{Paths, RUN};
 use crate::prepare;
 use crate::status::boot_id;
+use crate::volumes::Volumes;
 
 /// Jobs that are prepared and started at once.
 const STARTS: usize = 4;
@@ -61,6 +64,7 @@ struct Daemon {
     table: Table,
     store: Store,
     mounts: Mutex<Mounts>,
+    volumes: Volumes,
     network: Networking,
     documents: Documents,
     services: services::Asking,
@@ -119,6 +123,7 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
         store: Store::open(&paths)?,
         config: Mutex::new(config),
         mounts: Mutex::default(),
+        volumes: Volumes::open(&paths).context("cannot use the volumes")?,
         network: Networking::default(),
         services: services::Asking::default(),
         discovery: Mutex::default(),
@@ -142,6 +147,9 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
         .lock()
         .unwrap_or_else(PoisonError::into_inner)
         .sweep()?;
+    let sweeping = Arc::clone(&daemon);
+    // What a crash has left can be large.
+    tokio::task::spawn_blocking(move || sweeping.volumes.sweep());
     serve::run(daemon).await
 }
 
@@ -259,6 +267,7 @@ impl Daemon {
             .unwrap_or_else(PoisonError::into_inner)
             .clone();
         notices.extend(self.lost_lease());
+        notices.extend(self.volumes.notices());
         notices.extend(self.plain_traffic());
         notices.extend(identities::warnings(self.paths.state(), jiff::Timestamp::now()));
         notices
@@ -285,46 +294,5 @@ impl Daemon {
             features: self.features.clone(),
             boot_id: boot_id(),
         })
-    }
-
-    fn volumes(&self) -> Result<Vec<flynn_api::host::Volume>> {
-        let users = |id: &str| {
-            let mut jobs = self.table.all();
-            jobs.retain(|entry| !entry.status.state.is_terminal());
-            let has = |entry: &table::Entry| {
-                entry
-                    .job
-                    .config
-                    .volumes
-                    .iter()
-                    .any(|volume| volume.volume_id == id)
-            };
-            jobs.into_iter()
-                .filter(has)
-                .map(|entry| entry.job.id.clone())
-                .collect()
-        };
-        crate::volumes::list(&self.paths, users)
-            .map_err(|error| Error::internal(format!("cannot list the volumes: {error}")))
-    }
-
-    fn remove_volume(&self, id: &str) -> Result<()> {
-        let volume = self.volumes()?.into_iter().find(|volume| volume.id == id);
-        let volume = volume.ok_or_else(|| Error::not_found("volume", id))?;
-        if let Some(job) = volume.jobs.first() {
-            return Err(Error::conflict(format!(
-                "volume {id} is used by job {job}: stop it first"
-            )));
-        }
-        crate::volumes::remove(&self.paths, id).map_err(|error| disk_error("remove the volume", &error))?;
-        Ok(())
-    }
-}
-
-/// An I/O error as an answer.
-fn disk_error(what: &str, error: &io::Error) -> Error {
-    match error.kind() {
-        io::ErrorKind::StorageFull => disk::full(format!("cannot {what}: the disk is full")),
-        _ => Error::internal(format!("cannot {what}: {error}")),
     }
 }

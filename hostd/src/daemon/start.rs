@@ -19,7 +19,8 @@ use crate::control::{Connection, Request};
 use crate::launch::{self, Bind, Launch};
 use crate::status::{Status, boot_id};
 use crate::supervisor::Backoff;
-use crate::{files, identities, prepare, volumes};
+use crate::volumes::{Wanted, is_volume_id};
+use crate::{files, identities, prepare};
 
 /// How long a supervisor may take to open its socket.
 const SUPERVISOR_START: Duration = Duration::from_secs(10);
@@ -233,8 +234,13 @@ impl Daemon {
         let mut launch = prepare::launch(job, &self.as_host(), manifests, &ports, Vec::new())?;
         let mut binds = Vec::new();
         for volume in &job.config.volumes {
-            let source = volumes::ensure(&self.paths, &volume.volume_id, launch.uid, launch.gid)
-                .map_err(|error| disk_error("make the volume", &error))?;
+            let wanted = Wanted {
+                id: volume.volume_id.clone(),
+                limit: None,
+                meta: super::volumes::labels(job),
+                owner: (launch.uid, launch.gid),
+            };
+            let source = tokio::task::block_in_place(|| self.volumes.ensure(&wanted))?;
             binds.push(Bind {
                 source,
                 target: volume.path.clone().into(),
@@ -259,7 +265,7 @@ impl Daemon {
             .get(flynn_api::host::label::APP_NAME)
             .filter(|_| prepare::is_system(job));
         // It becomes part of a path.
-        let Some(app) = app.filter(|app| prepare::is_volume_id(app)) else {
+        let Some(app) = app.filter(|app| is_volume_id(app)) else {
             return Ok(None);
         };
         // Two jobs that ask at once would write the halves of two pairs.

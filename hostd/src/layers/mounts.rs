@@ -72,7 +72,7 @@ fn mount_layer(file: &Path, target: &Path) -> io::Result<()> {
     // Containers that are not root's must be able to pass.
     fs::set_permissions(target, std::os::unix::fs::PermissionsExt::from_mode(0o755))?;
     // The device stays as long as it is open here or mounted.
-    let (_device, path) = sys::loop_device(&File::open(file)?)?;
+    let (_device, path) = sys::loop_device(&File::open(file)?, false)?;
     let flags = MountFlags::RDONLY | MountFlags::NODEV | MountFlags::NOSUID;
     Ok(mount(&path, target, "squashfs", flags, None::<&CStr>)?)
 }

@@ -179,7 +179,7 @@ pub(crate) async fn mounts_volumes() {
         (volumes[0].id.as_str(), volumes[0].jobs.as_slice()),
         ("v1", std::slice::from_ref(&job.id))
     );
-    let busy = host.api.http().delete("/host/volumes/v1").await.unwrap_err();
+    let busy = host.api.delete_volume("v1").await.unwrap_err();
     assert!(busy.message.contains(&job.id), "{busy}");
     host.api.stop_job(&job.id).await.unwrap();
     host.end(&job.id).await;

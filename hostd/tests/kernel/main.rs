@@ -13,6 +13,7 @@ mod faults;
 mod host;
 mod life;
 mod network;
+mod volumes;
 
 use std::future::Future;
 use std::process::ExitCode;
@@ -56,7 +57,12 @@ fn main() -> ExitCode {
             other_hosts_are_encrypted_with_or_named;
         escape: our_program_is_read_only_for_containers images_grant_no_capabilities deep_directories_are_removed;
     ];
-    let trial = |(name, test): (&'static str, fn())| match &lacks {
+    let of_volumes: Tests = tests![
+        volumes: a_full_image_is_contained a_full_subvolume_is_contained images_outlive_daemons_and_boots
+            snapshots_forks_and_rollbacks snapshots_are_sent_and_received volumes_survive_kills;
+    ];
+    let volumes_lack = lacks.clone().or_else(volumes::lacks);
+    let trial = |lacks: &Option<String>, (name, test): (&'static str, fn())| match lacks {
         None => Trial::test(name, move || {
             test();
             Ok(())
@@ -65,5 +71,7 @@ fn main() -> ExitCode {
             .with_kind(format!("skipped: {why}"))
             .with_ignored_flag(true),
     };
-    libtest_mimic::run(&arguments, tests.into_iter().map(trial).collect()).exit_code()
+    let tests = tests.into_iter().map(|test| trial(&lacks, test));
+    let of_volumes = of_volumes.into_iter().map(|test| trial(&volumes_lack, test));
+    libtest_mimic::run(&arguments, tests.chain(of_volumes).collect()).exit_code()
 }

@@ -1,13 +1,20 @@
 //! Client of the host API ([`crate::host`]).
 
 use std::collections::BTreeMap;
+use std::time::Duration;
 
-use super::{EventStream, Http, Upgraded, encode};
+use hyper::body::Incoming;
+
+use super::{Body, EventStream, Http, Upgraded, encode};
 use crate::Result;
 use crate::host::{
     ActiveJob, AttachRequest, ExecRequest, Flow, HostStatus, Job, JobEvent, LogLine, NetworkConfig,
-    NetworkStatus, ServiceStatus, Volume,
+    NetworkStatus, ServiceStatus,
 };
+use crate::volume::{Copy, Gc, NewProvider, NewVolume, Provider, Rollback, Volume};
+
+/// How long a volume may be on its way.
+const LONG: Duration = Duration::from_hours(24);
 
 /// Talks to one host.
 #[derive(Clone, Debug)]
@@ -127,11 +134,87 @@ impl HostClient {
 
     /// The host's volumes.
     pub async fn volumes(&self) -> Result<Vec<Volume>> {
-        self.http.get("/host/volumes").await
+        self.http.get("/storage/volumes").await
+    }
+
+    /// One volume, and how full it is.
+    pub async fn volume(&self, id: &str) -> Result<Volume> {
+        self.http.get(&volume(id, "")).await
+    }
+
+    /// Makes a volume at one of the host's providers.
+    pub async fn create_volume(&self, provider: &str, new: &NewVolume) -> Result<Volume> {
+        let path = format!("/storage/providers/{}/volumes", encode(provider));
+        self.http.post(&path, new).await
+    }
+
+    /// Removes a volume that no job uses, and its data.
+    pub async fn delete_volume(&self, id: &str) -> Result<()> {
+        self.http.delete(&volume(id, "")).await
+    }
+
+    /// Makes a snapshot of a volume.
+    pub async fn snapshot_volume(&self, id: &str, copy: &Copy) -> Result<Volume> {
+        self.http.put(&volume(id, "/snapshot"), copy).await
+    }
+
+    /// Makes a volume that begins as a copy of a snapshot or of another volume.
+    pub async fn fork_volume(&self, id: &str, copy: &Copy) -> Result<Volume> {
+        self.http.put(&volume(id, "/fork"), copy).await
+    }
+
+    /// Makes a volume that no job uses what it was when a snapshot of it was made.
+    pub async fn roll_volume_back(&self, id: &str, to: &Rollback) -> Result<()> {
+        self.http.put(&volume(id, "/rollback"), to).await
+    }
+
+    /// Sets a volume aside that no job uses. Gives it by its other id.
+    pub async fn decommission_volume(&self, id: &str) -> Result<Volume> {
+        self.http.put(&volume(id, "/decommission"), &()).await
+    }
+
+    /// Removes decommissioned volumes; gives their ids.
+    pub async fn collect_volumes(&self, gc: &Gc) -> Result<Vec<String>> {
+        self.http.post("/storage/gc", gc).await
+    }
+
+    /// A snapshot as a stream, or what differs from an earlier one.
+    pub async fn send_volume(&self, id: &str, from: Option<&str>) -> Result<Incoming> {
+        let from = from.map_or(String::new(), |from| format!("?from={}", encode(from)));
+        let request = http::Request::get(format!("{}{from}", volume(id, "/send"))).body(super::full(""));
+        let request =
+            request.map_err(|why| crate::Error::validation(format!("{id:?} is no volume: {why}")))?;
+        Ok(self.http.send(request).await?.into_body())
+    }
+
+    /// Takes such a stream in.
+    pub async fn receive_volume(&self, provider: &str, body: Body) -> Result<Volume> {
+        let path = format!("/storage/providers/{}/receive", encode(provider));
+        self.http.clone().timeout(LONG).post_body(&path, body).await
+    }
+
+    /// Where the host keeps volumes.
+    pub async fn providers(&self) -> Result<Vec<Provider>> {
+        self.http.get("/storage/providers").await
+    }
+
+    /// Adds a provider. Repeated it does nothing.
+    pub async fn add_provider(&self, new: &NewProvider) -> Result<()> {
+        self.http.post("/storage/providers", new).await
+    }
+
+    /// Takes a provider without volumes off the list.
+    pub async fn remove_provider(&self, id: &str) -> Result<()> {
+        let path = format!("/storage/providers/{}", encode(id));
+        self.http.delete(&path).await
     }
 
     /// The transport, for what has no method here.
     pub fn http(&self) -> &Http {
         &self.http
     }
+}
+
+fn volume(id: &str, action: &str) -> String {
+    format!("/storage/volumes/{}{action}", encode(id))
 }

@@ -176,8 +176,13 @@ impl Http {
 
     /// `POST` of a file, answered by JSON.
     pub async fn post_bytes<T: DeserializeOwned>(&self, path: &str, body: Bytes) -> Result<T> {
+        self.post_body(path, full(body)).await
+    }
+
+    /// `POST` of a file as it comes, answered by JSON.
+    pub async fn post_body<T: DeserializeOwned>(&self, path: &str, body: Body) -> Result<T> {
         let request = Request::post(path).header(CONTENT_TYPE, "application/octet-stream");
-        let request = request.body(full(body)).map_err(|why| bad_request(path, &why))?;
+        let request = request.body(body).map_err(|why| bad_request(path, &why))?;
         self.ask(request).await
     }
 

@@ -254,8 +254,8 @@ impl Cluster {
         Router::new()
             .route("/host/status", get(async || Json(host_status())))
             .route(
-                "/host/volumes",
-                get(async || Json(Vec::<flynn_api::host::Volume>::new())),
+                "/storage/volumes",
+                get(async || Json(Vec::<flynn_api::volume::Volume>::new())),
             )
             .route(
                 "/host/jobs",

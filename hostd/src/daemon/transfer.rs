@@ -1,0 +1,225 @@
+//! Snapshots over the host API: out as a stream, in from one.
+
+use std::io;
+use std::pin::pin;
+use std::process::{Command, Stdio};
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::body::Body;
+use axum::extract::rejection::QueryRejection;
+use axum::extract::{Path, Query, State};
+use axum::http::header::CONTENT_TYPE;
+use axum::response::{IntoResponse, Response};
+use bytes::{Bytes, BytesMut};
+use flynn_api::server::Json;
+use flynn_api::volume::Volume;
+use flynn_api::{Error, Result};
+use futures::{Stream, StreamExt as _};
+use serde::Deserialize;
+use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::process::{Child, ChildStdin, ChildStdout};
+use tokio::task::JoinHandle;
+
+use super::Daemon;
+use super::api::answer;
+use super::images::pieces;
+use crate::files::disk_error;
+use crate::volumes::{Decoder, Encoder, MAX_PIECE, Part, Receiving, tool_failed, tool_missing};
+
+/// How much of what a program complains of is kept.
+const COMPLAINT: u64 = 16 << 10;
+
+/// How long the rest of a snapshot is read that is refused.
+const HEAR_OUT: Duration = Duration::from_secs(10);
+
+/// A program and what it complains of.
+struct Program {
+    child: Child,
+    complaint: JoinHandle<Vec<u8>>,
+}
+
+impl Program {
+    fn start(command: Command, stdin: Stdio, stdout: Stdio) -> Result<Self> {
+        let mut command = tokio::process::Command::from(command);
+        let spawned = command
+            .env("LC_ALL", "C")
+            .stdin(stdin)
+            .stdout(stdout)
+            .stderr(Stdio::piped())
+            .kill_on_drop(true)
+            .spawn();
+        let mut child = spawned.map_err(|error| disk_error("move the snapshot", &tool_missing(&error)))?;
+        let stderr = child.stderr.take();
+        let complaint = tokio::spawn(async move {
+            match stderr {
+                Some(stderr) => read_some(stderr).await,
+                None => Vec::new(),
+            }
+        });
+        Ok(Self { child, complaint })
+    }
+
+    async fn end(mut self) -> io::Result<()> {
+        let status = self.child.wait().await?;
+        if status.success() {
+            return Ok(());
+        }
+        Err(tool_failed(&self.complaint.await.unwrap_or_default()))
+    }
+}
+
+/// The start of what comes; the rest is read and forgotten, so that its writer is never held up.
+async fn read_some(mut from: impl AsyncRead + Unpin) -> Vec<u8> {
+    let mut text = Vec::new();
+    let _ = (&mut from).take(COMPLAINT).read_to_end(&mut text).await;
+    let _ = tokio::io::copy(&mut from, &mut tokio::io::sink()).await;
+    text
+}
+
+#[derive(Deserialize)]
+pub(super) struct SendQuery {
+    from: Option<String>,
+}
+
+struct Sending {
+    program: Program,
+    stdout: ChildStdout,
+    encoder: Encoder,
+}
+
+impl Sending {
+    async fn next(mut self) -> io::Result<Option<(Bytes, Option<Self>)>> {
+        let mut piece = BytesMut::with_capacity(MAX_PIECE);
+        while piece.len() < MAX_PIECE {
+            let room = (MAX_PIECE - piece.len()) as u64;
+            if (&mut self.stdout).take(room).read_buf(&mut piece).await? == 0 {
+                break;
+            }
+        }
+        if !piece.is_empty() {
+            return Ok(Some((self.encoder.piece(&piece), Some(self))));
+        }
+        // Without its end the receiver does not take it.
+        self.program.end().await?;
+        Ok(Some((self.encoder.end(), None)))
+    }
+}
+
+/// `GET /storage/volumes/{id}/send`
+pub(super) async fn send(
+    State(daemon): State<Arc<Daemon>>,
+    Path(id): Path<String>,
+    query: std::result::Result<Query<SendQuery>, QueryRejection>,
+) -> Result<Response> {
+    let Query(query) = query.map_err(|error| Error::validation(format!("from=snapshot: {error}")))?;
+    let (header, command) = tokio::task::block_in_place(|| daemon.volumes.send(&id, query.from.as_deref()))?;
+    let mut encoder = Encoder::default();
+    let begin = encoder
+        .begin(&header)
+        .map_err(|error| Error::internal(error.to_string()))?;
+    let mut program = Program::start(command, Stdio::null(), Stdio::piped())?;
+    let stdout = program.child.stdout.take();
+    let stdout = stdout.ok_or_else(|| Error::internal("btrfs send has no output"))?;
+    let sending = Sending {
+        program,
+        stdout,
+        encoder,
+    };
+    let first = futures::stream::iter([Ok(begin)]);
+    let rest = futures::stream::try_unfold(Some(sending), |sending| async move {
+        match sending {
+            Some(sending) => sending.next().await,
+            None => Ok(None),
+        }
+    });
+    let said = rest.inspect(move |piece| {
+        if let Err(error) = piece {
+            tracing::warn!(volume = id, %error, "a snapshot could not be sent");
+        }
+    });
+    let headers = [(CONTENT_TYPE, "application/octet-stream")];
+    Ok((headers, Body::from_stream(first.chain(said))).into_response())
+}
+
+/// What takes a snapshot in, once its header has come.
+struct Taking<'a> {
+    receiving: Receiving<'a>,
+    program: Program,
+    stdin: ChildStdin,
+}
+
+impl<'a> Taking<'a> {
+    fn start(receiving: Receiving<'a>) -> Result<Self> {
+        let mut program = Program::start(receiving.program(), Stdio::piped(), Stdio::null())?;
+        let stdin = program.child.stdin.take();
+        let stdin = stdin.ok_or_else(|| Error::internal("btrfs receive has no input"))?;
+        Ok(Self {
+            receiving,
+            program,
+            stdin,
+        })
+    }
+
+    /// Its program has all; what it complains of is why it did not take something.
+    async fn end(self) -> Result<Receiving<'a>> {
+        drop(self.stdin);
+        let ended = self.program.end().await;
+        ended.map_err(|error| disk_error("receive the snapshot", &error))?;
+        Ok(self.receiving)
+    }
+}
+
+/// `POST /storage/providers/{id}/receive`
+pub(super) async fn receive(
+    State(daemon): State<Arc<Daemon>>,
+    Path(provider): Path<String>,
+    body: Body,
+) -> Result<Response> {
+    let mut body = pin!(pieces(body));
+    let volume = take(&daemon, &provider, &mut body).await;
+    if volume.is_err() {
+        // Whoever still writes would not read why it was refused.
+        let rest = async { while let Some(Ok(_)) = body.next().await {} };
+        let _ = tokio::time::timeout(HEAR_OUT, rest).await;
+    }
+    answer(volume.map(|volume| Json(volume).into_response()))
+}
+
+async fn take<E: std::fmt::Display>(
+    daemon: &Daemon,
+    provider: &str,
+    mut body: impl Stream<Item = std::result::Result<Bytes, E>> + Unpin,
+) -> Result<Volume> {
+    let mut decoder = Decoder::default();
+    let mut taking: Option<Taking<'_>> = None;
+    while let Some(bytes) = body.next().await {
+        let bytes =
+            bytes.map_err(|error| Error::validation(format!("the snapshot was cut short: {error}")))?;
+        decoder.push(&bytes);
+        while let Some(part) = decoder.part()? {
+            match (part, &mut taking) {
+                (Part::Header(header), _) => {
+                    let receiving =
+                        tokio::task::block_in_place(|| daemon.volumes.receive(provider, &header))?;
+                    taking = Some(Taking::start(receiving)?);
+                }
+                (Part::Piece(piece), Some(there)) => {
+                    if there.stdin.write_all(&piece).await.is_err()
+                        && let Some(taking) = taking.take()
+                    {
+                        let _ = taking.end().await?;
+                        return Err(Error::validation(
+                            "what was sent goes on after the snapshot's end",
+                        ));
+                    }
+                }
+                (Part::Piece(_) | Part::End, _) => {}
+            }
+        }
+    }
+    decoder.finish()?;
+    let taking = taking.ok_or_else(|| Error::validation("nothing was sent"))?;
+    let receiving = taking.end().await?;
+    tokio::task::block_in_place(|| receiving.finish())
+}

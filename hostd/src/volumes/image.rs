@@ -1,0 +1,99 @@
+//! Volumes with a limit where the filesystem knows no quotas: an ext4 in a file, mounted by a loop device.
+//!
+//! The file has all its room from the beginning: no other volume can take it, and an ext4 in the middle of a write
+//! never finds its disk full.
+
+use std::ffi::{CStr, OsStr};
+use std::fs::{self, File};
+use std::io;
+use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _, chown};
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{FallocateFlags, FlockOperation, fallocate, flock};
+use rustix::io::Errno;
+use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
+
+use super::tool;
+use crate::{files, sys};
+
+const FILE: &str = "image.ext4";
+
+/// The data's directory in the filesystem: beside `lost+found`, which programs that want an empty one do not like.
+const DATA: &str = "data";
+
+/// Makes an empty one in `dir`.
+pub(super) fn make(dir: &Path, size: u64, (uid, gid): (u32, u32)) -> io::Result<()> {
+    let image = dir.join(FILE);
+    let file = File::create_new(&image)?;
+    reserve(&file, size)?;
+    let root = dir.join("root");
+    let data = root.join(DATA);
+    files::private_dir(&data)?;
+    fs::set_permissions(&root, fs::Permissions::from_mode(0o755))?;
+    fs::set_permissions(&data, fs::Permissions::from_mode(0o755))?;
+    chown(&data, Some(uid), Some(gid))?;
+    // No block is kept for root. Nothing is left to be zeroed once it is mounted: a loop device does that by holes.
+    let extended = "nodiscard,lazy_itable_init=0,lazy_journal_init=0";
+    let args = ["-q", "-F", "-m", "0", "-E", extended, "-d"].map(OsStr::new);
+    let args = [&args[..], &[root.as_os_str(), image.as_os_str()]].concat();
+    tool::run("mkfs.ext4", "e2fsprogs", &args)?;
+    // And so does mkfs.
+    reserve(&file, size)?;
+    file.sync_all()?;
+    files::remove_all(&root)
+}
+
+/// Has the file keep its room, where its filesystem can do that: those that write every block anew cannot.
+fn reserve(file: &File, size: u64) -> io::Result<()> {
+    match fallocate(file, FallocateFlags::empty(), 0, size) {
+        Err(Errno::OPNOTSUPP) => file.set_len(size),
+        result => Ok(result?),
+    }
+}
+
+/// Mounts the one in `dir` at `target`, unless it is. Gives the directory of the data.
+pub(super) fn open(dir: &Path, target: &Path) -> io::Result<PathBuf> {
+    if !is_mounted(target)? {
+        files::private_dir(target)?;
+        // Containers that are not root's must be able to pass.
+        fs::set_permissions(target, fs::Permissions::from_mode(0o755))?;
+        let file = File::options().read(true).write(true).open(dir.join(FILE))?;
+        // Two ext4 of one file would destroy it. The loop device keeps the lock for as long as it is there.
+        flock(&file, FlockOperation::NonBlockingLockExclusive).map_err(|_| {
+            let what = "it is still mounted in another place: try again when the jobs that used it are gone";
+            io::Error::new(io::ErrorKind::ResourceBusy, what)
+        })?;
+        // The device stays as long as it is open here or mounted.
+        let (_device, path) = sys::loop_device(&file, true)?;
+        let flags = MountFlags::NODEV | MountFlags::NOSUID;
+        mount(&path, target, "ext4", flags, None::<&CStr>)?;
+    }
+    Ok(target.join(DATA))
+}
+
+/// Unmounts it, where it is mounted.
+pub(super) fn close(target: &Path) -> io::Result<()> {
+    if is_mounted(target)? {
+        unmount(target, UnmountFlags::DETACH)?;
+    }
+    files::remove_all(target)
+}
+
+/// How much of it is used, where it is mounted.
+pub(super) fn used(target: &Path) -> io::Result<Option<u64>> {
+    if !is_mounted(target)? {
+        return Ok(None);
+    }
+    let stat = rustix::fs::statvfs(target)?;
+    Ok(Some((stat.f_blocks - stat.f_bfree) * stat.f_frsize))
+}
+
+fn is_mounted(target: &Path) -> io::Result<bool> {
+    let device = |path: &Path| fs::symlink_metadata(path).map(|metadata| metadata.dev());
+    let above = target.parent().unwrap_or(Path::new("/"));
+    match (device(target), device(above)) {
+        (Ok(one), Ok(other)) => Ok(one != other),
+        (Err(error), _) | (_, Err(error)) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+        (Err(error), _) | (_, Err(error)) => Err(error),
+    }
+}
