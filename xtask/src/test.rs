@@ -11,7 +11,7 @@ use std::process::Command;
 use std::sync::{Mutex, PoisonError};
 
 /// The crate whose tests boot clusters of built binaries and images.
-const CLUSTER: &str = "flynn-cluster-tests";
+pub(crate) const CLUSTER: &str = "flynn-cluster-tests";
 
 /// What to test.
 #[derive(clap::Args)]

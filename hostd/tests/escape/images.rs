@@ -143,7 +143,7 @@ fn working_directory_of_a_descriptor() {
     let first = Ground::new(&[]);
     let through = format!("/proc/self/fd/{descriptor}{}/secret", first.host().display());
     assert_eq!(fs::read_to_string(through).unwrap(), SECRET);
-    for descriptor in 0..24 {
+    for descriptor in 3..15 {
         for link in [false, true] {
             let climbing = climbing(&first.host().join("secret"));
             let mut ground = Ground::new(&["--look", "cwd", &climbing[3..], &climbing]);

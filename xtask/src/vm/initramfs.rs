@@ -28,7 +28,7 @@ pub(super) fn make(
         std::fs::remove_dir_all(&root).with_context(|| format!("cannot remove {}", root.display()))?;
     }
     for path in [
-        "bin", "sbin", "usr/sbin", "dev", "proc", "sys", "tmp", "run", "root", "etc", "tests",
+        "bin", "sbin", "usr/sbin", "dev", "proc", "sys", "tmp", "run", "root", "etc", "mnt", "tests",
     ] {
         std::fs::create_dir_all(root.join(path))?;
     }
