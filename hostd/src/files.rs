@@ -17,6 +17,16 @@ pub fn private_dir(path: &Path) -> io::Result<()> {
 
 /// Writes a file that only root can read so that a crash leaves the old content or the new, never a mixture.
 pub fn write_atomic(path: &Path, bytes: &[u8]) -> io::Result<()> {
+    write(path, bytes, true)
+}
+
+/// [`write_atomic`] for as long as the machine is up: whoever reads finds the old content or the new, whatever is
+/// killed, but when the power is cut there may be an empty file. It saves the waiting for the disk.
+pub fn write_for_boot(path: &Path, bytes: &[u8]) -> io::Result<()> {
+    write(path, bytes, false)
+}
+
+fn write(path: &Path, bytes: &[u8], durable: bool) -> io::Result<()> {
     let mut temporary = path.as_os_str().to_owned();
     temporary.push(".tmp");
     let written = (|| {
@@ -27,9 +37,11 @@ pub fn write_atomic(path: &Path, bytes: &[u8]) -> io::Result<()> {
             .mode(0o600)
             .open(&temporary)?;
         file.write_all(bytes)?;
-        file.sync_all()?;
+        if durable {
+            file.sync_all()?;
+        }
         fs::rename(&temporary, path)?;
-        path.parent().map_or(Ok(()), sync_dir)
+        path.parent().filter(|_| durable).map_or(Ok(()), sync_dir)
     })();
     if written.is_err() {
         let _ = fs::remove_file(&temporary);

@@ -33,8 +33,8 @@ enum Command {
     /// Keep one job (the daemon starts this)
     #[command(hide = true)]
     Supervise {
-        /// The job's directory
-        job_dir: PathBuf,
+        /// The job's directory; without it, standard input says it
+        job_dir: Option<PathBuf>,
     },
     /// Make a cluster with this host as its first
     Bootstrap(bootstrap::Args),
@@ -124,7 +124,10 @@ fn run(command: Command) -> anyhow::Result<ExitCode> {
         // One thread: no runtime is made here.
         Command::Supervise { job_dir } => {
             flynn_api::server::init_logging("supervisor");
-            supervisor::supervise(&job_dir)?;
+            match job_dir {
+                Some(job_dir) => supervisor::supervise(&job_dir)?,
+                None => supervisor::wait_for_job()?,
+            }
         }
         Command::Daemon(args) => {
             flynn_api::server::init_logging("flynn-host");

@@ -7,6 +7,8 @@ use flynn_api::host::JobState;
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
+use crate::files;
+
 /// The file's name in the job's directory.
 pub const FILE: &str = "status.json";
 
@@ -81,14 +83,31 @@ impl Status {
         self.paused = false;
     }
 
-    /// Writes it so that it survives a crash at any moment.
+    /// Writes it so that it survives a crash at any moment. What only says how a job does that goes on survives those of
+    /// processes alone: when the power is cut, the job is over whatever was said, and it is started again or not by
+    /// what was said before.
     pub fn write(&self, job_dir: &Path) -> std::io::Result<()> {
-        crate::files::write_json(&job_dir.join(FILE), self)
+        let path = job_dir.join(FILE);
+        let bytes = serde_json::to_vec(self)?;
+        if self.state.is_terminal() || self.stop_requested {
+            files::write_atomic(&path, &bytes)
+        } else {
+            files::write_for_boot(&path, &bytes)
+        }
     }
 
-    /// Reads it; none when it was never written.
+    /// Reads it; none when it was never written. One that a power cut has emptied was of a job that went on, in an
+    /// earlier boot.
     pub fn read(job_dir: &Path) -> std::io::Result<Option<Self>> {
-        crate::files::read_json(&job_dir.join(FILE))
+        let path = job_dir.join(FILE);
+        match std::fs::metadata(&path) {
+            Ok(file) if file.len() == 0 => {
+                let when = file.modified().ok();
+                let when = when.and_then(|when| Timestamp::try_from(when).ok());
+                Ok(Some(Self::new(when.unwrap_or_default(), String::new())))
+            }
+            _ => files::read_json(&path),
+        }
     }
 }
 
@@ -139,6 +158,23 @@ pub fn boot_id() -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn one_that_a_power_cut_has_emptied_is_of_an_earlier_boot() {
+        let dir = tempfile::tempdir().unwrap();
+        assert_eq!(Status::read(dir.path()).unwrap(), None);
+        let status = Status::new(Timestamp::UNIX_EPOCH, "this".into());
+        status.write(dir.path()).unwrap();
+        assert_eq!(Status::read(dir.path()).unwrap(), Some(status));
+        std::fs::write(dir.path().join(FILE), "").unwrap();
+        let read = Status::read(dir.path()).unwrap().unwrap();
+        assert_eq!(
+            (read.state, read.boot_id.as_str(), read.stop_requested),
+            (JobState::Starting, "", false)
+        );
+        std::fs::write(dir.path().join(FILE), "{").unwrap();
+        assert!(Status::read(dir.path()).is_err());
+    }
 
     #[test]
     fn knows_the_living_from_the_dead() {

@@ -3,14 +3,21 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt as _;
 use std::path::Path;
 use std::process::Stdio;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use rustix::fs::CWD;
 use rustix::mount::{OpenTreeFlags, open_tree};
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::process::{Child, Command};
 
+use crate::supervisor::LOG as SUPERVISOR_LOG;
 use crate::sys;
+
+/// How many supervisors wait for jobs.
+const SPARES: usize = 1;
 
 /// The file, through a read-only mount of its own: a container whose process has this file as its program, between
 /// fork and exec, could otherwise reach it through `/proc` and write to it.
@@ -33,19 +40,70 @@ impl Executable {
         let log = File::options()
             .create(true)
             .append(true)
-            .open(job_dir.join("supervisor.log"))?;
-        Command::new(sys::fd_path(&self.0))
+            .open(job_dir.join(SUPERVISOR_LOG))?;
+        self.supervisor(log.into(), Stdio::null()).arg(job_dir).spawn()
+    }
+
+    /// Starts a supervisor that is to learn its job by [`assign`], with a network namespace of its own already. It ends
+    /// with the daemon.
+    pub(super) fn spare(&self) -> io::Result<Child> {
+        self.supervisor(Stdio::inherit(), Stdio::piped()).spawn()
+    }
+
+    fn supervisor(&self, log: Stdio, input: Stdio) -> Command {
+        let mut command = Command::new(sys::fd_path(&self.0));
+        command
             .arg0("flynn-host")
             .arg("supervise")
-            .arg(job_dir)
             .current_dir("/")
             .env_clear()
             .envs(std::env::var_os("RUST_LOG").map(|filter| ("RUST_LOG", filter)))
             // One heap: a second one costs memory for nothing in a process with one thread.
             .env("MALLOC_ARENA_MAX", "1")
-            .stdin(Stdio::null())
-            .stdout(Stdio::null())
-            .stderr(log)
-            .spawn()
+            .stdin(input)
+            // Closed by it once its socket is there; a spare one says before that it has its network namespace.
+            .stdout(Stdio::piped())
+            .stderr(log);
+        command
     }
+}
+
+/// Supervisors that are made before there are jobs for them: what takes the longest of a start is done by then.
+#[derive(Debug, Default)]
+pub(super) struct Spares(Mutex<Vec<Child>>);
+
+impl Spares {
+    fn all(&self) -> MutexGuard<'_, Vec<Child>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// One, if there is any.
+    pub(super) fn take(&self) -> Option<Child> {
+        self.all().pop()
+    }
+
+    /// Sees that there are enough.
+    pub(super) fn fill(&self, executable: &Executable) {
+        let mut all = self.all();
+        // What has been killed is of no use.
+        all.retain_mut(|spare| matches!(spare.try_wait(), Ok(None)));
+        while all.len() < SPARES {
+            match executable.spare() {
+                Ok(spare) => all.push(spare),
+                Err(error) => {
+                    tracing::warn!(%error, "cannot start a supervisor in advance");
+                    return;
+                }
+            }
+        }
+    }
+}
+
+/// Tells a spare supervisor its job, and waits until it has its network namespace: before, its process is in ours.
+pub(super) async fn assign(spare: &mut Child, job_dir: &Path) -> io::Result<()> {
+    let mut input = spare.stdin.take().ok_or(io::ErrorKind::BrokenPipe)?;
+    input.write_all(job_dir.as_os_str().as_bytes()).await?;
+    input.write_all(b"\n").await?;
+    let output = spare.stdout.as_mut().ok_or(io::ErrorKind::BrokenPipe)?;
+    output.read_exact(&mut [0]).await.map(drop)
 }

@@ -30,7 +30,7 @@ use flynn_api::tls::Live;
 use flynn_api::{Error, Result};
 use tokio::sync::Semaphore;
 
-use self::exe::Executable;
+use self::exe::{Executable, Spares};
 use self::network::Networking;
 use self::network::documents::Documents;
 use self::table::Table;
@@ -72,6 +72,7 @@ struct Daemon {
     discovery: Mutex<Option<DiscoveryClient>>,
     hierarchies: Hierarchies,
     executable: Executable,
+    spares: Spares,
     starts: Semaphore,
     /// The identity that the host API is served with, once it is.
     serving: Mutex<Option<Arc<Live>>>,
@@ -130,6 +131,7 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
         documents: Documents::open(&paths.network()).context("cannot use the cluster network's documents")?,
         hierarchies,
         executable: Executable::own().context("cannot open this program's own file")?,
+        spares: Spares::default(),
         starts: Semaphore::new(STARTS),
         serving: Mutex::default(),
         held: Mutex::default(),

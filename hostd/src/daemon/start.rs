@@ -1,6 +1,8 @@
 //! Starting jobs: what they need first, then their supervisors.
 
+use std::io;
 use std::net::{Ipv4Addr, TcpListener, UdpSocket};
+use std::path::Path;
 use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
@@ -9,11 +11,14 @@ use flynn_api::image::ImageManifest;
 use flynn_api::server::disk;
 use flynn_api::{Digest, Error, ErrorCode, Result};
 use jiff::Timestamp;
-use tokio::time::{Instant, sleep};
+use tokio::io::AsyncReadExt as _;
+use tokio::process::Child;
+use tokio::task::spawn_blocking;
+use tokio::time::{Instant, sleep, timeout};
 
 use super::keep::call;
 use super::table::Entry;
-use super::{Daemon, disk_error, store};
+use super::{Daemon, disk_error, exe, store};
 use crate::container::Place;
 use crate::control::{Connection, Request};
 use crate::launch::{self, Bind, Launch};
@@ -38,7 +43,6 @@ impl Daemon {
         }
         disk::check(self.paths.state())?;
         let status = Status::new(Timestamp::now(), boot_id());
-        let id = job.id.clone();
         let job = Arc::new(job);
         let entry = Entry {
             job: Arc::clone(&job),
@@ -49,16 +53,22 @@ impl Daemon {
         if let Err(there) = self.table.insert(entry, Some(JobEventKind::Create)) {
             return already(&there, &job);
         }
-        if let Err(error) = store::create(&self.paths, &job, &status) {
-            self.table.remove(&id);
-            return Err(disk_error("keep the job", &error));
-        }
         // A task of its own: it goes on when the caller hangs up.
-        let daemon = Arc::clone(self);
-        let start = tokio::spawn(async move { daemon.start(&id).await });
+        let start = tokio::spawn(Arc::clone(self).begin(job, status));
         start
             .await
             .unwrap_or_else(|_| Err(Error::internal("the start of the job was cut off")))
+    }
+
+    /// Puts a job that is in the table on the disk, and starts it.
+    async fn begin(self: Arc<Self>, job: Arc<Job>, status: Status) -> Result<()> {
+        let (paths, record) = (self.paths.clone(), Arc::clone(&job));
+        let kept = spawn_blocking(move || store::create(&paths, &record, &status)).await;
+        if let Err(error) = kept.map_err(io::Error::from).flatten() {
+            self.table.remove(&job.id);
+            return Err(disk_error("keep the job", &error));
+        }
+        self.start(&job.id).await
     }
 
     /// Prepares a job that is in the table and starts its supervisor.
@@ -66,6 +76,7 @@ impl Daemon {
         match self.attempt(id).await {
             Ok(connection) => {
                 tokio::spawn(Arc::clone(self).follow(id.to_owned(), Some(connection), Backoff::default()));
+                self.spares.fill(&self.executable);
                 Ok(())
             }
             Err(error) => {
@@ -157,23 +168,44 @@ impl Daemon {
         let certificates = self.certificates(job).await?;
         let launch = self.launch(job, &manifests, &layers, certificates)?;
         let job_dir = self.paths.job(id);
-        files::write_json(&job_dir.join(launch::FILE), &launch)
+        serde_json::to_vec(&launch)
+            .map_err(io::Error::from)
+            .and_then(|bytes| files::write_for_boot(&job_dir.join(launch::FILE), &bytes))
             .map_err(|error| disk_error("keep the job", &error))?;
         self.table.note(id, |entry| entry.ports.clone_from(&launch.ports));
         self.refuse_stopped(id)?;
 
-        let mut child = self
-            .executable
-            .supervise(&job_dir)
-            .map_err(|error| Error::internal(format!("cannot start the job's supervisor: {error}")))?;
+        let (mut child, has_network) = self.supervisor(&job_dir, network.is_some()).await?;
         let pid = child.id().map_or(0, u32::cast_signed);
-        let connected = connect(&launch, &mut child).await;
+        let attach = async {
+            match &network {
+                Some(network) => self.attach(network, job, pid).await.map(Some),
+                None => Ok(None),
+            }
+        };
+        let (connected, attached) = if has_network {
+            let both = tokio::join!(connect(&launch, &mut child), attach);
+            (both.0, Some(both.1))
+        } else {
+            let connected = connect(&launch, &mut child).await;
+            let attached = if connected.is_ok() {
+                Some(attach.await)
+            } else {
+                None
+            };
+            (connected, attached)
+        };
         // Whoever is left when it ends: a zombie would look like a process.
         tokio::spawn(async move { child.wait().await });
-        let mut connection = connected?;
-        let address = match &network {
-            Some(network) => Some(self.attach(network, job, pid).await?),
-            None => None,
+        let address = attached.transpose()?.flatten();
+        let mut connection = match connected {
+            Ok(connection) => connection,
+            Err(error) => {
+                if let (Some(network), Some(address)) = (&network, address) {
+                    self.network.detach(network, address).await;
+                }
+                return Err(error);
+            }
         };
         let place = Place {
             address,
@@ -190,6 +222,22 @@ impl Daemon {
             return Err(error);
         }
         Ok(connection)
+    }
+
+    /// A supervisor for the job in `job_dir`; whether it has its network namespace already.
+    async fn supervisor(&self, job_dir: &Path, networked: bool) -> Result<(Child, bool)> {
+        let spare = if networked { self.spares.take() } else { None };
+        if let Some(mut spare) = spare {
+            if let Ok(Ok(())) = timeout(SUPERVISOR_START, exe::assign(&mut spare, job_dir)).await {
+                return Ok((spare, true));
+            }
+            // It may have heard of the job, and be about to keep it as well.
+            let _ = spare.kill().await;
+        }
+        let child = self.executable.supervise(job_dir);
+        let child =
+            child.map_err(|error| Error::internal(format!("cannot start the job's supervisor: {error}")));
+        Ok((child?, false))
     }
 
     fn refuse_stopped(&self, id: &str) -> Result<()> {
@@ -314,27 +362,34 @@ fn already(there: &Entry, job: &Job) -> Result<()> {
     ))
 }
 
-/// Connects to a supervisor that was just started.
-async fn connect(launch: &Launch, child: &mut tokio::process::Child) -> Result<Connection> {
-    let deadline = Instant::now() + SUPERVISOR_START;
-    loop {
-        if let Ok(connection) = Connection::open(&launch.socket).await {
-            return Ok(connection);
+/// Connects to a supervisor that was just started. It closes its standard output once its socket is there, and says
+/// nothing before; so does the kernel when it dies.
+async fn connect(launch: &Launch, child: &mut Child) -> Result<Connection> {
+    let begun = async {
+        if let Some(mut output) = child.stdout.take() {
+            let _ = output.read(&mut [0]).await;
         }
-        if let Ok(Some(status)) = child.try_wait() {
-            return Err(Error::internal(format!(
-                "the job's supervisor ended at once ({status}); supervisor.log in the job's directory says why"
-            )));
+        match Connection::open(&launch.socket).await {
+            Ok(connection) => Ok(connection),
+            Err(error) => {
+                let status = child
+                    .wait()
+                    .await
+                    .map_or(error.to_string(), |status| status.to_string());
+                Err(Error::internal(format!(
+                    "the job's supervisor ended at once ({status}); supervisor.log in the job's directory says why"
+                )))
+            }
         }
-        if Instant::now() > deadline {
-            let _ = child.start_kill();
-            return Err(Error::new(
-                ErrorCode::Timeout,
-                "the job's supervisor did not begin in time",
-            ));
-        }
-        sleep(Duration::from_millis(2)).await;
+    };
+    if let Ok(result) = timeout(SUPERVISOR_START, begun).await {
+        return result;
     }
+    let _ = child.start_kill();
+    Err(Error::new(
+        ErrorCode::Timeout,
+        "the job's supervisor did not begin in time",
+    ))
 }
 
 /// Whether a port of the host is free.

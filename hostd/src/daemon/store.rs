@@ -25,7 +25,7 @@ pub(super) struct Stored {
     pub(super) launch: Option<Launch>,
 }
 
-/// Makes a job's directory: it is there whole, or not at all.
+/// Makes a job's directory: it is there whole, or not at all, but for its status, which a power cut may empty.
 pub(super) fn create(paths: &Paths, job: &Job, status: &Status) -> io::Result<()> {
     let new = paths.jobs().join(format!("{NEW}{}", job.id));
     files::remove_all(&new)?;
@@ -80,7 +80,8 @@ fn read(dir: &Path, name: &str) -> io::Result<Stored> {
         return Err(io::Error::other(format!("it is the record of job {:?}", job.id)));
     }
     let status = Status::read(dir)?.ok_or_else(|| missing(crate::status::FILE))?;
-    let launch = files::read_json(&dir.join(launch::FILE))?;
+    // Not written to last longer than the boot, and each start works it out anew.
+    let launch = files::read_json(&dir.join(launch::FILE)).unwrap_or_default();
     Ok(Stored { job, status, launch })
 }
 

@@ -13,8 +13,12 @@ mod server;
 mod services;
 mod streams;
 
-use std::io;
+use std::ffi::OsStr;
+use std::fs::File;
+use std::io::{self, BufRead as _};
+use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::UnixListener;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
@@ -22,7 +26,6 @@ use std::time::Duration;
 use flynn_api::client::attach::Frame;
 use flynn_api::host::{JobState, attach};
 use jiff::Timestamp;
-use tokio::net::UnixListener;
 use tokio::sync::{mpsc, watch};
 use tokio::time::{Instant, sleep, timeout};
 
@@ -48,34 +51,82 @@ const ORPHAN_CHECK: Duration = Duration::from_secs(5);
 /// How long connections have to take what is meant for them at the end.
 const FAREWELL: Duration = Duration::from_secs(5);
 
+/// Where a supervisor logs, in its job's directory.
+pub const LOG: &str = "supervisor.log";
+
 /// Runs the supervisor of the job in `job_dir` to its end.
 pub fn supervise(job_dir: &Path) -> io::Result<()> {
+    detach()?;
+    let launch = Launch::read(job_dir)?;
+    if !launch.host_network {
+        make_network()?;
+    }
+    let listener = listen(&launch.socket)?;
+    // From here on the daemon sees to the network, while the groups are made.
+    begun()?;
+    let hierarchies = Hierarchies::find()?;
+    crate::cgroup::enter_supervisors_group(&hierarchies)?;
+    run(launch, job_dir, listener, &hierarchies)
+}
+
+/// Gets ready for a job that is not in the host's network, waits until standard input says its directory, and runs its
+/// supervisor to its end. Without a word at the end of the input there is none.
+pub fn wait_for_job() -> io::Result<()> {
+    detach()?;
+    make_network()?;
+    rustix::io::write(rustix::stdio::stdout(), b"\n")?;
+    let hierarchies = Hierarchies::find()?;
+    crate::cgroup::enter_supervisors_group(&hierarchies)?;
+    let mut line = Vec::new();
+    io::stdin().lock().read_until(b'\n', &mut line)?;
+    let Some(job_dir) = line.strip_suffix(b"\n") else {
+        return Ok(());
+    };
+    let job_dir = Path::new(OsStr::from_bytes(job_dir));
+    rustix::stdio::dup2_stdin(File::open("/dev/null")?)?;
+    let log = File::options()
+        .create(true)
+        .append(true)
+        .open(job_dir.join(LOG))?;
+    rustix::stdio::dup2_stderr(log)?;
+    let launch = Launch::read(job_dir)?;
+    let listener = listen(&launch.socket)?;
+    begun()?;
+    run(launch, job_dir, listener, &hierarchies)
+}
+
+/// Makes this process independent of the one that has started it.
+fn detach() -> io::Result<()> {
     // Fails where the caller has made us a session's leader already.
     let _ = rustix::process::setsid();
     rustix::thread::set_name(c"flynn-supervise")?;
-    let launch = Launch::read(job_dir)?;
-    let hierarchies = Hierarchies::find()?;
-    crate::cgroup::enter_supervisors_group(&hierarchies)?;
     for signal in [libc::SIGHUP, libc::SIGINT, libc::SIGPIPE] {
         sys::ignore_signal(signal);
     }
-    if !launch.host_network {
-        sys::unshare_network()?;
-        sys::loopback_up()?;
-        // Programs that are not root may bind low ports and ping: the namespace is theirs alone.
-        for (name, value) in [
-            ("ip_unprivileged_port_start", "0"),
-            ("ping_group_range", "0 2147483647"),
-        ] {
-            let _ = std::fs::write(format!("/proc/sys/net/ipv4/{name}"), value);
-        }
+    Ok(())
+}
+
+/// A network namespace of our own.
+fn make_network() -> io::Result<()> {
+    sys::unshare_network()?;
+    sys::loopback_up()?;
+    // Programs that are not root may bind low ports and ping: the namespace is theirs alone.
+    for (name, value) in [
+        ("ip_unprivileged_port_start", "0"),
+        ("ping_group_range", "0 2147483647"),
+    ] {
+        let _ = std::fs::write(format!("/proc/sys/net/ipv4/{name}"), value);
     }
-    let group = Group::create(&hierarchies, launch.partition, &launch.job_id, launch.limits)?;
+    Ok(())
+}
+
+fn run(launch: Launch, job_dir: &Path, listener: UnixListener, hierarchies: &Hierarchies) -> io::Result<()> {
+    let group = Group::create(hierarchies, launch.partition, &launch.job_id, launch.limits)?;
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_io()
         .enable_time()
         .build()?;
-    runtime.block_on(Supervisor::start(launch, job_dir, group))
+    runtime.block_on(Supervisor::start(launch, job_dir, group, listener))
 }
 
 /// What the loop and the runs share.
@@ -96,14 +147,14 @@ struct Supervisor {
 }
 
 impl Supervisor {
-    async fn start(launch: Launch, job_dir: &Path, group: Group) -> io::Result<()> {
+    async fn start(launch: Launch, job_dir: &Path, group: Group, listener: UnixListener) -> io::Result<()> {
         let job_dir: Arc<Path> = job_dir.into();
         let mut status = Status::read(&job_dir)?.unwrap_or_else(|| Status::new(Timestamp::now(), boot_id()));
         status.supervisor = Some(ProcessId::own());
         status.boot_id = boot_id();
         status.write(&job_dir)?;
 
-        let listener = listen(&launch.socket)?;
+        let listener = tokio::net::UnixListener::from_std(listener)?;
         let (stdin, input) = mpsc::channel(16);
         let output = Arc::new(Output::new(&launch, &job_dir, stdin));
         let (commands_in, commands) = mpsc::channel(16);
@@ -293,12 +344,19 @@ impl Supervisor {
     }
 }
 
+/// Tells the daemon that the socket is there, by closing its end of our standard output.
+fn begun() -> io::Result<()> {
+    let null = File::options().write(true).open("/dev/null")?;
+    Ok(rustix::stdio::dup2_stdout(null)?)
+}
+
 fn listen(socket: &Path) -> io::Result<UnixListener> {
     if let Some(dir) = socket.parent() {
         crate::files::private_dir(dir)?;
     }
     crate::files::remove_all(socket)?;
     let listener = UnixListener::bind(socket)?;
+    listener.set_nonblocking(true)?;
     std::fs::set_permissions(socket, std::fs::Permissions::from_mode(0o600))?;
     Ok(listener)
 }

@@ -297,13 +297,10 @@ impl<'a> Run<'a> {
             // It could not take the signal.
             let _ = self.supervisor.group.freeze(false);
         }
-        if self.running {
-            let _ = container::signal(self.init.get_ref(), libc::SIGTERM);
-            let patience = Duration::from_secs(self.supervisor.launch.stop_timeout.into());
-            self.kill_at = Some(Instant::now() + patience);
-        } else {
-            self.kill_at = Some(Instant::now());
-        }
+        // Before the program runs this waits for it at its init: it may run already, and we not have heard of it.
+        let _ = container::signal(self.init.get_ref(), libc::SIGTERM);
+        let patience = Duration::from_secs(self.supervisor.launch.stop_timeout.into());
+        self.kill_at = Some(Instant::now() + patience);
     }
 
     async fn health(&mut self, event: HealthEvent) {

@@ -59,7 +59,7 @@ pub(crate) struct Host {
     pub(crate) api: HostClient,
     pub(crate) layer: Layer,
     pub(crate) layer_file: PathBuf,
-    groups: Vec<PathBuf>,
+    pub(crate) groups: Vec<PathBuf>,
     daemon: RefCell<Option<Child>>,
     jobs: Cell<u32>,
     dir: tempfile::TempDir,
@@ -142,6 +142,10 @@ impl Host {
 
     pub(crate) fn log(&self) -> String {
         fs::read_to_string(self.dir.path().join("daemon.log")).unwrap_or_default()
+    }
+
+    pub(crate) fn daemon_pid(&self) -> u32 {
+        self.daemon.borrow().as_ref().unwrap().id()
     }
 
     /// Kills the daemon as the kernel would.
@@ -325,7 +329,7 @@ pub(crate) fn lives(pid: u32) -> bool {
         .is_some_and(|(_, rest)| !rest.starts_with(['Z', 'X']))
 }
 
-fn pids_below(group: &Path) -> Vec<u32> {
+pub(crate) fn pids_below(group: &Path) -> Vec<u32> {
     let mut pids = Vec::new();
     let procs = fs::read_to_string(group.join("cgroup.procs")).unwrap_or_default();
     pids.extend(procs.lines().filter_map(|line| line.parse::<u32>().ok()));

@@ -8,6 +8,7 @@
 
 mod attached;
 mod container;
+mod cycles;
 mod escape;
 mod faults;
 mod host;
@@ -53,6 +54,7 @@ fn main() -> ExitCode {
             a_container_dies_with_its_supervisor a_kept_job_survives_its_supervisor a_broken_record_harms_no_other
             wrong_layers_leave_nothing a_full_disk_is_said_and_survived a_new_boot_is_noticed a_kept_job_comes_back_after_a_shutdown
             two_daemons_do_not_share_a_state;
+        cycles: cycles_leave_nothing;
         network: containers_have_addresses services_are_registered missing_layers_are_fetched
             other_hosts_are_encrypted_with_or_named;
         escape: our_program_is_read_only_for_containers images_grant_no_capabilities deep_directories_are_removed;

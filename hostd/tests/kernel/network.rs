@@ -17,7 +17,7 @@ use flynn_api::server::{Json, Listener, serve};
 
 use crate::host::{Host, kill, lives};
 
-fn config() -> NetworkConfig {
+pub(crate) fn config() -> NetworkConfig {
     NetworkConfig {
         network: "100.100.0.0/16".into(),
         subnet: "100.100.7.0/24".into(),
@@ -27,7 +27,7 @@ fn config() -> NetworkConfig {
 
 const GATEWAY: Ipv4Addr = Ipv4Addr::new(100, 100, 7, 1);
 
-fn networked(host: &Host, script: &str) -> Job {
+pub(crate) fn networked(host: &Host, script: &str) -> Job {
     let mut job = host.job(script);
     job.config.host_network = false;
     job
