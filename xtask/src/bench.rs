@@ -21,6 +21,9 @@ pub(crate) struct Args {
 /// The suites that measure the whole platform; the others bring all they need.
 const OF_THE_PLATFORM: [&str; 1] = ["spine"];
 
+/// Those that measure `flynn-host` as it is shipped, and no image.
+const OF_THE_HOST: [&str; 1] = ["host"];
+
 /// Runs a suite, where it needs them on built binaries and images.
 pub(crate) fn run(args: &Args) -> Result<()> {
     setup::check(&[Need::Build, Need::Images, Need::Lab, Need::Bench])?;
@@ -28,6 +31,9 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         let profile = build::Profile::default();
         build::run(profile)?;
         image::make(&BTreeSet::from(image::Name::ALL), profile)?;
+    }
+    if OF_THE_HOST.contains(&args.suite.as_str()) {
+        build::host(build::Profile::default())?;
     }
     let mut cargo = exec::cargo();
     cargo.args([

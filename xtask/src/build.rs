@@ -52,6 +52,15 @@ impl Profile {
 
 /// Builds all static binaries.
 pub(crate) fn run(profile: Profile) -> Result<()> {
+    make(profile, &BINARIES)
+}
+
+/// Builds what a host runs without any image.
+pub(crate) fn host(profile: Profile) -> Result<()> {
+    make(profile, &BINARIES[..1])
+}
+
+fn make(profile: Profile, binaries: &[(&str, &str)]) -> Result<()> {
     setup::check(&[Need::Build])?;
     ui::timed("Building the static binaries", || {
         let mut cargo = exec::cargo();
@@ -63,11 +72,11 @@ pub(crate) fn run(profile: Profile) -> Result<()> {
         if !profile.debug {
             cargo.arg("--release");
         }
-        for (package, binary) in BINARIES {
+        for (package, binary) in binaries {
             cargo.args(["--package", package, "--bin", binary]);
         }
         exec::run(&mut cargo)?;
-        for (_, binary) in BINARIES {
+        for (_, binary) in binaries {
             let path = profile.binary(binary);
             let size = path.metadata().map_or(0, |meta| meta.len());
             ui::note(&format!("{} ({})", path.display(), ui::megabytes(size)));

@@ -6,7 +6,7 @@
 //! - [`row`]: what a measurement comes to; [`samples`]: taking turns and medians
 //! - [`suites`]: which suites there are; [`spine`]: one host with the platform; [`overlay`]: the cluster
 //!   network; [`dns`]: names; [`discovery`]: the registry
-//! - [`l4`]: TCP and UDP routes in the kernel
+//! - [`l4`]: TCP and UDP routes in the kernel; [`host`]: the daemon, its supervisors and containers
 //! - [`inside`]: the parts that run on a host of the lab, or in a container's network
 //!
 //! Invariants: we and the peer are measured in one run, in turns, several times, and medians are compared. A row that
@@ -14,6 +14,7 @@
 
 mod discovery;
 mod dns;
+mod host;
 mod inside;
 mod l4;
 mod overlay;

@@ -8,6 +8,8 @@ use serde::Serialize;
 pub(crate) enum Goal {
     /// Ours is at most this.
     AtMost(f64),
+    /// Ours is at least this.
+    AtLeast(f64),
     /// Ours is at most the peer's times this.
     RatioAtMost(f64),
     /// Ours is at least the peer's times this.
@@ -20,6 +22,7 @@ impl Goal {
     fn text(self) -> String {
         match self {
             Self::AtMost(most) => format!("ours <= {most}"),
+            Self::AtLeast(least) => format!("ours >= {least}"),
             Self::RatioAtMost(most) => format!("ratio <= {most}"),
             Self::RatioAtLeast(least) => format!("ratio >= {least}"),
             Self::RatioWithin(share) => format!("ratio within {share} of 1"),
@@ -29,6 +32,7 @@ impl Goal {
     fn met(self, ours: f64, ratio: Option<f64>) -> Option<bool> {
         match self {
             Self::AtMost(most) => Some(ours <= most),
+            Self::AtLeast(least) => Some(ours >= least),
             Self::RatioAtMost(most) => Some(ratio? <= most),
             Self::RatioAtLeast(least) => Some(ratio? >= least),
             Self::RatioWithin(share) => Some((ratio? - 1.0).abs() <= share),
@@ -94,6 +98,14 @@ impl Subject {
         Row {
             samples,
             ..self.row(&[ours], &[])
+        }
+    }
+
+    /// The row of two figures that so many samples come to.
+    pub(crate) fn beside(self, ours: f64, peer: f64, samples: usize) -> Row {
+        Row {
+            samples,
+            ..self.row(&[ours], &[peer])
         }
     }
 

@@ -1,7 +1,7 @@
 //! Which suites there are.
 
 use crate::row::Row;
-use crate::{discovery, dns, l4, overlay, services, spine};
+use crate::{discovery, dns, host, l4, overlay, services, spine};
 
 /// A suite.
 #[derive(Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
@@ -18,6 +18,8 @@ pub(crate) enum Suite {
     Dns,
     /// TCP and UDP routes in the kernel: the program, forwarding beside peers, Maglev
     L4,
+    /// One host: starts beside runc, cycles, idle containers, logs, attached terminals
+    Host,
 }
 
 /// How much is measured.
@@ -49,6 +51,7 @@ impl Suite {
             Self::Discovery => discovery::run(thoroughness),
             Self::Dns => dns::run(thoroughness),
             Self::L4 => l4::run(thoroughness),
+            Self::Host => host::run(thoroughness),
         }
     }
 }

@@ -94,7 +94,7 @@ pub(crate) fn run(thoroughness: Thoroughness) -> Result<Vec<Row>> {
 }
 
 /// A directory on a real disk: in memory, syncing costs nothing.
-fn disk() -> Result<tempfile::TempDir> {
+pub(crate) fn disk() -> Result<tempfile::TempDir> {
     const TMPFS: i64 = 0x0102_1994;
     let dir = match std::env::var_os("FLYNN_TARGET") {
         Some(target) => tempfile::tempdir_in(target)?,

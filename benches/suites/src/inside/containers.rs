@@ -115,7 +115,7 @@ fn runc(bundle: &Path) -> Result<f64> {
 }
 
 /// A directory with runc's own defaults, and our root file system and command in it.
-fn bundle(rootfs: &Path) -> Result<tempfile::TempDir> {
+pub(crate) fn bundle(rootfs: &Path) -> Result<tempfile::TempDir> {
     let dir = tempfile::tempdir()?;
     let spec = Command::new("runc")
         .arg("spec")

@@ -3,7 +3,7 @@
 use std::fs;
 use std::path::Path;
 
-use anyhow::Result;
+use anyhow::{Context as _, Result};
 use serde::{Deserialize, Serialize};
 
 /// A process.
@@ -31,6 +31,12 @@ pub(crate) fn measure() -> Result<Vec<Process>> {
         }
     }
     Ok(processes)
+}
+
+/// One process.
+pub(crate) fn of_pid(pid: u32) -> Result<Process> {
+    let gone = || format!("there is no process {pid}");
+    process(Path::new(&format!("/proc/{pid}"))).with_context(gone)
 }
 
 /// `None` for kernel threads and for what ended meanwhile.
@@ -68,6 +74,11 @@ fn pss(rollup: &str) -> Option<u64> {
     let line = rollup.lines().find_map(|line| line.strip_prefix("Pss:"))?;
     let kilobytes: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
     Some(kilobytes * 1024)
+}
+
+#[expect(clippy::cast_precision_loss, reason = "sizes are far below 2^52")]
+pub(crate) fn megabytes(bytes: u64) -> f64 {
+    bytes as f64 / 1e6
 }
 
 #[cfg(test)]

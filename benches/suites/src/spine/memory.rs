@@ -7,7 +7,7 @@ use anyhow::{Result, ensure};
 use flynn_cluster_tests::Platform;
 
 use super::SUITE;
-use crate::inside::memory::Process;
+use crate::inside::memory::{Process, megabytes};
 use crate::row::{Goal, Row, Subject};
 
 pub(super) const SUBJECTS: &[Subject] = &[Subject {
@@ -45,9 +45,4 @@ fn sum(platform: &Platform) -> Result<f64> {
         eprintln!("    {:>7.1} MB  {name} ({count})", megabytes(*bytes));
     }
     Ok(megabytes(by_name.values().map(|(_, bytes)| bytes).sum()))
-}
-
-#[expect(clippy::cast_precision_loss, reason = "sizes are far below 2^52")]
-fn megabytes(bytes: u64) -> f64 {
-    bytes as f64 / 1e6
 }
