@@ -30,8 +30,10 @@ pub(super) fn create(paths: &Paths, job: &Job, status: &Status) -> io::Result<()
     let new = paths.jobs().join(format!("{NEW}{}", job.id));
     files::remove_all(&new)?;
     files::private_dir(&new)?;
-    let written = files::write_json(&new.join(JOB), job)
-        .and_then(|()| status.write(&new))
+    // The record is synced with its directory, which has to name the status by then.
+    let written = status
+        .write(&new)
+        .and_then(|()| files::write_json(&new.join(JOB), job))
         .and_then(|()| fs::rename(&new, paths.job(&job.id)))
         .and_then(|()| files::sync_dir(&paths.jobs()));
     if written.is_err() {
