@@ -350,13 +350,16 @@ fn begun() -> io::Result<()> {
     Ok(rustix::stdio::dup2_stdout(null)?)
 }
 
+/// The socket of the job, which is there as soon as it takes connections, and not before.
 fn listen(socket: &Path) -> io::Result<UnixListener> {
     if let Some(dir) = socket.parent() {
         crate::files::private_dir(dir)?;
     }
-    crate::files::remove_all(socket)?;
-    let listener = UnixListener::bind(socket)?;
+    let new = socket.with_extension("new");
+    crate::files::remove_all(&new)?;
+    let listener = UnixListener::bind(&new)?;
     listener.set_nonblocking(true)?;
-    std::fs::set_permissions(socket, std::fs::Permissions::from_mode(0o600))?;
+    std::fs::set_permissions(&new, std::fs::Permissions::from_mode(0o600))?;
+    std::fs::rename(new, socket)?;
     Ok(listener)
 }

@@ -352,12 +352,17 @@ async fn disagree(hosts: &mut Hosts, ledger: &Ledger, leader: usize) {
     }
     let client = hosts.client(leader).clone();
     let before = client.own_status().await.unwrap().last_log;
+    let name = format!("lost-{before}");
     let write = tokio::spawn({
-        let (client, name) = (client.clone(), format!("lost-{before}"));
+        let (client, name) = (client.clone(), name.clone());
         async move { client.create_service(&name, &ServiceConfig::default()).await }
     });
+    // In its journal, not in its memory alone.
+    let journal = hosts.cluster.members[leader].options.data.join("raft/journal");
     eventually("an entry that nobody else has", async || {
-        (client.own_status().await.ok()?.last_log > before).then_some(())
+        let written = std::fs::read(&journal).unwrap();
+        let mut places = written.windows(name.len());
+        places.any(|place| place == name.as_bytes()).then_some(())
     })
     .await;
     hosts.kill(leader);
