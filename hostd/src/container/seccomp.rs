@@ -126,7 +126,7 @@ impl Filters {
         );
         rules.insert(libc::SYS_socket, sockets()?);
         rules.insert(libc::SYS_socketpair, sockets()?);
-        rules.insert(libc::SYS_ioctl, vec![no_typing()?]);
+        rules.insert(libc::SYS_ioctl, vec![ioctls(admin)?]);
         rules.insert(libc::SYS_personality, personalities()?);
         let error = |errno: i32| SeccompAction::Errno(errno.cast_unsigned());
         let arch = TargetArch::x86_64;
@@ -184,11 +184,18 @@ fn sockets() -> Result<Vec<SeccompRule>, seccompiler::BackendError> {
     one_of(&families.map(|family| u64::from(family.cast_unsigned())))
 }
 
-/// Every ioctl but those that put input into a terminal, as if somebody had typed it. The kernel looks at the lower half
-/// of a request, and so does this.
-fn no_typing() -> Rule {
+/// Every ioctl but those that put input into a terminal, as if somebody had typed it, and those that make a subvolume of
+/// btrfs, which the limit of the volume that it is in does not count. The kernel looks at the lower half of a request, and
+/// so does this.
+fn ioctls(admin: bool) -> Rule {
+    const TYPING: [u64; 2] = [libc::TIOCSTI, libc::TIOCLINUX];
+    // BTRFS_IOC_SNAP_CREATE, _SUBVOL_CREATE, and their second versions.
+    const SUBVOLUMES: [u64; 4] = [0x5000_9401, 0x5000_940e, 0x5000_9417, 0x5000_9418];
+    let refused = TYPING
+        .into_iter()
+        .chain(SUBVOLUMES.into_iter().filter(|_| !admin));
     let not = |request| SeccompCondition::new(1, SeccompCmpArgLen::Dword, SeccompCmpOp::Ne, request);
-    SeccompRule::new(vec![not(libc::TIOCSTI)?, not(libc::TIOCLINUX)?])
+    SeccompRule::new(refused.map(not).collect::<Result<_, _>>()?)
 }
 
 /// Linux, its 32-bit kind, without randomised addresses, and the question which it is.

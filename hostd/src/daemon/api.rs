@@ -22,6 +22,7 @@ use hyper::upgrade::Upgraded;
 use hyper_util::rt::TokioIo;
 use serde::Deserialize;
 use tokio::sync::broadcast;
+use tokio::task::spawn_blocking;
 use tokio::time::{sleep, timeout};
 
 use super::images::pieces;
@@ -97,7 +98,10 @@ async fn authorize(request: HttpRequest, next: Next) -> Response {
 }
 
 async fn status(State(daemon): Shared) -> Result<Response> {
-    Ok(Json(daemon.status()?).into_response())
+    // It looks at disks.
+    let status = spawn_blocking(move || daemon.status()).await;
+    let status = status.map_err(|error| Error::internal(format!("the status was cut off: {error}")))?;
+    Ok(Json(status?).into_response())
 }
 
 async fn jobs(State(daemon): Shared, headers: HeaderMap) -> Response {

@@ -76,7 +76,11 @@ pub(super) fn close(target: &Path) -> io::Result<()> {
     if is_mounted(target)? {
         unmount(target, UnmountFlags::DETACH)?;
     }
-    files::remove_all(target)
+    // Nothing but the mount point: where something is mounted still, its data are not to go.
+    match fs::remove_dir(target) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        removed => removed,
+    }
 }
 
 /// How much of it is used, where it is mounted.

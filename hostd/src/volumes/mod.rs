@@ -73,6 +73,8 @@ pub struct Volumes {
     pools: Mutex<Pools>,
     /// What is unfinished because somebody is at it.
     working: Mutex<BTreeSet<PathBuf>>,
+    /// What was found when the providers' disks were looked at last.
+    notices: Mutex<Vec<String>>,
 }
 
 /// A volume that is there.
@@ -186,6 +188,7 @@ impl Volumes {
         let volumes = Self {
             pools: Mutex::new(Pools::open(paths)?),
             working: Mutex::default(),
+            notices: Mutex::default(),
         };
         volumes.finish_decommissions();
         Ok(volumes)
@@ -220,11 +223,17 @@ impl Volumes {
         self.lock().remove(id)
     }
 
-    /// What an operator should know.
+    /// What an operator should know; as it was a moment ago, while a volume comes or goes, which may take minutes.
     pub fn notices(&self) -> Vec<String> {
-        let pools = self.lock();
-        let missing = pools.iter().filter_map(|pool| pool.check().err());
-        missing.map(|error| error.message).collect()
+        let found = self.pools.try_lock().ok().map(|pools| {
+            let missing = pools.iter().filter_map(|pool| pool.check().err());
+            missing.map(|error| error.message).collect()
+        });
+        let mut notices = self.notices.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(found) = found {
+            *notices = found;
+        }
+        notices.clone()
     }
 
     /// All volumes, by id.

@@ -354,6 +354,14 @@ pub(crate) const CASES: &[Case] = &[
     case("file_of_the_host", || {
         read(&variable(HOST).join("secret").to_string_lossy())
     }),
+    case("subvolume_beside_the_limit", || {
+        let here = File::open("/")?;
+        let create: [u32; 2] = [0x5000_940e, 0x5000_9417];
+        for request in create {
+            reach(libc::SYS_ioctl, [here.as_raw_fd() as usize, request as usize, 0])?;
+        }
+        Ok(())
+    }),
     // Terminals.
     case("terminal_injection", || inject(request(libc::TIOCSTI))),
     // The kernel looks at the lower half of the request alone.
