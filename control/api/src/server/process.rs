@@ -10,6 +10,8 @@ pub fn init_logging(component: &'static str) {
     let logger = tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(std::io::stderr)
+        // It would say on stderr that stderr, a file on a full disk, takes nothing, and panic since it cannot.
+        .log_internal_errors(false)
         .with_ansi(false);
     // An error says that a logger is installed already.
     if logger.try_init().is_ok() {
