@@ -508,6 +508,20 @@ pub struct AttachRequest {
     pub lines: u32,
 }
 
+/// The protocol of connections that [`AttachRequest`] and [`ExecRequest`] upgrade to: frames of [`attach`].
+pub const ATTACH_PROTOCOL: &str = "flynn-attach/0";
+
+/// The protocol of connections that [`ForwardRequest`] upgrades to: the bytes of the port's, both ways.
+pub const FORWARD_PROTOCOL: &str = "flynn-forward/0";
+
+/// A connection to a port of a running job: body of `POST /host/jobs/{id}/forward`, which upgrades. It is made in the job's own
+/// network, and so reaches programs that listen on its loopback device alone, too.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ForwardRequest {
+    /// The TCP port.
+    pub port: u16,
+}
+
 /// Another program in a running job's container: body of `POST /host/jobs/{id}/exec`, which upgrades as attaching does. It has
 /// the job's environment, limits and rights.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]

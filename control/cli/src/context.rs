@@ -5,8 +5,8 @@ use std::path::PathBuf;
 use flynn_api::client::Http;
 use flynn_api::client::controller::ControllerClient;
 use flynn_api::client::receive::ReceiveClient;
-use flynn_api::controller::App;
-use flynn_api::{ErrorCode, controller::Release};
+use flynn_api::controller::{App, Job, JobState, Release};
+use flynn_api::{Error, ErrorCode};
 
 use crate::commands::Globals;
 use crate::config::{self, Cluster, Config};
@@ -131,6 +131,19 @@ impl Target {
                 .map_err(advise(ErrorCode::NotFound, "See them all: flynn release"))?),
             None => self.release().await?.ok_or_else(|| self.no_release()),
         }
+    }
+
+    /// The id of the job that is named, or of one that is up where a process type is.
+    pub(crate) async fn running_job(&self, name: String) -> Result<String> {
+        let jobs = self.controller.jobs(&self.app.id).await?;
+        let of_type = |job: &&Job| job.process_type == name;
+        if let Some(job) = jobs.iter().filter(|job| job.state == JobState::Up).find(of_type) {
+            return Ok(job.id.clone());
+        }
+        if jobs.iter().any(|job| of_type(&job)) {
+            return Err(Error::conflict(format!("no job of the type {name} is up")).into());
+        }
+        Ok(name)
     }
 
     pub(crate) fn no_release(&self) -> Failure {

@@ -6,6 +6,7 @@ mod discoverd;
 mod exec;
 pub mod members;
 mod network;
+mod port_forward;
 mod run;
 mod show;
 mod volume;
@@ -85,6 +86,8 @@ pub enum Operator {
     Run(RunArgs),
     /// Start another program in a job's container
     Exec(ExecArgs),
+    /// Have ports of this machine lead to a job's
+    PortForward(port_forward::Args),
     /// Show what this host is and how it does
     Status {
         /// As JSON
@@ -163,6 +166,10 @@ pub async fn operate(command: Operator) -> anyhow::Result<ExitCode> {
         Operator::Exec(args) => {
             let job = find(&host, &args.job).await?;
             return exec::exec(&host, &job, args).await;
+        }
+        Operator::PortForward(args) => {
+            let job = find(&host, &args.job).await?;
+            port_forward::run(&host, job, &args).await?;
         }
         Operator::Status { json } => {
             let status = reach(host.status().await)?;

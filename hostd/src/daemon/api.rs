@@ -6,37 +6,29 @@ use std::time::Duration;
 use axum::Router;
 use axum::body::Body;
 use axum::extract::{Path, Query, Request as HttpRequest, State};
-use axum::http::header::{CONNECTION, CONTENT_LENGTH, CONTENT_TYPE, UPGRADE};
-use axum::http::request::Parts;
+use axum::http::header::{CONTENT_LENGTH, CONTENT_TYPE};
 use axum::http::{HeaderMap, Method, StatusCode};
 use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post, put};
-use flynn_api::client::attach::write_frame;
-use flynn_api::host::{AttachRequest, ExecRequest, Job, JobEvent, LogLine, NetworkConfig, attach};
+use flynn_api::host::{Job, JobEvent, LogLine, NetworkConfig};
 use flynn_api::server::{Json, Peer, StrictJson, disk, events, wants_events};
 use flynn_api::tls::PeerIdentity;
 use flynn_api::{Digest, Error, ErrorCode, Result};
 use futures::{Stream, StreamExt};
-use hyper::upgrade::Upgraded;
-use hyper_util::rt::TokioIo;
 use serde::Deserialize;
 use tokio::sync::broadcast;
 use tokio::task::spawn_blocking;
-use tokio::time::{sleep, timeout};
+use tokio::time::timeout;
 
 use super::images::pieces;
 use super::table::Entry;
-use super::{Daemon, disk_error};
-use crate::control::{Connection, Request};
+use super::{Daemon, attached, disk_error};
+use crate::control::Request;
 use crate::logs::Follower;
-use crate::paths::Paths;
-use crate::supervisor::frame_of;
 
-/// How long an attached client waits for its job to come.
-const ATTACH_WAIT: Duration = Duration::from_secs(10);
-
-type Shared = State<Arc<Daemon>>;
+/// The daemon, as handlers get it.
+pub(super) type Shared = State<Arc<Daemon>>;
 
 /// The routes.
 pub(super) fn router(daemon: Arc<Daemon>) -> Router {
@@ -47,10 +39,11 @@ pub(super) fn router(daemon: Arc<Daemon>) -> Router {
         .route("/host/jobs/{id}/signal/{signal}", put(signal_job))
         .route("/host/jobs/{id}/discoverd-deregister", put(deregister_job))
         .route("/host/jobs/{id}/log", get(log))
-        .route("/host/jobs/{id}/exec", post(exec))
+        .route("/host/jobs/{id}/exec", post(attached::exec))
+        .route("/host/jobs/{id}/forward", post(attached::forward))
         .route("/host/jobs/{id}/pause", put(pause))
         .route("/host/jobs/{id}/resume", put(resume))
-        .route("/attach", post(attach_job))
+        .route("/attach", post(attached::attach))
         .route("/host/network", get(network).put(configure_network))
         .route("/host/layers/{digest}", get(layer).put(put_layer))
         .route("/host/network/flows", get(flows))
@@ -305,149 +298,6 @@ async fn layer(State(daemon): Shared, Path(digest): Path<String>) -> Result<Resp
         (CONTENT_TYPE, "application/octet-stream".into()),
     ];
     Ok((headers, Body::from_stream(chunks)).into_response())
-}
-
-/// The protocol of attached connections.
-const PROTOCOL: &str = "flynn-attach/0";
-
-/// Reads what a client wishes that wants its connection upgraded.
-async fn upgrading<T: serde::de::DeserializeOwned>(request: HttpRequest) -> Result<(Parts, T)> {
-    if request
-        .headers()
-        .get(UPGRADE)
-        .is_none_or(|protocol| protocol != PROTOCOL)
-    {
-        return Err(Error::validation(format!(
-            "attaching needs Connection: Upgrade and Upgrade: {PROTOCOL}"
-        )));
-    }
-    let (parts, body) = request.into_parts();
-    let body = axum::body::to_bytes(body, 64 << 10)
-        .await
-        .map_err(|_| Error::validation("the body is cut short or longer than 64 KiB"))?;
-    let wish = serde_json::from_slice(&body)
-        .map_err(|error| Error::validation(format!("the body cannot be read: {error}")))?;
-    Ok((parts, wish))
-}
-
-/// Answers with the upgrade, and then has `carry` serve the connection.
-fn upgrade<F>(parts: Parts, carry: impl FnOnce(TokioIo<Upgraded>) -> F + Send + 'static) -> Response
-where
-    F: Future<Output = std::io::Result<()>> + Send,
-{
-    let mut request = HttpRequest::from_parts(parts, Body::empty());
-    let upgrade = hyper::upgrade::on(&mut request);
-    tokio::spawn(async move {
-        let Ok(upgraded) = upgrade.await else { return };
-        if let Err(error) = carry(TokioIo::new(upgraded)).await {
-            tracing::debug!(%error, "attached connection");
-        }
-    });
-    let headers = [(CONNECTION, "Upgrade"), (UPGRADE, PROTOCOL)];
-    (StatusCode::SWITCHING_PROTOCOLS, headers).into_response()
-}
-
-async fn exec(State(daemon): Shared, Path(id): Path<String>, request: HttpRequest) -> Result<Response> {
-    let (parts, wish) = upgrading::<ExecRequest>(request).await?;
-    if wish.args.first().is_none_or(String::is_empty) {
-        return Err(Error::invalid_field("args", "names no program"));
-    }
-    let entry = daemon
-        .table
-        .get(&id)
-        .ok_or_else(|| Error::not_found("job", &id))?;
-    if entry.status.state.is_terminal() {
-        return Err(Error::conflict(format!("the job {id} is over")));
-    }
-    let failed = |error| Error::conflict(format!("cannot start it in the job {id}: {error}"));
-    let mut supervisor = Connection::open(&Paths::socket(&id)).await.map_err(failed)?;
-    supervisor.call(&Request::Exec(wish)).await.map_err(failed)?;
-    Ok(upgrade(parts, async move |mut client| {
-        let mut supervisor = supervisor.into_stream();
-        tokio::io::copy_bidirectional(&mut client, &mut supervisor)
-            .await
-            .map(drop)
-    }))
-}
-
-async fn attach_job(State(daemon): Shared, request: HttpRequest) -> Result<Response> {
-    let (parts, wish) = upgrading::<AttachRequest>(request).await?;
-    let entry = wait_for(&daemon, &wish.job_id).await?;
-    let has = |stream: &str| wish.flags.iter().any(|flag| flag == stream);
-    let streams = [has("stdout"), has("stderr")];
-    let attach = Request::Attach {
-        stdin: has("stdin"),
-        stdout: streams[0],
-        stderr: streams[1],
-        tty_size: wish.tty_size,
-        lines: wish.lines,
-    };
-    let supervisor = match Connection::open(&Paths::socket(&wish.job_id)).await {
-        Ok(mut connection) => {
-            connection
-                .call(&attach)
-                .await
-                .map_err(|error| Error::unavailable(format!("cannot attach: {error}")))?;
-            Some(connection)
-        }
-        Err(_) if entry.status.state.is_terminal() => None,
-        Err(error) => {
-            return Err(Error::unavailable(format!(
-                "the job's supervisor does not answer: {error}"
-            )));
-        }
-    };
-    Ok(upgrade(parts, async move |mut client| match supervisor {
-        Some(connection) => {
-            let mut supervisor = connection.into_stream();
-            tokio::io::copy_bidirectional(&mut client, &mut supervisor)
-                .await
-                .map(drop)
-        }
-        None => replay(&daemon, &wish, streams, &mut client).await,
-    }))
-}
-
-/// The job once its supervisor can be attached to. Clients may attach before they ask for the job.
-async fn wait_for(daemon: &Daemon, id: &str) -> Result<Entry> {
-    let ready = |entry: &Entry| entry.status.state.is_terminal() || Paths::socket(id).exists();
-    let waiting = async {
-        loop {
-            if let Some(entry) = daemon.table.get(id).filter(ready) {
-                return entry;
-            }
-            sleep(Duration::from_millis(10)).await;
-        }
-    };
-    timeout(ATTACH_WAIT, waiting)
-        .await
-        .map_err(|_| Error::not_found("job", id))
-}
-
-/// What an attached client would have seen of a job that is over.
-async fn replay(
-    daemon: &Daemon,
-    wish: &AttachRequest,
-    streams: [bool; 2],
-    client: &mut (impl tokio::io::AsyncWrite + Unpin),
-) -> std::io::Result<()> {
-    use tokio::io::AsyncWriteExt;
-    if wish.lines > 0 {
-        let last = usize::try_from(wish.lines).ok();
-        let lines = Follower::open(&daemon.paths.job(&wish.job_id).join("log"), last)?.read()?;
-        for frame in lines.iter().filter_map(|line| frame_of(line, streams)) {
-            write_frame(client, frame.kind, &frame.payload).await?;
-        }
-    }
-    let status = daemon.table.get(&wish.job_id).map(|entry| entry.status);
-    if let Some(exit) = status.as_ref().and_then(|status| status.exit_status) {
-        write_frame(client, attach::EXIT, &exit.to_be_bytes()).await?;
-    } else {
-        let why = status.and_then(|status| status.error);
-        let why = why.unwrap_or_else(|| "the job was stopped".into());
-        write_frame(client, attach::ERROR, why.as_bytes()).await?;
-    }
-    client.shutdown().await
 }
 
 #[cfg(test)]

@@ -4,6 +4,7 @@
 
 mod adopt;
 mod api;
+mod attached;
 mod exe;
 mod images;
 mod keep;

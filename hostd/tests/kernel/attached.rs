@@ -2,11 +2,12 @@
 
 use flynn_api::ErrorCode;
 use flynn_api::client::attach::{read_frame, write_frame};
-use flynn_api::host::{AttachRequest, ExecRequest, Job, TtySize, attach};
-use tokio::io::{AsyncRead, AsyncWrite};
+use flynn_api::host::{AttachRequest, ExecRequest, ForwardRequest, Job, TtySize, attach};
+use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
 use tokio::time::timeout;
 
 use crate::host::{Host, PATIENCE};
+use crate::network::{config, networked};
 
 fn request(job: &Job) -> AttachRequest {
     AttachRequest {
@@ -301,4 +302,43 @@ pub(crate) async fn programs_end_with_their_client_or_their_job() {
     assert_eq!(over.code, ErrorCode::Conflict);
     let none = host.api.exec("one-none", &shell("true")).await.unwrap_err();
     assert_eq!(none.code, ErrorCode::NotFound);
+}
+
+/// A port that is only on a job's loopback device, by way of the host; ports of the host are not the job's.
+pub(crate) async fn ports_of_jobs_are_reached() {
+    let host = Host::boot().await;
+    host.api.configure_network(&config()).await.unwrap();
+    let job = networked(&host, "exec httpd -f -p 127.0.0.1:7000 -h /etc");
+    host.run(&job).await;
+    let answered = host
+        .until(async || {
+            let request = ForwardRequest { port: 7000 };
+            let mut port = host.api.forward(&job.id, &request).await.ok()?;
+            port.write_all(b"GET /passwd HTTP/1.0\r\n\r\n").await.ok()?;
+            let mut said = String::new();
+            port.read_to_string(&mut said).await.ok()?;
+            Some(said)
+        })
+        .await
+        .unwrap();
+    assert!(answered.contains("app:x:1000"), "{answered}");
+
+    let of_host = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let port = of_host.local_addr().unwrap().port();
+    let refused = host
+        .api
+        .forward(&job.id, &ForwardRequest { port })
+        .await
+        .unwrap_err();
+    assert_eq!(refused.code, ErrorCode::Conflict);
+    assert!(refused.message.contains("nothing listens"), "{refused}");
+
+    host.api.stop_job(&job.id).await.unwrap();
+    host.end(&job.id).await;
+    let over = host
+        .api
+        .forward(&job.id, &ForwardRequest { port: 7000 })
+        .await
+        .unwrap_err();
+    assert_eq!(over.code, ErrorCode::Conflict);
 }

@@ -49,7 +49,7 @@ fn main() -> ExitCode {
         life: signals_and_stops kills_who_does_not_stop restarts_what_is_to_be_kept rotates_logs follows_logs
             refuses_bad_jobs reports_events checks_ports pauses_and_resumes commands_check_health commands_that_fail_are_explained;
         attached: pipes_lose_nothing terminals_have_sizes_and_signals attaches_before_and_after programs_run_beside_the_job_s
-            programs_end_with_their_client_or_their_job;
+            programs_end_with_their_client_or_their_job ports_of_jobs_are_reached;
         faults: containers_outlive_the_daemon an_end_without_a_daemon_is_kept
             a_container_dies_with_its_supervisor a_kept_job_survives_its_supervisor a_broken_record_harms_no_other
             wrong_layers_leave_nothing a_full_disk_is_said_and_survived a_new_boot_is_noticed a_kept_job_comes_back_after_a_shutdown

@@ -95,6 +95,9 @@ const PACKAGES: &[(&str, &str, Need)] = &[
     ("busybox-static", "is their user space", Need::Vm),
     ("iproute2", "connects namespaces in them", Need::Vm),
     ("nftables", "masquerades in them", Need::Vm),
+    ("squashfs-tools", "makes image layers in them", Need::Vm),
+    ("e2fsprogs", "makes volumes with limits in them", Need::Vm),
+    ("btrfs-progs", "makes volumes with snapshots in them", Need::Vm),
 ];
 
 /// The packages that are needed and not installed, with what they are for.

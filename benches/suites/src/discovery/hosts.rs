@@ -158,16 +158,33 @@ async fn beat(mut connection: Http1, host: usize, registered: tokio::sync::mpsc:
         })
         .collect::<Result<_>>()?;
     for (path, body) in &instances {
-        connection.call(Method::PUT, path, body.clone().into()).await?;
+        say(&mut connection, path, body).await?;
     }
     registered.send(()).await?;
     let mut tick = interval(Duration::from_secs(HEARTBEAT_SECS) / u32::try_from(OF_EACH)?);
     tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
     for (path, body) in instances.iter().cycle() {
         tick.tick().await;
-        connection.call(Method::PUT, path, body.clone().into()).await?;
+        say(&mut connection, path, body).await?;
     }
     Ok(())
+}
+
+/// Says that an instance lives; again where the answer asks for that, as supervisors do.
+async fn say(connection: &mut Http1, path: &str, body: &str) -> Result<()> {
+    let begun = Instant::now();
+    loop {
+        let said = connection.call(Method::PUT, path, body.to_owned().into()).await;
+        let Err(error) = said else { return Ok(()) };
+        let again = error
+            .downcast_ref::<flynn_api::Error>()
+            .is_some_and(|said| said.retry);
+        if !again || begun.elapsed() > PATIENCE {
+            return Err(error);
+        }
+        eprintln!("    once more: {error:#}");
+        sleep(Duration::from_millis(200)).await;
+    }
 }
 
 /// An instance with the labels that the platform gives to each.

@@ -31,10 +31,17 @@ const TOLD: Subject = alone("last of 1,000 watchers told, 99 of 100 within", "ms
 /// Takes the row.
 pub(super) async fn measured(thoroughness: Thoroughness) -> Row {
     match told(thoroughness.pick(100, 500)).await {
-        Ok(mut times) => match percentile(&mut times, 99) {
-            Some(p99) => TOLD.figure(p99, times.len()),
-            None => TOLD.missing("nothing was changed"),
-        },
+        Ok(mut times) => {
+            if let (Some(half), Some(most)) = (percentile(&mut times, 50), percentile(&mut times, 90)) {
+                eprintln!(
+                    "    last of {WATCHERS} told: half within {half:.1} ms, 9 of 10 within {most:.1} ms"
+                );
+            }
+            match percentile(&mut times, 99) {
+                Some(p99) => TOLD.figure(p99, times.len()),
+                None => TOLD.missing("nothing was changed"),
+            }
+        }
         Err(error) => TOLD.missing(format!("{error:#}")),
     }
 }

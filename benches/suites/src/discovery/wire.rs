@@ -46,7 +46,8 @@ impl Http1 {
         })
     }
 
-    /// The answer's head, which must be of success.
+    /// The answer's head, which must be of success; else the error is what the other side said
+    /// ([`flynn_api::Error`]).
     pub(crate) async fn send(
         &mut self,
         method: Method,
@@ -66,7 +67,10 @@ impl Http1 {
         if !response.status().is_success() {
             let status = response.status();
             let body = response.into_body().collect().await?.to_bytes();
-            bail!("{path}: {status}: {}", String::from_utf8_lossy(&body));
+            return match serde_json::from_slice::<flynn_api::Error>(&body) {
+                Ok(said) => Err(anyhow::Error::new(said).context(format!("{path}: {status}"))),
+                Err(_) => bail!("{path}: {status}: {}", String::from_utf8_lossy(&body)),
+            };
         }
         Ok(response)
     }

@@ -7,7 +7,7 @@ use super::{EventStream, Http, Upgraded, encode};
 use crate::controller::{
     App, Deployment, DeploymentEvent, Event, ExpandedFormation, Formation, Job, NewJob, Release, ScaleRequest,
 };
-use crate::host::{ExecRequest, LogLine};
+use crate::host::{ATTACH_PROTOCOL, ExecRequest, FORWARD_PROTOCOL, ForwardRequest, LogLine};
 use crate::image::Artifact;
 use crate::route::{Route, RouteKind};
 use crate::{Error, Result};
@@ -261,15 +261,19 @@ impl ControllerClient {
 
     /// Runs a one-off job and attaches to it.
     pub async fn run_attached(&self, app: &str, job: &NewJob) -> Result<Upgraded> {
-        self.http
-            .upgrade(&path(app, "/jobs"), "flynn-attach/0", job)
-            .await
+        self.http.upgrade(&path(app, "/jobs"), ATTACH_PROTOCOL, job).await
     }
 
     /// Starts another program in a running job's container, and becomes its terminal.
     pub async fn exec(&self, app: &str, id: &str, request: &ExecRequest) -> Result<Upgraded> {
         let path = path(app, &format!("/jobs/{}/exec", encode(id)));
-        self.http.upgrade(&path, "flynn-attach/0", request).await
+        self.http.upgrade(&path, ATTACH_PROTOCOL, request).await
+    }
+
+    /// Connects to a port of a running job; the connection's bytes follow.
+    pub async fn forward(&self, app: &str, id: &str, request: &ForwardRequest) -> Result<Upgraded> {
+        let path = path(app, &format!("/jobs/{}/forward", encode(id)));
+        self.http.upgrade(&path, FORWARD_PROTOCOL, request).await
     }
 
     /// Deploys a release.

@@ -8,8 +8,8 @@ use hyper::body::Incoming;
 use super::{Body, EventStream, Http, Upgraded, encode};
 use crate::Result;
 use crate::host::{
-    ActiveJob, AttachRequest, ExecRequest, Flow, HostStatus, Job, JobEvent, LogLine, NetworkConfig,
-    NetworkStatus, ServiceStatus,
+    ATTACH_PROTOCOL, ActiveJob, AttachRequest, ExecRequest, FORWARD_PROTOCOL, Flow, ForwardRequest,
+    HostStatus, Job, JobEvent, LogLine, NetworkConfig, NetworkStatus, ServiceStatus,
 };
 use crate::volume::{Copy, Gc, NewProvider, NewVolume, Provider, Rollback, Volume};
 
@@ -101,7 +101,18 @@ impl HostClient {
         self.http
             .upgrade(
                 &format!("/host/jobs/{}/exec", encode(id)),
-                "flynn-attach/0",
+                ATTACH_PROTOCOL,
+                request,
+            )
+            .await
+    }
+
+    /// Connects to a port of a job; the connection's bytes follow.
+    pub async fn forward(&self, id: &str, request: &ForwardRequest) -> Result<Upgraded> {
+        self.http
+            .upgrade(
+                &format!("/host/jobs/{}/forward", encode(id)),
+                FORWARD_PROTOCOL,
                 request,
             )
             .await
@@ -109,7 +120,7 @@ impl HostClient {
 
     /// Attaches to a job; frames of [`super::attach`] follow.
     pub async fn attach(&self, request: &AttachRequest) -> Result<Upgraded> {
-        self.http.upgrade("/attach", "flynn-attach/0", request).await
+        self.http.upgrade("/attach", ATTACH_PROTOCOL, request).await
     }
 
     /// The host's network.

@@ -6,6 +6,7 @@ mod connect;
 pub mod controller;
 pub mod discovery;
 mod events;
+pub mod forward;
 pub mod host;
 mod hosts;
 pub mod receive;

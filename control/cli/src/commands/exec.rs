@@ -3,9 +3,8 @@
 use std::process::ExitCode;
 
 use clap::Args;
-use flynn_api::controller::JobState;
 use flynn_api::host::ExecRequest;
-use flynn_api::{Env, Error, ErrorCode};
+use flynn_api::{Env, ErrorCode};
 
 use super::pair;
 use crate::attach;
@@ -43,15 +42,7 @@ impl Exec {
         if let Some(term) = std::env::var("TERM").ok().filter(|_| tty) {
             env.entry("TERM".into()).or_insert(term);
         }
-        let jobs = target.controller.jobs(&target.app.id).await?;
-        let mut up = jobs.iter().filter(|job| job.state == JobState::Up);
-        let id = match up.find(|job| job.process_type == self.job) {
-            Some(job) => job.id.clone(),
-            None if jobs.iter().any(|job| job.process_type == self.job) => {
-                return Err(Error::conflict(format!("no job of the type {} is up", self.job)).into());
-            }
-            None => self.job,
-        };
+        let id = target.running_job(self.job).await?;
         let request = ExecRequest {
             args: self.command,
             env,

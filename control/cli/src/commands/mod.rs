@@ -11,6 +11,7 @@ mod log;
 mod meta;
 mod names;
 mod network;
+mod port_forward;
 mod ps;
 mod release;
 mod remote;
@@ -78,6 +79,8 @@ enum Command {
     Run(run::Run),
     /// Run a program in the container of a job that is up
     Exec(exec::Exec),
+    /// Have ports of this machine lead to those of a job that is up
+    PortForward(port_forward::PortForward),
     /// Show or change the environment, by a new release
     Env(env::Env),
     /// Show or change limits of process types, by a new release
@@ -132,6 +135,7 @@ pub(crate) async fn run(cli: Cli) -> Result<ExitCode> {
         Command::Scale(command) => command.run(&context).await?,
         Command::Run(command) => return command.run(&context).await,
         Command::Exec(command) => return command.run(&context).await,
+        Command::PortForward(command) => command.run(&context).await?,
         Command::Env(command) => command.run(&context).await?,
         Command::Limit(command) => command.run(&context).await?,
         Command::Meta(command) => command.run(&context).await?,

@@ -64,6 +64,7 @@ pub(crate) fn router(shared: &Arc<Shared>) -> Router {
             get(jobs::get).put(jobs::put).delete(jobs::stop),
         )
         .route("/apps/{app}/jobs/{id}/exec", post(exec::exec))
+        .route("/apps/{app}/jobs/{id}/forward", post(exec::forward))
         .route("/apps/{app}/deploy", post(deployments::create))
         .route("/apps/{app}/deployments", get(deployments::of_app))
         .route("/deployments/{id}", get(deployments::get))

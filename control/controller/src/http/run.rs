@@ -8,7 +8,7 @@ use flynn_api::client::Upgraded;
 use flynn_api::client::attach::{read_frame, write_frame};
 use flynn_api::client::host::HostClient;
 use flynn_api::controller::{Job, JobState, NewJob};
-use flynn_api::host::{AttachRequest, attach};
+use flynn_api::host::{ATTACH_PROTOCOL, AttachRequest, attach};
 use flynn_api::server::{Json, StrictJson};
 use flynn_api::{Error, ErrorCode, Result};
 use http::header::{CONNECTION, HeaderMap, HeaderValue, UPGRADE};
@@ -25,8 +25,6 @@ use crate::hosts::Host;
 use crate::rules;
 use crate::service::Shared;
 
-/// The protocol of attached jobs.
-const PROTOCOL: &str = "flynn-attach/0";
 /// The header of a 101 answer that names the job.
 const JOB_ID: HeaderName = HeaderName::from_static("flynn-job-id");
 /// How long a host may take to know a job that it has accepted.
@@ -36,7 +34,7 @@ const TRIES: usize = 3;
 
 /// `POST /apps/{app}/jobs`.
 pub(crate) async fn run(state: State, Path(app): Path<String>, mut request: Request) -> Result<Response> {
-    let attached = wants_attach(request.headers())?;
+    let attached = wants(request.headers(), ATTACH_PROTOCOL)?;
     // Taken before the body is: the connection goes over to the job once the answer is sent.
     let upgrade = attached.then(|| hyper::upgrade::on(&mut request));
     let StrictJson(new) = StrictJson::<NewJob>::from_request(request, &()).await?;
@@ -71,7 +69,7 @@ pub(crate) async fn run(state: State, Path(app): Path<String>, mut request: Requ
             return Err(why);
         }
     };
-    let answer = switching(&job.id)?;
+    let answer = switching(&job.id, ATTACH_PROTOCOL)?;
     let shared = Arc::clone(&state);
     tokio::spawn(async move {
         let end = match upgrade.await {
@@ -87,22 +85,23 @@ pub(crate) async fn run(state: State, Path(app): Path<String>, mut request: Requ
 }
 
 /// The answer after which the connection is the job's.
-pub(super) fn switching(job: &str) -> Result<Response> {
+pub(super) fn switching(job: &str, protocol: &'static str) -> Result<Response> {
     let id = HeaderValue::from_str(job).map_err(|_| Error::internal("a job's id is no header value"))?;
     let headers = [
         (CONNECTION, HeaderValue::from_static("Upgrade")),
-        (UPGRADE, HeaderValue::from_static(PROTOCOL)),
+        (UPGRADE, HeaderValue::from_static(protocol)),
         (JOB_ID, id),
     ];
     Ok((StatusCode::SWITCHING_PROTOCOLS, headers).into_response())
 }
 
-pub(super) fn wants_attach(headers: &HeaderMap) -> Result<bool> {
+/// Whether a request asks for its connection to be taken over.
+pub(super) fn wants(headers: &HeaderMap, protocol: &str) -> Result<bool> {
     match headers.get(UPGRADE) {
         None => Ok(false),
-        Some(protocol) if protocol == PROTOCOL => Ok(true),
+        Some(asked) if asked == protocol => Ok(true),
         Some(_) => Err(Error::validation(format!(
-            "Upgrade: the only protocol here is {PROTOCOL}"
+            "Upgrade: the only protocol here is {protocol}"
         ))),
     }
 }

@@ -3,10 +3,11 @@
 use flynn_api::client::attach::{read_frame, write_frame};
 use flynn_api::client::controller::LogOptions;
 use flynn_api::controller::{App, Job, JobState, NewJob};
-use flynn_api::host::{ExecRequest, attach};
+use flynn_api::host::{ExecRequest, ForwardRequest, attach};
 use flynn_api::tls::PeerIdentity;
 use flynn_api::{Env, Error, ErrorCode};
 use futures::StreamExt as _;
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 
 use crate::common::controller::{job, start_with};
 use crate::common::{eventually, host, next, trial};
@@ -17,6 +18,7 @@ pub(crate) fn trials() -> Vec<libtest_mimic::Trial> {
         trial("a_refused_job_is_recorded_as_down", refused),
         trial("an_attached_job_is_piped_both_ways_to_its_exit", attached),
         trial("a_program_beside_a_job_is_piped_both_ways", beside),
+        trial("a_port_of_a_job_is_passed_on", forwarded),
         trial("an_attached_job_without_its_caller_is_stopped", abandoned),
         trial("without_hosts_the_way_out_is_named", no_hosts),
         trial("a_job_is_stopped_on_its_host", stop),
@@ -182,6 +184,22 @@ async fn beside() {
     let none = "host1-00000000-0000-4000-8000-000000000000";
     let refused = client.exec("shop", none, &request).await.unwrap_err();
     assert_eq!(refused.code, ErrorCode::NotFound);
+    running.stop().await;
+}
+
+async fn forwarded() {
+    let (_host, options) = host::start().await;
+    let running = start_with(options).await;
+    let (_, release, _) = running.running_app("shop", 0).await;
+    let client = &running.client;
+    let job = client.run_detached("shop", &new_job(&release.id)).await.unwrap();
+    let request = ForwardRequest { port: 5432 };
+    let mut stream = client.forward("shop", &job.id, &request).await.unwrap();
+    stream.write_all(b"?").await.unwrap();
+    stream.shutdown().await.unwrap();
+    let mut said = String::new();
+    stream.read_to_string(&mut said).await.unwrap();
+    assert_eq!(said, "5432?");
     running.stop().await;
 }
 

@@ -12,7 +12,7 @@ use crate::common::controller::{Running, job, start};
 use crate::common::trial;
 
 /// Every call that needs a key. `{…}` stand for what [`Places`] has made.
-const CALLS: [(&str, &str); 45] = [
+const CALLS: [(&str, &str); 46] = [
     ("GET", "/apps"),
     ("POST", "/apps"),
     ("GET", "/apps/{app}"),
@@ -42,6 +42,7 @@ const CALLS: [(&str, &str); 45] = [
     ("PUT", "/apps/{app}/jobs/{id}"),
     ("DELETE", "/apps/{app}/jobs/{id}"),
     ("POST", "/apps/{app}/jobs/{id}/exec"),
+    ("POST", "/apps/{app}/jobs/{id}/forward"),
     ("POST", "/apps/{app}/deploy"),
     ("GET", "/apps/{app}/deployments"),
     ("GET", "/deployments/{id}"),
@@ -150,7 +151,7 @@ async fn complete() {
             }
         }
     }
-    assert_eq!(walked, 41 + OPEN.len(), "the source is no longer read as it was");
+    assert_eq!(walked, 42 + OPEN.len(), "the source is no longer read as it was");
 }
 
 async fn input() {

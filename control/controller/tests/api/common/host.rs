@@ -9,12 +9,15 @@ use axum::response::{IntoResponse as _, Response};
 use axum::routing::{get, post, put};
 use flynn_api::client::attach::{read_frame, write_frame};
 use flynn_api::discovery::Instance;
-use flynn_api::host::{AttachRequest, ExecRequest, Job, LogLine, LogStream, attach};
+use flynn_api::host::{
+    AttachRequest, ExecRequest, FORWARD_PROTOCOL, ForwardRequest, Job, LogLine, LogStream, attach,
+};
 use flynn_api::server::{CancellationToken, Json, Listener, Peer, events, serve};
 use flynn_api::tls::{Ca, ClientAuth, PeerIdentity};
 use flynn_api::{Error, Result};
 use futures::StreamExt as _;
 use hyper_util::rt::TokioIo;
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::sync::watch;
 
 use super::controller::options;
@@ -74,6 +77,7 @@ pub(crate) async fn start() -> (FakeHost, flynn_controller::Options) {
         .route("/host/jobs/{id}", put(add).delete(stop))
         .route("/host/jobs/{id}/log", get(log))
         .route("/host/jobs/{id}/exec", post(exec))
+        .route("/host/jobs/{id}/forward", post(forward))
         .route("/attach", post(attach_to))
         .with_state(Arc::clone(&fake.seen));
     spawn(listener, router, &fake.stop);
@@ -134,6 +138,30 @@ async fn exec(State(seen): Shared, Path(id): Path<String>, mut request: Request)
         let _ = write_frame(&mut stream, attach::EXIT, &3i32.to_be_bytes()).await;
     });
     let headers = [("connection", "Upgrade"), ("upgrade", "flynn-attach/0")];
+    Ok((http::StatusCode::SWITCHING_PROTOCOLS, headers).into_response())
+}
+
+/// A port of a job's: it says its number and what it reads.
+async fn forward(State(seen): Shared, Path(id): Path<String>, mut request: Request) -> Result<Response> {
+    let upgrade = hyper::upgrade::on(&mut request);
+    let Json(wanted) =
+        <Json<ForwardRequest> as axum::extract::FromRequest<()>>::from_request(request, &()).await?;
+    if !seen.lock().unwrap().jobs.contains_key(&id) {
+        return Err(Error::not_found("job", id));
+    }
+    tokio::spawn(async move {
+        let Ok(mut stream) = upgrade.await.map(TokioIo::new) else {
+            return;
+        };
+        let mut read = Vec::new();
+        stream.read_to_end(&mut read).await.unwrap();
+        stream
+            .write_all(&[wanted.port.to_string().as_bytes(), &read].concat())
+            .await
+            .unwrap();
+        stream.shutdown().await.unwrap();
+    });
+    let headers = [("connection", "Upgrade"), ("upgrade", FORWARD_PROTOCOL)];
     Ok((http::StatusCode::SWITCHING_PROTOCOLS, headers).into_response())
 }
 
