@@ -3,11 +3,12 @@
 use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
 
-use flynn_api::host::{HealthCheck, Partition, TtySize};
+use flynn_api::host::{HealthCheck, Partition, TtySize, UserNamespace};
 use flynn_api::{Env, Meta};
 use serde::{Deserialize, Serialize};
 
 use crate::cgroup::Limits;
+use crate::container::IDS;
 
 /// The file's name in the job's directory.
 pub const FILE: &str = "launch.json";
@@ -57,6 +58,9 @@ pub struct Launch {
     pub host_network: bool,
     /// In the host's pid namespace.
     pub host_pid_namespace: bool,
+    /// Whose ids its users have. One without, of an earlier version, has the host's.
+    #[serde(default)]
+    pub user_namespace: Option<UserNamespace>,
     /// Which share of the host it belongs to.
     pub partition: Partition,
     /// cgroup limits.
@@ -84,6 +88,9 @@ pub struct Bind {
     pub target: PathBuf,
     /// Whether it can be written.
     pub writable: bool,
+    /// The ids in it are such as containers know, and not the host's.
+    #[serde(default)]
+    pub ids_of_container: bool,
 }
 
 /// One service of one port.
@@ -111,6 +118,30 @@ impl Launch {
                 format!("{} is missing", path.display()),
             )
         })
+    }
+
+    /// The host's id of root in the container; none where it is the host's root.
+    pub fn first_id(&self) -> Option<u32> {
+        match self.user_namespace {
+            Some(UserNamespace::FirstId(first)) => Some(first),
+            _ => None,
+        }
+    }
+
+    /// Refuses a user or group that the container has not.
+    pub fn check_ids(&self) -> flynn_api::Result<()> {
+        let beyond = [("config.uid", self.uid), ("config.gid", self.gid)];
+        let beyond = beyond.iter().find(|(_, id)| *id >= IDS);
+        match beyond.filter(|_| self.first_id().is_some()) {
+            None => Ok(()),
+            Some((field, id)) => Err(flynn_api::Error::invalid_field(
+                field,
+                format!(
+                    "{id}, of the job or its image: the ids of a container end with {}; take one of those",
+                    IDS - 1
+                ),
+            )),
+        }
     }
 
     /// Whether the job was made for a client that attaches: its output then waits for that client.

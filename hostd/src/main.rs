@@ -11,7 +11,7 @@ use flynn_hostd::bootstrap::{self, join, remove};
 use flynn_hostd::commands::{self, Operator, ca, members};
 use flynn_hostd::config::{HostConfig, Overrides};
 use flynn_hostd::encryption::Mode;
-use flynn_hostd::{daemon, floating, supervisor};
+use flynn_hostd::{container, daemon, floating, supervisor};
 
 #[derive(Parser)]
 #[command(
@@ -35,6 +35,12 @@ enum Command {
     Supervise {
         /// The job's directory; without it, standard input says it
         job_dir: Option<PathBuf>,
+    },
+    /// See whether jobs can have user namespaces (the daemon starts this)
+    #[command(hide = true)]
+    ProbeUserNamespace {
+        /// The first of the host's ids to try it with
+        first: u32,
     },
     /// Make a cluster with this host as its first
     Bootstrap(bootstrap::Args),
@@ -129,6 +135,7 @@ fn run(command: Command) -> anyhow::Result<ExitCode> {
                 None => supervisor::wait_for_job()?,
             }
         }
+        Command::ProbeUserNamespace { first } => container::probe(first)?,
         Command::Daemon(args) => {
             flynn_api::server::init_logging("flynn-host");
             let overrides = args.overrides();

@@ -3,7 +3,7 @@
 use std::net::Ipv4Addr;
 use std::path::{Component, Path, PathBuf};
 
-use flynn_api::host::{ContainerConfig, HealthCheck, Job, Resources, label};
+use flynn_api::host::{ContainerConfig, HealthCheck, Job, Resources, UserNamespace, label};
 use flynn_api::image::{Entrypoint, ImageManifest};
 use flynn_api::{Digest, Env, Error, Meta, Result};
 
@@ -249,6 +249,28 @@ fn capabilities(config: &ContainerConfig, entrypoint: &Entrypoint) -> Result<(ca
     }
 }
 
+/// Why a job is in the host's user namespace, whatever the host can do. None for one that is to have its own.
+fn host_users(job: &Job, capabilities: caps::Set) -> Option<String> {
+    let config = &job.config;
+    let why = if config.host_user_namespace {
+        "it asks for the host's"
+    } else if is_system(job) {
+        "it is one of the platform's own"
+    } else if config.host_network {
+        "it is in the host's network"
+    } else if config.host_pid_namespace {
+        "it is in the host's pid namespace"
+    } else if !config.mounts.is_empty() {
+        "it has paths of the host"
+    } else {
+        let name = capabilities.beyond(caps::Set::default_container())?;
+        return Some(format!(
+            "it has CAP_{name}, which is of no use in another one than the host's"
+        ));
+    };
+    Some(why.into())
+}
+
 /// Gives each port a number: what was asked for, or 5000 and its index, or on the host what `free_port` says.
 pub fn ports(config: &ContainerConfig, mut free_port: impl FnMut() -> Result<u16>) -> Result<Vec<u16>> {
     let number = |(index, port): (usize, &flynn_api::host::Port)| match port.port {
@@ -259,7 +281,8 @@ pub fn ports(config: &ContainerConfig, mut free_port: impl FnMut() -> Result<u16
     config.ports.iter().enumerate().map(number).collect()
 }
 
-/// What the supervisor is told. `binds` are volumes and certificates, in front of the job's own mounts.
+/// What the supervisor is told. `binds` are volumes and certificates, in front of the job's own mounts. Which user
+/// namespace a job has of its own is left open.
 pub fn launch(
     job: &Job,
     host: &Host<'_>,
@@ -304,6 +327,7 @@ pub fn launch(
         source: PathBuf::from(&mount.target),
         target: PathBuf::from(&mount.location),
         writable: mount.writeable,
+        ids_of_container: false,
     });
     let working_dir = config
         .working_dir
@@ -334,6 +358,7 @@ pub fn launch(
         hostname,
         host_network: config.host_network,
         host_pid_namespace: config.host_pid_namespace,
+        user_namespace: host_users(job, capabilities).map(UserNamespace::Without),
         partition: job.partition,
         limits: Limits {
             memory: job.resources.limit("memory"),
@@ -428,6 +453,60 @@ mod tests {
             artifacts: vec![Artifact::image(manifest(&["/app"]), "", None)],
             ..Job::default()
         }
+    }
+
+    #[test]
+    fn apps_have_users_of_their_own() {
+        type Change = fn(&mut Job);
+        let cases: [(Option<&str>, Change); 7] = [
+            (None, |_| {}),
+            (None, |job| {
+                job.config.linux_capabilities = Some(vec!["CAP_CHOWN".into()]);
+            }),
+            (Some("asks for"), |job| job.config.host_user_namespace = true),
+            (Some("network"), |job| job.config.host_network = true),
+            (Some("pid namespace"), |job| {
+                job.config.host_pid_namespace = true;
+            }),
+            (Some("CAP_NET_ADMIN"), |job| {
+                job.config.linux_capabilities = Some(vec!["CAP_CHOWN".into(), "CAP_NET_ADMIN".into()]);
+            }),
+            (Some("platform"), |job| {
+                job.metadata.insert(label::SYSTEM_APP.into(), "true".into());
+            }),
+        ];
+        for (wanted, change) in cases {
+            let mut job = job();
+            change(&mut job);
+            let launch = launch(&job, &HOST, &[manifest(&["/app"])], &[], Vec::new()).unwrap();
+            match (wanted, &launch.user_namespace) {
+                (None, None) => {}
+                (Some(wanted), Some(UserNamespace::Without(why))) if why.contains(wanted) => {}
+                other => panic!("{other:?}"),
+            }
+        }
+    }
+
+    #[test]
+    fn what_an_earlier_version_wrote_is_of_the_hosts_users() {
+        let mut launch = launch(&job(), &HOST, &[manifest(&["/app"])], &[], Vec::new()).unwrap();
+        launch.user_namespace = Some(UserNamespace::FirstId(1 << 20));
+        let mut written = serde_json::to_value(&launch).unwrap();
+        assert_eq!(
+            serde_json::from_value::<Launch>(written.clone())
+                .unwrap()
+                .first_id(),
+            Some(1 << 20)
+        );
+        written.as_object_mut().unwrap().remove("user_namespace");
+        let read: Launch = serde_json::from_value(written).unwrap();
+        assert_eq!((read.user_namespace, read.version), (None, 1));
+        // Users that the container has not are users of the host's.
+        launch.gid = 65_536;
+        let error = launch.check_ids().unwrap_err();
+        assert!(error.message.starts_with("config.gid: 65536"), "{error}");
+        launch.user_namespace = None;
+        assert!(launch.check_ids().is_ok());
     }
 
     #[test]

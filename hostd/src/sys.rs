@@ -97,6 +97,12 @@ pub(crate) fn unshare_network() -> io::Result<()> {
     check(unsafe { libc::unshare(libc::CLONE_NEWNET) }.into()).map(drop)
 }
 
+/// Puts the process into a new user namespace, which is its effective user's.
+pub(crate) fn unshare_users() -> io::Result<()> {
+    // SAFETY: CLONE_NEWUSER changes who the process is; no memory and no descriptor table is affected.
+    check(unsafe { libc::unshare(libc::CLONE_NEWUSER) }.into()).map(drop)
+}
+
 /// Has this process, and its children, see its own cgroups as the roots of all hierarchies.
 pub(crate) fn unshare_cgroups() -> io::Result<()> {
     // SAFETY: CLONE_NEWCGROUP changes which cgroups are seen; no memory and no descriptor table is affected.
@@ -221,12 +227,33 @@ pub(crate) fn set_mount_attributes(
     attributes: u64,
     recursive: bool,
 ) -> io::Result<()> {
-    let attr = libc::mount_attr {
-        attr_set: attributes,
-        attr_clr: 0,
-        propagation: 0,
-        userns_fd: 0,
-    };
+    change_mount(
+        mount,
+        libc::mount_attr {
+            attr_set: attributes,
+            attr_clr: 0,
+            propagation: 0,
+            userns_fd: 0,
+        },
+        recursive,
+    )
+}
+
+/// Has the detached mount `mount` show the ids in it as those of a user namespace.
+pub(crate) fn map_mount_ids(mount: BorrowedFd<'_>, namespace: BorrowedFd<'_>) -> io::Result<()> {
+    change_mount(
+        mount,
+        libc::mount_attr {
+            attr_set: libc::MOUNT_ATTR_IDMAP,
+            attr_clr: 0,
+            propagation: 0,
+            userns_fd: u64::try_from(namespace.as_raw_fd()).unwrap_or_default(),
+        },
+        false,
+    )
+}
+
+fn change_mount(mount: BorrowedFd<'_>, attr: libc::mount_attr, recursive: bool) -> io::Result<()> {
     let flags = libc::AT_EMPTY_PATH | if recursive { libc::AT_RECURSIVE } else { 0 };
     // SAFETY: the path is an empty string, the attributes live until the call returns and their size is given.
     let result = unsafe {
@@ -240,6 +267,22 @@ pub(crate) fn set_mount_attributes(
         )
     };
     check(result).map(drop)
+}
+
+/// Has files that this process makes belong to this user and group; it is asked by them for its rights at files, too.
+pub(crate) fn set_file_owner(id: u32) -> io::Result<()> {
+    // SAFETY: these take numbers and change only who this thread is. They give what was there before, also when they
+    // fail: a second call tells what is there now.
+    let now = unsafe {
+        libc::setfsgid(id);
+        libc::setfsuid(id);
+        (libc::setfsgid(id), libc::setfsuid(id))
+    };
+    if now == (id.cast_signed(), id.cast_signed()) {
+        Ok(())
+    } else {
+        Err(io::ErrorKind::PermissionDenied.into())
+    }
 }
 
 const LOOP_CTL_GET_FREE: libc::c_ulong = 0x4C82;

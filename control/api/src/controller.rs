@@ -125,6 +125,9 @@ pub struct ProcessType {
     /// In the host's pid namespace. Only for the platform.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub host_pid_namespace: bool,
+    /// In the host's user namespace, as the platform's own jobs are anyway. Only for the platform.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub host_user_namespace: bool,
     /// The service that jobs of this type are found by.
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub service: String,

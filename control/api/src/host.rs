@@ -144,6 +144,9 @@ pub struct ContainerConfig {
     /// In the host's pid namespace.
     #[serde(default)]
     pub host_pid_namespace: bool,
+    /// In the host's user namespace: root in the container is root on the host.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub host_user_namespace: bool,
     /// Keep no log.
     #[serde(default)]
     pub disable_log: bool,
@@ -333,6 +336,16 @@ impl JobState {
     }
 }
 
+/// Whose ids a job's users have.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum UserNamespace {
+    /// Its own: 0 to 65,535 in the container are as many of the host's from this one on, which nobody else has.
+    FirstId(u32),
+    /// The host's: root in the container is root on the host. Why that is so.
+    Without(String),
+}
+
 /// A job and what has happened to it.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct ActiveJob {
@@ -348,6 +361,9 @@ pub struct ActiveJob {
     /// Ports, as given to the process.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub ports: Vec<u16>,
+    /// Whose ids its users have, once that is decided.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub user_namespace: Option<UserNamespace>,
     /// The pid of its first process, on the host.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub pid: Option<u32>,
@@ -485,7 +501,7 @@ pub struct HostStatus {
     /// What this host cannot do, and why.
     #[serde(default)]
     pub notices: Vec<String>,
-    /// What the kernel has, and has not, of what the network makes use of.
+    /// What the kernel has, and has not, of what the network and containers make use of.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub features: Vec<KernelFeature>,
     /// The kernel's boot id.

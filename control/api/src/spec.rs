@@ -56,6 +56,7 @@ impl ExpandedFormation {
                 mounts: process.mounts.clone(),
                 host_network: process.host_network,
                 host_pid_namespace: process.host_pid_namespace,
+                host_user_namespace: process.host_user_namespace,
                 linux_capabilities: process.linux_capabilities.clone(),
                 ..ContainerConfig::default()
             },

@@ -98,6 +98,7 @@ fn taken(host_id: &str, job: Spec, now: Timestamp) -> ActiveJob {
         host_id: host_id.to_owned(),
         internal_ip: None,
         ports: Vec::new(),
+        user_namespace: None,
         pid: None,
         supervisor_pid: None,
         paused: false,

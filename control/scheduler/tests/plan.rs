@@ -42,6 +42,7 @@ fn active(job: Job, status: JobState) -> ActiveJob {
         host_id: String::new(),
         internal_ip: None,
         ports: Vec::new(),
+        user_namespace: None,
         pid: None,
         supervisor_pid: None,
         paused: false,

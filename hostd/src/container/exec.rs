@@ -9,11 +9,11 @@ use std::time::{Duration, Instant};
 
 use rustix::net::{AddressFamily, RecvFlags, SocketFlags, SocketType};
 use rustix::pipe::{PipeFlags, pipe_with};
-use rustix::process::{DumpableBehavior, Signal, WaitId, WaitIdOptions, waitid};
+use rustix::process::{WaitId, WaitIdOptions, waitid};
 use rustix::thread::{ThreadNameSpaceType, move_into_thread_name_spaces};
 
 use super::init::{self, Attempt, Failure, Watched};
-use super::{EXITED, FAILED, GO, Pipes, Place, RUNNING, Stdio, process, rootfs, send};
+use super::{EXITED, FAILED, GO, Pipes, Place, RUNNING, Stdio, process, rootfs, send, user_namespace};
 use crate::launch::Launch;
 use crate::sys::{self, Cloned, Polled, polled};
 
@@ -48,7 +48,7 @@ impl Execution {
         let (pipes, stdio) = if launch.tty {
             (None, None)
         } else {
-            let (ours, stdio) = super::pipes(launch.stdin)?;
+            let (ours, stdio) = super::pipes(launch)?;
             (Some(ours), Some(stdio))
         };
         match sys::clone(0)? {
@@ -109,11 +109,8 @@ fn live(
     stdio: Option<&Stdio>,
     patience: Option<Duration>,
 ) -> Result<i32, Failure> {
-    rustix::process::set_parent_process_death_signal(Some(Signal::KILL))
-        .attempt("bind a program to its supervisor")?;
     // In the container's sight there is a copy of the supervisor until the program takes its place.
-    rustix::process::set_dumpable_behavior(DumpableBehavior::NotDumpable)
-        .attempt("hide from the container")?;
+    init::bind_to_supervisor()?;
     let mut keep = vec![0, 1, 2, socket.as_raw_fd(), init.as_raw_fd()];
     keep.extend(stdio.into_iter().flat_map(Stdio::descriptors));
     // SAFETY: this fork never touches anything of the supervisor's but what is kept, and leaves without destructors.
@@ -132,7 +129,15 @@ fn live(
     if !launch.host_pid_namespace {
         namespaces |= ThreadNameSpaceType::PROCESS_ID;
     }
+    if launch.first_id().is_some() {
+        namespaces |= ThreadNameSpaceType::USER;
+    }
+    process::raise_file_limit(launch);
     move_into_thread_name_spaces(init, namespaces).attempt("enter the container")?;
+    if launch.first_id().is_some() {
+        user_namespace::become_root().attempt("enter the user namespace")?;
+        init::bind_to_supervisor()?;
+    }
     let env = rootfs::environment(launch, place);
     let terminal = if launch.tty {
         Some(init::open_terminal(launch, socket)?)

@@ -12,7 +12,9 @@ use rustix::net::{RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlag
 use rustix::process::{DumpableBehavior, Pid, Signal, WaitOptions, WaitStatus};
 use rustix::pty::OpenptFlags;
 
-use super::{EXITED, FAILED, GO, Place, RUNNING, SIGNAL, Stdio, TERMINAL, process, rootfs, send};
+use super::{
+    EXITED, FAILED, GO, Place, RUNNING, SIGNAL, Stdio, TERMINAL, UserNamespace, process, rootfs, send,
+};
 use crate::launch::Launch;
 use crate::sys::{self, Cloned};
 
@@ -31,15 +33,18 @@ impl<T, E: std::fmt::Display> Attempt<T> for Result<T, E> {
     }
 }
 
+/// What init makes the container of.
+pub(super) struct Around<'a> {
+    pub(super) launch: &'a Launch,
+    pub(super) job_dir: &'a Path,
+    pub(super) place: &'a Place,
+    /// None for the host's.
+    pub(super) users: Option<&'a UserNamespace>,
+}
+
 /// Runs init to its end.
-pub(super) fn run(
-    launch: &Launch,
-    job_dir: &Path,
-    place: &Place,
-    socket: &OwnedFd,
-    stdio: Option<&Stdio>,
-) -> ! {
-    let status = match live(launch, job_dir, place, socket, stdio) {
+pub(super) fn run(around: &Around<'_>, socket: &OwnedFd, stdio: Option<&Stdio>) -> ! {
+    let status = match live(around, socket, stdio) {
         Ok(status) => {
             let _ = send(socket, EXITED, &status.to_be_bytes());
             status
@@ -52,19 +57,20 @@ pub(super) fn run(
     sys::exit_now(status & 0xff)
 }
 
-fn live(
-    launch: &Launch,
-    job_dir: &Path,
-    place: &Place,
-    socket: &OwnedFd,
-    stdio: Option<&Stdio>,
-) -> Result<i32, Failure> {
+/// Has this process die with its supervisor, and hides it from the container. To be done anew after each change of who it
+/// is: then the kernel forgets both.
+pub(super) fn bind_to_supervisor() -> Result<(), Failure> {
+    rustix::process::set_parent_process_death_signal(Some(Signal::KILL)).attempt("bind to the supervisor")?;
+    rustix::process::set_dumpable_behavior(DumpableBehavior::NotDumpable).attempt("hide from the container")
+}
+
+fn live(around: &Around<'_>, socket: &OwnedFd, stdio: Option<&Stdio>) -> Result<i32, Failure> {
+    let launch = around.launch;
     // If the supervisor dies, nobody holds the pipes or knows of us: the container goes with it.
-    rustix::process::set_parent_process_death_signal(Some(Signal::KILL))
-        .attempt("bind init to its supervisor")?;
-    rustix::process::set_dumpable_behavior(DumpableBehavior::NotDumpable).attempt("hide init")?;
+    bind_to_supervisor()?;
     let mut keep = vec![0, 1, 2, socket.as_raw_fd()];
     keep.extend(stdio.into_iter().flat_map(Stdio::descriptors));
+    keep.extend(around.users.map(UserNamespace::as_raw));
     // SAFETY: this fork never touches anything of the supervisor's but what is kept, and leaves without destructors.
     unsafe { sys::close_all_but(&keep) };
 
@@ -79,8 +85,12 @@ fn live(
     if launch.host_pid_namespace {
         rustix::process::set_child_subreaper(Some(rustix::process::getpid())).attempt("become the reaper")?;
     }
-    let env = rootfs::set_up(launch, job_dir, place)?;
-
+    let env = rootfs::set_up(around)?;
+    process::raise_file_limit(launch);
+    if let Some(users) = around.users {
+        users.enter().attempt("enter the user namespace")?;
+        bind_to_supervisor()?;
+    }
     let terminal = if launch.tty {
         Some(open_terminal(launch, socket)?)
     } else {

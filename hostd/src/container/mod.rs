@@ -11,6 +11,7 @@ mod init;
 mod process;
 mod rootfs;
 mod seccomp;
+mod user_namespace;
 
 use std::io;
 use std::mem::MaybeUninit;
@@ -22,8 +23,10 @@ use rustix::net::{
     AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendFlags, SocketFlags, SocketType,
 };
 use rustix::pipe::{PipeFlags, pipe_with};
+use rustix::process::{Gid, Uid};
 
 pub use exec::Execution;
+pub use user_namespace::{IDS, UserNamespace, mapped_tree, probe};
 
 use crate::launch::Launch;
 use crate::sys::{self, Cloned};
@@ -100,7 +103,13 @@ impl Stdio {
 
 impl Container {
     /// Clones init. It does nothing until it is told to [`go`](Self::go), so that it can be put into cgroups first.
-    pub fn create(launch: &Launch, job_dir: &Path, place: &Place) -> io::Result<Self> {
+    /// `users` is the container's user namespace, unless it is the host's.
+    pub fn create(
+        launch: &Launch,
+        job_dir: &Path,
+        place: &Place,
+        users: Option<&UserNamespace>,
+    ) -> io::Result<Self> {
         let (init, theirs) = rustix::net::socketpair(
             AddressFamily::UNIX,
             SocketType::SEQPACKET,
@@ -110,7 +119,7 @@ impl Container {
         let (pipes, stdio) = if launch.tty {
             (None, None)
         } else {
-            let (ours, stdio) = pipes(launch.stdin)?;
+            let (ours, stdio) = pipes(launch)?;
             (Some(ours), Some(stdio))
         };
         let mut namespaces = libc::CLONE_NEWNS | libc::CLONE_NEWIPC | libc::CLONE_NEWUTS;
@@ -118,7 +127,15 @@ impl Container {
             namespaces |= libc::CLONE_NEWPID;
         }
         match sys::clone(namespaces)? {
-            Cloned::Child => init::run(launch, job_dir, place, &theirs, stdio.as_ref()),
+            Cloned::Child => {
+                let around = init::Around {
+                    launch,
+                    job_dir,
+                    place,
+                    users,
+                };
+                init::run(&around, &theirs, stdio.as_ref())
+            }
             Cloned::Parent { pid, pidfd } => Ok(Self {
                 pid,
                 pidfd,
@@ -139,11 +156,19 @@ pub fn signal(init: impl AsFd, signal: i32) -> io::Result<()> {
     send(init, SIGNAL, &signal.to_be_bytes())
 }
 
-fn pipes(stdin: bool) -> io::Result<(Pipes, Stdio)> {
-    let pipe = || pipe_with(PipeFlags::CLOEXEC);
+fn pipes(launch: &Launch) -> io::Result<(Pipes, Stdio)> {
+    let pipe = || -> io::Result<_> {
+        let ends = pipe_with(PipeFlags::CLOEXEC)?;
+        // Who is root inside hands them on to the program's user.
+        if let Some(first) = launch.first_id() {
+            let (uid, gid) = (Uid::from_raw(first), Gid::from_raw(first));
+            rustix::fs::fchown(&ends.0, Some(uid), Some(gid))?;
+        }
+        Ok(ends)
+    };
     let (stdout, their_stdout) = pipe()?;
     let (stderr, their_stderr) = pipe()?;
-    let (their_stdin, stdin) = if stdin {
+    let (their_stdin, stdin) = if launch.stdin {
         pipe().map(|(read, write)| (Some(read), Some(write)))?
     } else {
         (None, None)

@@ -110,6 +110,16 @@ fn dup(streams: [&OwnedFd; 3]) -> Result<(), Failure> {
     rustix::stdio::dup2_stderr(stderr).attempt("set standard error")
 }
 
+/// Sees that as many files may be open as the job is to have: in a user namespace nobody may lift a hard limit.
+pub(super) fn raise_file_limit(launch: &Launch) {
+    let there = rustix::process::getrlimit(Resource::Nofile);
+    if there.maximum.is_some_and(|maximum| maximum < launch.max_files) {
+        let maximum = Some(launch.max_files);
+        // Where even this process may not, the job gets what there is.
+        let _ = rustix::process::setrlimit(Resource::Nofile, Rlimit { maximum, ..there });
+    }
+}
+
 fn limits(launch: &Launch) -> Result<(), Failure> {
     // A process may not lift its hard limit everywhere: then it gets what there is.
     let highest = rustix::process::getrlimit(Resource::Nofile).maximum;

@@ -15,8 +15,8 @@ use rustix::mount::{
     mount_change, mount_remount, move_mount, open_tree, unmount,
 };
 
-use super::Place;
-use super::init::{Attempt, Failure};
+use super::init::{Around, Attempt, Failure, bind_to_supervisor};
+use super::{Place, UserNamespace};
 use crate::launch::{Bind, Launch};
 use crate::sys;
 
@@ -64,23 +64,30 @@ const LINKS: [(&str, &str); 6] = [
 ];
 
 /// Makes the root file system and moves into it. Gives the program's whole environment.
-pub(super) fn set_up(launch: &Launch, job_dir: &Path, place: &Place) -> Result<Env, Failure> {
+pub(super) fn set_up(around: &Around<'_>) -> Result<Env, Failure> {
+    let Around {
+        launch, place, users, ..
+    } = *around;
     mount_change("/", MountPropagationFlags::PRIVATE | MountPropagationFlags::REC)
         .attempt("separate the container's mounts")?;
     let hosts_resolver = fs::read("/etc/resolv.conf").unwrap_or_default();
     let binds = launch
         .binds
         .iter()
-        .map(open_bind)
+        .map(|bind| open_bind(bind, users))
         .collect::<Result<Vec<_>, _>>()?;
-    let root = mount_root(launch, job_dir)?;
+    let root = mount_root(around)?;
     enter(&root)?;
     drop(root);
+    if let Some(users) = users {
+        users.make_for_root().attempt("act for the container's root")?;
+        bind_to_supervisor()?;
+    }
 
     let plain = MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC;
     mount_at("proc", "/proc", plain, "")?;
     mount_at("sysfs", "/sys", plain | MountFlags::RDONLY, "")?;
-    devices()?;
+    devices(users)?;
     for (bind, mount) in launch.binds.iter().zip(&binds) {
         place_bind(bind, mount)?;
     }
@@ -93,10 +100,14 @@ pub(super) fn set_up(launch: &Launch, job_dir: &Path, place: &Place) -> Result<E
 }
 
 /// Opens a detached copy of a host directory or file, with the flags it gets in the container.
-fn open_bind(bind: &Bind) -> Result<OwnedFd, Failure> {
+fn open_bind(bind: &Bind, users: Option<&UserNamespace>) -> Result<OwnedFd, Failure> {
     let what = || format!("open {} for the container", bind.source.display());
-    let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
-    let tree = open_tree(CWD, &bind.source, flags).attempt(what())?;
+    let tree = if let Some(users) = users.filter(|_| bind.ids_of_container) {
+        users.tree(&bind.source).attempt(what())?
+    } else {
+        let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
+        open_tree(CWD, &bind.source, flags).attempt(what())?
+    };
     let mut attributes = libc::MOUNT_ATTR_NOSUID;
     if !bind.source.starts_with("/dev") {
         attributes |= libc::MOUNT_ATTR_NODEV;
@@ -110,7 +121,8 @@ fn open_bind(bind: &Bind) -> Result<OwnedFd, Failure> {
 
 /// Mounts the layers and the writable directory over one another. All go in as descriptors: a mount takes one page of
 /// options, which some forty digests would fill.
-fn mount_root(launch: &Launch, job_dir: &Path) -> Result<PathBuf, Failure> {
+fn mount_root(around: &Around<'_>) -> Result<PathBuf, Failure> {
+    let job_dir = around.job_dir;
     let open = |path: &Path| {
         rustix::fs::open(
             path,
@@ -119,11 +131,23 @@ fn mount_root(launch: &Launch, job_dir: &Path) -> Result<PathBuf, Failure> {
         )
         .attempt(format_args!("open {}", path.display()))
     };
-    let layers = launch
+    let layer = |path: &PathBuf| {
+        if let Some(users) = around.users {
+            // An overlay takes no mount that is nowhere. This one is here, in the container's own namespace, until the root
+            // is changed.
+            let what = || format!("show {} to the container", path.display());
+            let mapped = users.tree(path).attempt(what())?;
+            let flags = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH;
+            move_mount(mapped, "", CWD, path, flags).attempt(what())?;
+        }
+        open(path)
+    };
+    let layers = around
+        .launch
         .layers
         .iter()
         .rev()
-        .map(|path| open(path))
+        .map(layer)
         .collect::<Result<Vec<_>, _>>()?;
     let (upper, work) = (open(&job_dir.join("upper"))?, open(&job_dir.join("work"))?);
     let lower: Vec<String> = layers.iter().map(sys::fd_path).collect();
@@ -166,7 +190,7 @@ fn mount_at(kind: &str, target: &str, flags: MountFlags, options: &str) -> Resul
     mount(kind, target, kind, flags, Some(options.as_c_str())).attempt(format_args!("mount {target}"))
 }
 
-fn devices() -> Result<(), Failure> {
+fn devices(users: Option<&UserNamespace>) -> Result<(), Failure> {
     mount_at(
         "tmpfs",
         "/dev",
@@ -191,7 +215,11 @@ fn devices() -> Result<(), Failure> {
         "devpts",
         "/dev/pts",
         plain,
-        "newinstance,ptmxmode=0666,mode=0620,gid=5",
+        // The group `tty` of the container.
+        &format!(
+            "newinstance,ptmxmode=0666,mode=0620,gid={}",
+            users.map_or(0, UserNamespace::first) + 5
+        ),
     )?;
     mount_at(
         "tmpfs",

@@ -13,6 +13,7 @@ use super::store::Stored;
 use super::table::Entry;
 use crate::container::Place;
 use crate::control::{Connection, Request};
+use crate::launch::Launch;
 use crate::paths::Paths;
 use crate::status::{Status, boot_id};
 use crate::supervisor::Backoff;
@@ -35,21 +36,20 @@ impl Daemon {
                 // Bringing the network up has taken it back; by now it may be another's.
                 status.address = None;
                 if status.state.is_terminal() && !resurrect {
-                    self.take_in(job, status, Vec::new(), false);
+                    self.take_in(job, status, None, false);
                     continue;
                 }
             }
-            let ports = launch
-                .as_ref()
-                .map(|launch| launch.ports.clone())
-                .unwrap_or_default();
             let layers: Vec<Digest> = launch
                 .iter()
                 .flat_map(|launch| &launch.layers)
                 .filter_map(|path| path.file_name()?.to_str()?.parse().ok())
                 .collect();
-            self.take_in(job, status.clone(), ports, true);
+            self.take_in(job, status.clone(), launch.as_ref(), true);
             if alive {
+                if let Some(launch) = &launch {
+                    self.ids.adopt(launch);
+                }
                 let held = self
                     .mounts
                     .lock()
@@ -82,11 +82,12 @@ impl Daemon {
         }
     }
 
-    fn take_in(&self, job: Job, status: Status, ports: Vec<u16>, attended: bool) {
+    fn take_in(&self, job: Job, status: Status, launch: Option<&Launch>, attended: bool) {
         let entry = Entry {
             job: Arc::new(job),
             status,
-            ports,
+            ports: launch.map(|launch| launch.ports.clone()).unwrap_or_default(),
+            user_namespace: launch.and_then(|launch| launch.user_namespace.clone()),
             attended,
         };
         // Ids are names of directories, and so taken once.

@@ -50,6 +50,16 @@ impl Executable {
         self.supervisor(Stdio::inherit(), Stdio::piped()).spawn()
     }
 
+    /// Starts a process that tries whether jobs can have user namespaces ([`crate::container::probe`]).
+    pub(super) fn probe_user_namespace(&self, first: u32) -> io::Result<Child> {
+        Command::new(sys::fd_path(&self.0))
+            .args(["probe-user-namespace", &first.to_string()])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .kill_on_drop(true)
+            .spawn()
+    }
+
     fn supervisor(&self, log: Stdio, input: Stdio) -> Command {
         let mut command = Command::new(sys::fd_path(&self.0));
         command

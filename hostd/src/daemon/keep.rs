@@ -171,6 +171,7 @@ impl Daemon {
             .unwrap_or_else(PoisonError::into_inner)
             .release(id);
         store::tidy(&self.paths, id);
+        self.ids.release(id);
         let Some(entry) = self.table.get(id) else { return };
         for volume in entry
             .job

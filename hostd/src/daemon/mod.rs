@@ -6,6 +6,7 @@ mod adopt;
 mod api;
 mod attached;
 mod exe;
+mod ids;
 mod images;
 mod keep;
 mod network;
@@ -66,6 +67,7 @@ struct Daemon {
     store: Store,
     mounts: Mutex<Mounts>,
     volumes: Volumes,
+    ids: ids::Ids,
     network: Networking,
     documents: Documents,
     services: services::Asking,
@@ -83,7 +85,7 @@ struct Daemon {
     signing: tokio::sync::Mutex<()>,
     /// What this host cannot do, and what was found broken.
     notices: Mutex<Vec<String>>,
-    /// What the kernel has of what the network makes use of.
+    /// What the kernel has of what the network and containers make use of.
     features: Vec<flynn_api::host::KernelFeature>,
     /// The floating addresses that are here.
     floating: crate::floating::Held,
@@ -106,8 +108,12 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
     crate::cgroup::prepare(&hierarchies).context("cannot make the cgroup flynn")?;
     let mut notices = hierarchies.notices();
     notices.extend(crate::notices::of_kernel());
-    let (features, missed) = crate::notices::of_network();
+    let (mut features, missed) = crate::notices::of_network();
     notices.extend(missed);
+    let executable = Executable::own().context("cannot open this program's own file")?;
+    let ids = ids::Ids::probe(&executable).await;
+    features.push(ids.feature());
+    notices.extend(ids.notice());
     if let Err(error) = network::make_pins() {
         let notice =
             format!("there is no place for eBPF programs, without which the router does not start: {error}");
@@ -131,7 +137,8 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
         discovery: Mutex::default(),
         documents: Documents::open(&paths.network()).context("cannot use the cluster network's documents")?,
         hierarchies,
-        executable: Executable::own().context("cannot open this program's own file")?,
+        ids,
+        executable,
         spares: Spares::default(),
         starts: Semaphore::new(STARTS),
         serving: Mutex::default(),

@@ -48,6 +48,7 @@ impl Daemon {
             job: Arc::clone(&job),
             status: status.clone(),
             ports: Vec::new(),
+            user_namespace: None,
             attended: true,
         };
         if let Err(there) = self.table.insert(entry, Some(JobEventKind::Create)) {
@@ -172,7 +173,10 @@ impl Daemon {
             .map_err(io::Error::from)
             .and_then(|bytes| files::write_for_boot(&job_dir.join(launch::FILE), &bytes))
             .map_err(|error| disk_error("keep the job", &error))?;
-        self.table.note(id, |entry| entry.ports.clone_from(&launch.ports));
+        self.table.note(id, |entry| {
+            entry.ports.clone_from(&launch.ports);
+            entry.user_namespace.clone_from(&launch.user_namespace);
+        });
         self.refuse_stopped(id)?;
 
         let (mut child, has_network) = self.supervisor(&job_dir, network.is_some()).await?;
@@ -293,6 +297,7 @@ impl Daemon {
                 source,
                 target: volume.path.clone().into(),
                 writable: true,
+                ids_of_container: true,
             });
         }
         binds.extend(certificates);
@@ -302,6 +307,10 @@ impl Daemon {
             .unwrap_or_else(PoisonError::into_inner)
             .acquire(&self.paths, &job.id, layers)
             .map_err(|error| Error::internal(error.to_string()))?;
+        if launch.user_namespace.is_none() {
+            launch.user_namespace = Some(self.ids.give(&launch)?);
+        }
+        launch.check_ids()?;
         Ok(launch)
     }
 
@@ -326,6 +335,7 @@ impl Daemon {
             source,
             target: "/etc/flynn/tls".into(),
             writable: false,
+            ids_of_container: false,
         }))
     }
 

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::net::Ipv4Addr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use flynn_api::host::{ActiveJob, Job, JobEvent, JobEventKind, JobState};
+use flynn_api::host::{ActiveJob, Job, JobEvent, JobEventKind, JobState, UserNamespace};
 use flynn_api::redact;
 use tokio::sync::broadcast;
 
@@ -19,6 +19,8 @@ pub(super) struct Entry {
     pub(super) job: Arc<Job>,
     pub(super) status: Status,
     pub(super) ports: Vec<u16>,
+    /// None before its start.
+    pub(super) user_namespace: Option<UserNamespace>,
     /// Whether somebody in this daemon looks after it: starts it or follows its supervisor.
     pub(super) attended: bool,
 }
@@ -138,6 +140,7 @@ impl Table {
             host_id: self.host_id.clone(),
             internal_ip: status.address,
             ports: entry.ports.clone(),
+            user_namespace: entry.user_namespace.clone(),
             pid: status.pid.and_then(unsigned),
             supervisor_pid: status.supervisor.and_then(|supervisor| unsigned(supervisor.pid)),
             created_at: status.created_at,
@@ -212,6 +215,7 @@ mod tests {
             job: Arc::new(job),
             status,
             ports: Vec::new(),
+            user_namespace: None,
             attended: false,
         };
         table.insert(entry.clone(), None).unwrap();

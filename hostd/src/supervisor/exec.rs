@@ -48,6 +48,9 @@ impl Session {
             stdin: wish.stdin,
             ..own.clone()
         };
+        launch
+            .check_ids()
+            .map_err(|error| io::Error::other(error.message))?;
         Ok(Self {
             execution: inside.start(&launch, place, None)?,
         })

@@ -37,7 +37,7 @@ use self::output::Output;
 use self::run::{End, Run};
 use self::server::{Command, Server};
 use crate::cgroup::{Group, Hierarchies};
-use crate::container::Place;
+use crate::container::{Place, UserNamespace};
 use crate::launch::Launch;
 use crate::status::{ProcessId, Status, boot_id};
 use crate::sys;
@@ -122,11 +122,15 @@ fn make_network() -> io::Result<()> {
 
 fn run(launch: Launch, job_dir: &Path, listener: UnixListener, hierarchies: &Hierarchies) -> io::Result<()> {
     let group = Group::create(hierarchies, launch.partition, &launch.job_id, launch.limits)?;
+    // What goes wrong is said when it is needed, and tried again.
+    let users = launch
+        .first_id()
+        .and_then(|first| UserNamespace::create(first).ok());
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_io()
         .enable_time()
         .build()?;
-    runtime.block_on(Supervisor::start(launch, job_dir, group, listener))
+    runtime.block_on(Supervisor::start(launch, job_dir, group, users, listener))
 }
 
 /// What the loop and the runs share.
@@ -134,6 +138,8 @@ struct Supervisor {
     launch: Launch,
     job_dir: Arc<Path>,
     group: Group,
+    /// Made before it is needed, and kept for all runs.
+    users: Option<UserNamespace>,
     output: Arc<Output>,
     input: streams::Input,
     status: watch::Sender<Status>,
@@ -147,7 +153,13 @@ struct Supervisor {
 }
 
 impl Supervisor {
-    async fn start(launch: Launch, job_dir: &Path, group: Group, listener: UnixListener) -> io::Result<()> {
+    async fn start(
+        launch: Launch,
+        job_dir: &Path,
+        group: Group,
+        users: Option<UserNamespace>,
+        listener: UnixListener,
+    ) -> io::Result<()> {
         let job_dir: Arc<Path> = job_dir.into();
         let mut status = Status::read(&job_dir)?.unwrap_or_else(|| Status::new(Timestamp::now(), boot_id()));
         status.supervisor = Some(ProcessId::own());
@@ -175,6 +187,7 @@ impl Supervisor {
             launch,
             job_dir,
             group,
+            users,
             output,
             input: Arc::new(tokio::sync::Mutex::new(input)),
             status,
@@ -240,6 +253,16 @@ impl Supervisor {
                 return end;
             }
         }
+    }
+
+    /// Sees that the container's user namespace is there, if it is to have one.
+    fn make_users(&mut self) -> io::Result<()> {
+        if let (None, Some(first)) = (&self.users, self.launch.first_id()) {
+            self.users = Some(UserNamespace::create(first).map_err(|error| {
+                io::Error::new(error.kind(), format!("no user namespace can be made: {error}"))
+            })?);
+        }
+        Ok(())
     }
 
     /// Whether the job is not to be started again.

@@ -116,10 +116,14 @@ impl<'a> Run<'a> {
             job_dir.join("upper"),
             std::os::unix::fs::PermissionsExt::from_mode(0o755),
         )?;
+        if let Some(first) = supervisor.launch.first_id() {
+            std::os::unix::fs::chown(job_dir.join("upper"), Some(first), Some(first))?;
+        }
         files::private_dir(&job_dir.join("root"))?;
+        supervisor.make_users()?;
         let oom_kills = supervisor.group.oom_kills();
         let place = supervisor.place.borrow().clone();
-        let container = Container::create(&supervisor.launch, &job_dir, &place)?;
+        let container = Container::create(&supervisor.launch, &job_dir, &place, supervisor.users.as_ref())?;
         supervisor.group.add(container.pid)?;
         container.go()?;
         let Container {

@@ -7,16 +7,19 @@ use std::fs;
 use std::io::{self, Read as _, Write as _};
 use std::os::fd::AsFd as _;
 use std::os::linux::net::SocketAddrExt;
+use std::os::unix::fs::PermissionsExt as _;
 use std::os::unix::net::{SocketAddr, UnixListener};
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode, Stdio};
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use flynn_api::Env;
-use flynn_api::host::Partition;
+use flynn_api::host::{Partition, UserNamespace};
 use flynn_hostd::caps::Set;
 use flynn_hostd::cgroup::{Group, Hierarchies, Limits};
-use flynn_hostd::container::{self, Container, Execution, FromInit, Pipes, Place};
+use flynn_hostd::container::{self, Container, Execution, FromInit, IDS, Pipes, Place};
 use flynn_hostd::launch::{self, Bind, Launch};
 use rustix::mount::{MountPropagationFlags, mount_change};
 use rustix::thread::UnshareFlags;
@@ -54,6 +57,9 @@ impl Ground {
             fs::create_dir(dir.path().join(name)).unwrap();
         }
         fs::write(dir.path().join("host/secret"), "of the host").unwrap();
+        // Root's alone.
+        let secret = fs::Permissions::from_mode(0o600);
+        fs::set_permissions(dir.path().join("host/secret"), secret).unwrap();
         let host = dir.path().join("host");
         let name = <SocketAddr as SocketAddrExt>::from_abstract_name(host.as_os_str().as_encoded_bytes());
         let sockets = [
@@ -65,6 +71,7 @@ impl Ground {
             source,
             target,
             writable: false,
+            ids_of_container: false,
         };
         let mut binds = vec![bind(own, PROGRAM.into())];
         binds.extend(libraries().into_iter().map(|(from, to)| bind(from, to)));
@@ -103,6 +110,7 @@ impl Ground {
             hostname: "escape".into(),
             host_network: false,
             host_pid_namespace: false,
+            user_namespace: None,
             partition: Partition::User,
             limits: Limits {
                 memory: 256 << 20,
@@ -123,9 +131,41 @@ impl Ground {
         }
     }
 
+    /// The same, with a user namespace of its own.
+    pub(crate) fn with_users(mut self) -> Self {
+        static NEXT: AtomicU32 = AtomicU32::new(0);
+        // Each its own range, of those that the daemon takes.
+        let range = NEXT.fetch_add(1, Ordering::Relaxed) % 4000;
+        self.launch.user_namespace = Some(UserNamespace::FirstId(0x7000_0000 + range * IDS));
+        self
+    }
+
+    /// Why the machine cannot do that; none when it can.
+    pub(crate) fn lacks_users() -> Option<String> {
+        static LACKS: OnceLock<Option<String>> = OnceLock::new();
+        let ask = || {
+            let said = Self::new(&[]).with_users().run("--map", &[]);
+            (said != ["mapped"]).then(|| format!("no user namespaces: {said:?}"))
+        };
+        LACKS.get_or_init(ask).clone()
+    }
+
     /// The image's root directory.
     pub(crate) fn layer(&self) -> PathBuf {
         self.dir.path().join("layer")
+    }
+
+    /// The job's directory.
+    pub(crate) fn job(&self) -> PathBuf {
+        self.dir.path().join("job")
+    }
+
+    /// Makes it as it was before the job ran.
+    pub(crate) fn renew(&self) {
+        for name in ["upper", "work"] {
+            fs::remove_dir_all(self.job().join(name)).unwrap();
+            fs::create_dir(self.job().join(name)).unwrap();
+        }
     }
 
     /// A directory of the host's that no container has, with a file `secret`.
@@ -143,6 +183,17 @@ impl Ground {
         self.run("--contain", args)
     }
 
+    /// Runs the job, and says who its processes are outside: the user, group and rights of each.
+    pub(crate) fn who(&self) -> Vec<String> {
+        self.run("--contain", &["--who"])
+    }
+
+    /// Runs this program as root of the job's user namespace, outside of any container.
+    pub(crate) fn in_users_alone(&self, case: &Case) -> Vec<String> {
+        // Where it may make files: the others' directory it cannot even enter.
+        self.run_with("--outside", &["own", case.name, "users"], &std::env::temp_dir())
+    }
+
     /// Runs this program as root outside of any container, in namespaces of its own.
     pub(crate) fn outside(&self, case: &Case) -> Vec<String> {
         let network = if case.same_network { "same" } else { "own" };
@@ -150,14 +201,18 @@ impl Ground {
     }
 
     fn run(&self, role: &str, args: &[&str]) -> Vec<String> {
+        self.run_with(role, args, &self.dir.path().join("scratch"))
+    }
+
+    fn run_with(&self, role: &str, args: &[&str], scratch: &Path) -> Vec<String> {
         let job = self.dir.path().join("job");
         fs::write(job.join(launch::FILE), serde_json::to_vec(&self.launch).unwrap()).unwrap();
         let output = Command::new(std::env::current_exe().unwrap())
             .arg(role)
             .arg(self.dir.path())
             .args(args)
-            .env(tricks::SCRATCH, self.dir.path().join("scratch"))
-            .env(tricks::DEVICES, self.dir.path().join("scratch"))
+            .env(tricks::SCRATCH, scratch)
+            .env(tricks::DEVICES, scratch)
             .env(tricks::HOST, self.host())
             .stdin(Stdio::null())
             .stderr(Stdio::inherit())
@@ -222,8 +277,11 @@ pub(crate) fn role() -> Option<ExitCode> {
     let args: Vec<&str> = args.iter().map(String::as_str).collect();
     let done = match args.as_slice() {
         ["--contain", dir, executed @ ..] => contain(Path::new(dir), executed),
-        ["--outside", dir, network, case] => outside(Path::new(dir), network, case),
+        ["--outside", dir, network, case, users @ ..] => outside(Path::new(dir), network, case, users),
         ["--first", case] => first(case),
+        ["--first", case, dir] => first_in_users(case, Path::new(dir)),
+        ["--map", dir] => map(Path::new(dir)),
+        ["--make-setuid", path] => make_setuid(Path::new(path)),
         ["--try", case] => {
             attempt(case);
             Ok(())
@@ -331,12 +389,24 @@ fn contain(dir: &Path, executed: &[&str]) -> io::Result<()> {
     flynn_hostd::cgroup::prepare(&hierarchies)?;
     let group = Group::create(&hierarchies, launch.partition, &launch.job_id, launch.limits)?;
     let place = Place::default();
-    let container = Container::create(&launch, &job_dir, &place)?;
+    let users = launch
+        .first_id()
+        .map(container::UserNamespace::create)
+        .transpose()?;
+    if let Some(users) = &users {
+        let own = Some(users.first());
+        std::os::unix::fs::chown(job_dir.join("upper"), own, own)?;
+    }
+    let container = Container::create(&launch, &job_dir, &place, users.as_ref())?;
     group.add(container.pid)?;
     container.go()?;
     let mut said = Ok(());
     while let Some(word) = container::receive(&container.init)? {
         match word {
+            FromInit::Running if executed == ["--who"] => {
+                said = group.pids().into_iter().try_for_each(who);
+                group.kill()?;
+            }
             FromInit::Running if !executed.is_empty() => {
                 said = execute(&launch, &group, &place, &container, executed);
                 group.kill()?;
@@ -352,6 +422,35 @@ fn contain(dir: &Path, executed: &[&str]) -> io::Result<()> {
     }
     group.remove(Duration::from_secs(5))?;
     said
+}
+
+/// Says who a process is.
+fn who(pid: i32) -> io::Result<()> {
+    let status = fs::read_to_string(format!("/proc/{pid}/status"))?;
+    let line = |name: &str| {
+        let line = status.lines().find(|line| line.starts_with(name));
+        line.unwrap_or_default().to_owned()
+    };
+    println!("{} {} {}", line("Uid:"), line("Gid:"), line("CapBnd:"));
+    Ok(())
+}
+
+/// Tries whether the image can be shown with other ids.
+fn map(dir: &Path) -> io::Result<()> {
+    let launch = Launch::read(&dir.join("job"))?;
+    let users = container::UserNamespace::create(launch.first_id().unwrap_or_default())?;
+    users.tree(&launch.layers[0])?;
+    println!("mapped");
+    Ok(())
+}
+
+/// Makes a program of root's that has the rights of its owner, whoever starts it.
+fn make_setuid(path: &Path) -> io::Result<()> {
+    fs::copy(PROGRAM, path)?;
+    std::os::unix::fs::chown(path, Some(0), Some(0))?;
+    fs::set_permissions(path, fs::Permissions::from_mode(0o4755))?;
+    println!("made");
+    Ok(())
 }
 
 /// Passes on what a program has said that is dead.
@@ -400,7 +499,7 @@ fn execute(
 }
 
 /// Tries a trick where it has to work.
-fn outside(dir: &Path, network: &str, case: &str) -> io::Result<()> {
+fn outside(dir: &Path, network: &str, case: &str, users: &[&str]) -> io::Result<()> {
     enter_groups(dir)?;
     let mut namespaces =
         UnshareFlags::NEWNS | UnshareFlags::NEWPID | UnshareFlags::NEWIPC | UnshareFlags::NEWUTS;
@@ -409,12 +508,22 @@ fn outside(dir: &Path, network: &str, case: &str) -> io::Result<()> {
     mount_change("/", MountPropagationFlags::PRIVATE | MountPropagationFlags::REC)?;
     let status = Command::new(std::env::current_exe()?)
         .args(["--first", case])
+        .args((!users.is_empty()).then_some(dir))
         .status()?;
     if status.success() {
         Ok(())
     } else {
         Err(io::Error::other(status.to_string()))
     }
+}
+
+/// Tries a trick where nothing refuses it but the user namespace that this process is root of, with all rights there.
+fn first_in_users(case: &str, dir: &Path) -> io::Result<()> {
+    rustix::mount::mount("proc", "/proc", "proc", rustix::mount::MountFlags::empty(), None)?;
+    let launch = Launch::read(&dir.join("job"))?;
+    container::UserNamespace::create(launch.first_id().unwrap_or_default())?.enter()?;
+    attempt(case);
+    Ok(())
 }
 
 /// Is process 1 there.

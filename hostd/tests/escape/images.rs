@@ -128,6 +128,7 @@ fn volumes_at_links() {
                 source: if target.ends_with("file") { file } else { volume },
                 target: target.into(),
                 writable: true,
+                ids_of_container: true,
             });
             let said = ground.contain();
             untouched(&ground, &said);

@@ -1,8 +1,9 @@
 //! The escape suite: what somebody would try who wants out of an ordinary job's container is refused there, and works
 //! outside of one.
 //!
-//! Each case runs in a container of its own, made by the library as a supervisor makes it; no daemon, no network and no
-//! image tools are needed, so that the suite also runs in a virtual machine under an older kernel.
+//! Each case runs in containers of its own, made by the library as a supervisor makes them, with a user namespace and
+//! without; no daemon, no network and no image tools are needed, so that the suite also runs in a virtual machine under
+//! an older kernel.
 
 #![expect(
     clippy::unwrap_used,
@@ -14,6 +15,7 @@ mod cases;
 mod ground;
 mod images;
 mod tricks;
+mod users;
 
 use std::path::Path;
 use std::process::{Command, ExitCode, Stdio};
@@ -41,6 +43,9 @@ fn main() -> ExitCode {
     let others = [("programs_beside_the_job_s", beside as fn())];
     let others = others.into_iter().chain(images::TESTS.iter().copied());
     trials.extend(others.map(|(name, test)| trial(name, lacking.clone(), test)));
+    let without_users = lacking.or_else(Ground::lacks_users);
+    let of_users = users::TESTS.iter().copied();
+    trials.extend(of_users.map(|(name, test)| trial(name, without_users.clone(), test)));
     libtest_mimic::run(&arguments, trials).exit_code()
 }
 
@@ -96,7 +101,14 @@ fn refuses(case: &Case) {
         [format!("{}: worked", case.name)],
         "outside"
     );
-    let said = ground.contain();
+    is_refused(case, &ground.contain());
+    // Who asks for capabilities has none.
+    if case.capabilities.is_empty() && Ground::lacks_users().is_none() {
+        is_refused(case, &Ground::new(&["--try", case.name]).with_users().contain());
+    }
+}
+
+fn is_refused(case: &Case, said: &[String]) {
     let refused = format!("{}: refused ", case.name);
     assert!(
         said.len() == 1 && said[0].starts_with(&refused),
@@ -106,7 +118,13 @@ fn refuses(case: &Case) {
 
 /// A program that is started beside the job's own is no freer.
 fn beside() {
-    let mut ground = Ground::new(&["--wait"]);
+    no_freer(Ground::new(&["--wait"]));
+    if Ground::lacks_users().is_none() {
+        no_freer(Ground::new(&["--wait"]).with_users());
+    }
+}
+
+fn no_freer(mut ground: Ground) {
     ground.launch.limits.pids = 256;
     let cases: Vec<&str> = CASES
         .iter()

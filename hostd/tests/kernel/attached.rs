@@ -18,7 +18,7 @@ fn request(job: &Job) -> AttachRequest {
 }
 
 /// Reads to the end: standard output, standard error, exit status.
-async fn read_all(stream: &mut (impl AsyncRead + Unpin)) -> (Vec<u8>, Vec<u8>, i32) {
+pub(crate) async fn read_all(stream: &mut (impl AsyncRead + Unpin)) -> (Vec<u8>, Vec<u8>, i32) {
     let (mut out, mut err) = (Vec::new(), Vec::new());
     loop {
         let frame = timeout(PATIENCE, read_frame(stream))

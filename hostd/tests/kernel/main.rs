@@ -14,6 +14,7 @@ mod faults;
 mod host;
 mod life;
 mod network;
+mod user_namespaces;
 mod volumes;
 
 use std::future::Future;
@@ -63,6 +64,12 @@ fn main() -> ExitCode {
         volumes: a_full_image_is_contained a_full_subvolume_is_contained images_outlive_daemons_and_boots
             snapshots_forks_and_rollbacks snapshots_are_sent_and_received volumes_survive_kills;
     ];
+    let of_users: Tests = tests![
+        user_namespaces: root_is_nobody_on_the_host volumes_are_handed_on some_jobs_have_none ranges_are_one_jobs_alone
+            limits_of_users_are_each_jobs_own;
+    ];
+    let of_users_and_volumes: Tests = tests![user_namespaces: volumes_of_all_kinds_are_handed_on;];
+    let users_lack = lacks.clone().or_else(user_namespaces::lacks);
     let volumes_lack = lacks.clone().or_else(volumes::lacks);
     let trial = |lacks: &Option<String>, (name, test): (&'static str, fn())| match lacks {
         None => Trial::test(name, move || {
@@ -75,5 +82,14 @@ fn main() -> ExitCode {
     };
     let tests = tests.into_iter().map(|test| trial(&lacks, test));
     let of_volumes = of_volumes.into_iter().map(|test| trial(&volumes_lack, test));
-    libtest_mimic::run(&arguments, tests.chain(of_volumes).collect()).exit_code()
+    let of_users = of_users.into_iter().map(|test| trial(&users_lack, test));
+    let both_lack = users_lack.clone().or_else(|| volumes_lack.clone());
+    let of_users_and_volumes = of_users_and_volumes
+        .into_iter()
+        .map(|test| trial(&both_lack, test));
+    let all = tests
+        .chain(of_volumes)
+        .chain(of_users)
+        .chain(of_users_and_volumes);
+    libtest_mimic::run(&arguments, all.collect()).exit_code()
 }

@@ -41,11 +41,11 @@ pub(crate) fn lacks() -> Option<String> {
 }
 
 /// A btrfs, mounted for as long as this lives. It goes before its host does.
-struct Btrfs(PathBuf);
+pub(crate) struct Btrfs(PathBuf);
 
 impl Btrfs {
     /// Makes one and gives it to the host as the provider `fast`.
-    async fn of(host: &Host) -> Self {
+    pub(crate) async fn of(host: &Host) -> Self {
         let pool = Self::mount(&host.state.with_file_name("pool"));
         let new = NewProvider {
             id: "fast".into(),

@@ -59,6 +59,7 @@ fn unprivileged(field: &str, process: &ProcessType) -> Result<()> {
     let privileges = [
         ("host_network", process.host_network),
         ("host_pid_namespace", process.host_pid_namespace),
+        ("host_user_namespace", process.host_user_namespace),
         ("mounts", !process.mounts.is_empty()),
         ("linux_capabilities", process.linux_capabilities.is_some()),
     ];
@@ -197,6 +198,13 @@ mod tests {
                 "host_pid_namespace",
                 ProcessType {
                     host_pid_namespace: true,
+                    ..ProcessType::default()
+                },
+            ),
+            (
+                "host_user_namespace",
+                ProcessType {
+                    host_user_namespace: true,
                     ..ProcessType::default()
                 },
             ),

@@ -57,6 +57,7 @@ fn active(job: Job) -> ActiveJob {
         host_id: HOST.into(),
         internal_ip: None,
         ports: Vec::new(),
+        user_namespace: None,
         pid: None,
         supervisor_pid: None,
         paused: false,
