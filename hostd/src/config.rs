@@ -26,6 +26,9 @@ pub struct HostConfig {
     /// Tags for placement.
     #[serde(default, skip_serializing_if = "Meta::is_empty")]
     pub tags: Meta,
+    /// Whether its jobs are to go to other hosts.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub draining: bool,
     /// The host's part of the cluster's network, once it has one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub network: Option<NetworkConfig>,
@@ -63,6 +66,7 @@ impl HostConfig {
                 id: overrides.id.clone().map_or_else(default_id, Ok)?,
                 address: overrides.address.map_or_else(default_address, Ok)?,
                 tags: Meta::new(),
+                draining: false,
                 network: None,
                 encryption: None,
                 other: serde_json::Map::new(),
@@ -90,6 +94,11 @@ impl HostConfig {
             config.save(state)?;
         }
         Ok(config)
+    }
+
+    /// What is known of a host, if there is one with this state directory. Nothing is written.
+    pub fn peek(state: &Path) -> Option<Self> {
+        files::read_json(&state.join(FILE)).ok().flatten()
     }
 
     /// Writes the file.
@@ -142,7 +151,7 @@ fn id_of_hostname(name: &str) -> Option<String> {
 }
 
 /// The address that this machine would speak to the outside with. No packet is sent.
-fn default_address() -> io::Result<Ipv4Addr> {
+pub(crate) fn default_address() -> io::Result<Ipv4Addr> {
     let outside = || -> io::Result<std::net::SocketAddr> {
         let socket = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0))?;
         socket.connect((Ipv4Addr::new(192, 0, 2, 1), 9))?;

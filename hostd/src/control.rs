@@ -1,5 +1,10 @@
 //! What the daemon says to a supervisor over the job's socket: one line of JSON, answered by one line of JSON; after
 //! `watch` by many, and after `attach` and `exec` by frames both ways ([`flynn_api::host::attach`]).
+//!
+//! A job keeps its supervisor when the daemon is updated, and so either may be the older one. A supervisor says in its
+//! [`Status`] which version of the protocol it speaks; versions only add to those before. A daemon does not ask for what
+//! a supervisor does not know, a supervisor refuses what it does not know, and either passes over fields that it does not
+//! know.
 
 use std::io;
 use std::path::Path;
@@ -11,6 +16,9 @@ use tokio::net::UnixStream;
 
 use crate::container::Place;
 use crate::status::Status;
+
+/// The version of what is said here. With 2 came `pause` and `exec`.
+pub const PROTOCOL: u32 = 2;
 
 /// The longest line.
 const MAX_LINE: u64 = 64 << 10;
@@ -52,6 +60,21 @@ pub enum Request {
     },
     /// Start another program in the container and become its terminal.
     Exec(ExecRequest),
+}
+
+impl Request {
+    /// The version of the protocol that it came with.
+    pub fn since(&self) -> u32 {
+        match self {
+            Self::Watch
+            | Self::Go(_)
+            | Self::Stop
+            | Self::Signal { .. }
+            | Self::Deregister
+            | Self::Attach { .. } => 1,
+            Self::Pause { .. } | Self::Exec(_) => 2,
+        }
+    }
 }
 
 /// The answer to all but `watch`; after that of `attach` and `exec` come frames.

@@ -5,10 +5,10 @@ use std::net::Ipv4Addr;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, CommandFactory as _, Parser, Subcommand};
 use flynn_api::Meta;
 use flynn_hostd::bootstrap::{self, join, remove};
-use flynn_hostd::commands::{self, Operator, ca, members};
+use flynn_hostd::commands::{self, Operator, ca, install, members, preflight, tags};
 use flynn_hostd::config::{HostConfig, Overrides};
 use flynn_hostd::encryption::Mode;
 use flynn_hostd::{container, daemon, floating, supervisor};
@@ -27,7 +27,7 @@ struct Cli {
 #[derive(Subcommand)]
 enum Command {
     /// Run the daemon
-    Daemon(HostArgs),
+    Daemon(DaemonArgs),
     /// Write this host's configuration, and nothing else
     Init(HostArgs),
     /// Keep one job (the daemon starts this)
@@ -61,12 +61,34 @@ enum Command {
     Download(bootstrap::DownloadArgs),
     /// Keep addresses at a host that is well: add, remove, list
     Floating(floating::command::Args),
+    /// See whether this machine can be a host: kernel, disk, ports, firewall, clock, network
+    Preflight(preflight::Args),
+    /// Write the daemon's unit for systemd
+    Install(install::Args),
+    /// Print a script that completes commands for a shell
+    Completion {
+        /// Which
+        shell: clap_complete::Shell,
+    },
     /// Show the version
-    Version,
+    Version {
+        /// As JSON
+        #[arg(long)]
+        json: bool,
+    },
     #[command(flatten)]
     Members(members::Command),
     #[command(flatten)]
     Operator(Operator),
+}
+
+#[derive(Args)]
+struct DaemonArgs {
+    #[command(flatten)]
+    host: HostArgs,
+    /// Take over from the daemon at the other end of standard input (that daemon says this)
+    #[arg(long, hide = true)]
+    takeover: bool,
 }
 
 #[derive(Args)]
@@ -81,7 +103,7 @@ struct HostArgs {
     #[arg(long, alias = "external-ip")]
     address: Option<Ipv4Addr>,
     /// Tags for placement
-    #[arg(long, value_name = "NAME=VALUE,..", value_delimiter = ',', value_parser = tag)]
+    #[arg(long, value_name = "NAME=VALUE,..", value_delimiter = ',', value_parser = tags::tag)]
     tags: Option<Vec<(String, String)>>,
     /// Whether what containers and hosts send to other hosts' containers is encrypted by WireGuard: on with every host
     /// that does the same (unless the cluster was bootstrapped with --direct, nothing said means this), off, or
@@ -102,13 +124,6 @@ impl HostArgs {
     }
 }
 
-fn tag(text: &str) -> Result<(String, String), String> {
-    match text.split_once('=') {
-        Some((name, value)) if !name.is_empty() => Ok((name.into(), value.into())),
-        _ => Err("NAME=VALUE is wanted".into()),
-    }
-}
-
 fn main() -> ExitCode {
     let result = run(Cli::parse().command);
     result.unwrap_or_else(|error| {
@@ -118,7 +133,9 @@ fn main() -> ExitCode {
 }
 
 fn run(command: Command) -> anyhow::Result<ExitCode> {
-    if !matches!(command, Command::Version) && !rustix::process::geteuid().is_root() {
+    if !matches!(command, Command::Version { .. } | Command::Completion { .. })
+        && !rustix::process::geteuid().is_root()
+    {
         anyhow::bail!(
             "flynn-host needs root: namespaces, mounts and the host's state belong to it. Run it with sudo"
         );
@@ -138,10 +155,11 @@ fn run(command: Command) -> anyhow::Result<ExitCode> {
         Command::ProbeUserNamespace { first } => container::probe(first)?,
         Command::Daemon(args) => {
             flynn_api::server::init_logging("flynn-host");
-            let overrides = args.overrides();
+            let overrides = args.host.overrides();
             runtime(daemon::run(daemon::Options {
-                state: args.state,
+                state: args.host.state,
                 overrides,
+                takeover: args.takeover,
             }))?;
         }
         Command::Init(args) => {
@@ -158,7 +176,15 @@ fn run(command: Command) -> anyhow::Result<ExitCode> {
         Command::Ca(command) => runtime(ca::run(&command))?,
         Command::Download(args) => runtime(bootstrap::download(&args))?,
         Command::Floating(args) => runtime(floating::command::run(&args))?,
-        Command::Version => println!("{}", env!("CARGO_PKG_VERSION")),
+        Command::Preflight(args) => return preflight::run(&args),
+        Command::Install(args) => install::run(&args)?,
+        Command::Completion { shell } => {
+            clap_complete::generate(shell, &mut Cli::command(), "flynn-host", &mut std::io::stdout());
+        }
+        Command::Version { json: false } => println!("{}", env!("CARGO_PKG_VERSION")),
+        Command::Version { json: true } => {
+            println!("{}", serde_json::json!({"version": env!("CARGO_PKG_VERSION")}));
+        }
         Command::Members(command) => runtime(members::run(&command))?,
         Command::Operator(command) => return runtime(commands::operate(command)),
     }

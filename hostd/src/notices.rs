@@ -9,20 +9,24 @@ pub(crate) const PLAIN: &str = "traffic between hosts is not encrypted: who can 
                                 what apps say to each other. Connect the hosts by a network of their own, or have apps \
                                 speak TLS";
 
-/// What the kernel lacks, and what that means.
-pub(crate) fn of_kernel() -> Vec<String> {
+/// The file systems without which there are no containers, and that the kernel has not.
+pub(crate) fn missing_filesystems() -> Vec<&'static str> {
     let filesystems = std::fs::read_to_string("/proc/filesystems").unwrap_or_default();
     let has = |name: &str| {
         filesystems
             .lines()
             .any(|line| line.split_whitespace().last() == Some(name))
     };
-    let mut notices = Vec::new();
+    let mut missing = vec!["overlay", "squashfs"];
     // A module may come when it is asked for; then mounting it will say more.
-    for name in ["overlay", "squashfs"]
-        .iter()
-        .filter(|name| !has(name) && !module_can_come(name))
-    {
+    missing.retain(|name| !has(name) && !module_can_come(name));
+    missing
+}
+
+/// What the kernel lacks, and what that means.
+pub(crate) fn of_kernel() -> Vec<String> {
+    let mut notices = Vec::new();
+    for name in missing_filesystems() {
         notices.push(format!("no containers: the kernel has no {name} file system"));
     }
     notices.push("temp_disk limits are not enforced: that needs project quotas".into());

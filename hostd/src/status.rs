@@ -7,6 +7,7 @@ use flynn_api::host::JobState;
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
+use crate::control::PROTOCOL;
 use crate::files;
 
 /// The file's name in the job's directory.
@@ -30,6 +31,9 @@ pub struct Status {
     pub pid: Option<i32>,
     /// The supervisor.
     pub supervisor: Option<ProcessId>,
+    /// The version of [`control`](crate::control) that it speaks. The first ones did not say.
+    #[serde(default = "first")]
+    pub protocol: u32,
     /// The boot in which all that was.
     pub boot_id: String,
     /// The container's own address.
@@ -51,6 +55,10 @@ pub struct Status {
     pub stop_requested: bool,
 }
 
+fn first() -> u32 {
+    1
+}
+
 impl Status {
     /// Of a job that was just taken.
     pub fn new(created_at: Timestamp, boot_id: String) -> Self {
@@ -62,6 +70,7 @@ impl Status {
             ended_at: None,
             pid: None,
             supervisor: None,
+            protocol: PROTOCOL,
             boot_id,
             address: None,
             exit_status: None,
@@ -99,15 +108,19 @@ impl Status {
     /// Reads it; none when it was never written. One that a power cut has emptied was of a job that went on, in an
     /// earlier boot.
     pub fn read(job_dir: &Path) -> std::io::Result<Option<Self>> {
-        let path = job_dir.join(FILE);
-        match std::fs::metadata(&path) {
-            Ok(file) if file.len() == 0 => {
-                let when = file.modified().ok();
-                let when = when.and_then(|when| Timestamp::try_from(when).ok());
-                Ok(Some(Self::new(when.unwrap_or_default(), String::new())))
-            }
-            _ => files::read_json(&path),
+        match std::fs::metadata(job_dir.join(FILE)) {
+            Ok(file) if file.len() == 0 => Ok(Some(Self::lost(job_dir))),
+            _ => files::read_json(&job_dir.join(FILE)),
         }
+    }
+
+    /// What is to be taken for the status of a job that was taken and has none which can be read: after a power cut. The
+    /// job went on, in an earlier boot.
+    pub fn lost(job_dir: &Path) -> Self {
+        let file = std::fs::metadata(job_dir.join(FILE)).or_else(|_| std::fs::metadata(job_dir));
+        let when = file.and_then(|file| file.modified()).ok();
+        let when = when.and_then(|when| Timestamp::try_from(when).ok());
+        Self::new(when.unwrap_or_default(), String::new())
     }
 }
 
@@ -128,6 +141,23 @@ impl ProcessId {
             pid,
             start: start_time(pid).unwrap_or_default(),
         }
+    }
+
+    /// Of a process that is there.
+    pub fn of(pid: i32) -> Option<Self> {
+        let start = start_time(pid)?;
+        Some(Self { pid, start })
+    }
+
+    /// Kills it, and no other that may have its pid by now.
+    pub fn kill(self) -> std::io::Result<()> {
+        use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
+        let pid = Pid::from_raw(self.pid).ok_or(std::io::ErrorKind::NotFound)?;
+        let process = pidfd_open(pid, PidfdFlags::empty())?;
+        if !self.is_alive() {
+            return Err(std::io::ErrorKind::NotFound.into());
+        }
+        Ok(pidfd_send_signal(process, Signal::KILL)?)
     }
 
     /// Whether the process is still there (a zombie is not).

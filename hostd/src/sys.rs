@@ -399,3 +399,12 @@ pub(crate) fn send_frame(index: u32, frame: &[u8]) -> io::Result<()> {
     };
     check(i64::try_from(sent).map_err(io::Error::other)?).map(drop)
 }
+
+/// Whether the kernel was told of late, by whoever sets the clock, that it is right.
+pub(crate) fn clock_is_set() -> io::Result<bool> {
+    // SAFETY: all-zero bytes are a valid timex, by which nothing is changed.
+    let mut timex: libc::timex = unsafe { std::mem::zeroed() };
+    // SAFETY: adjtimex fills a timex, which lives until the call returns.
+    let state = check(unsafe { libc::adjtimex(&raw mut timex) }.into())?;
+    Ok(state != libc::c_long::from(libc::TIME_ERROR))
+}

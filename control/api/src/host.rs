@@ -14,6 +14,9 @@
 //! | `GET /host/network` | [`NetworkStatus`] |
 //! | `GET /host/network/flows` | `[`[`Flow`]`]`: the established TCP connections of this host's containers |
 //! | `GET /host/network/services` | `[`[`ServiceStatus`]`]`: which virtual addresses lead to which instances |
+//! | `PUT /host/tags` | sets the tags for placement, all of them |
+//! | `PUT /host/drain`, `DELETE` | has the host's jobs go to other hosts; no longer |
+//! | `POST /host/update` | has another program go on with the daemon's work ([`Update`], [`Updated`]) |
 //! | `GET /metrics` | counters and gauges of the network, in Prometheus' text format |
 //! | `PUT /host/layers/{digest}`, `GET` | puts a squashfs layer into the store; fetches it |
 //! | `GET /storage/providers`, `POST` | [`Provider`](crate::volume::Provider)s; adds a [`NewProvider`](crate::volume::NewProvider) |
@@ -75,6 +78,26 @@ pub struct Job {
     pub generation: Option<u64>,
 }
 
+/// What is to go on with the daemon's work.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Update {
+    /// A file on the host, by its absolute path, which is put in the place of the daemon's program if it can take over. When
+    /// absent, what is in that place by now.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub binary: Option<String>,
+}
+
+/// Another daemon serves.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Updated {
+    /// The version of the one before.
+    pub from: String,
+    /// Its own version.
+    pub to: String,
+    /// Its process.
+    pub pid: u32,
+}
+
 /// Names of [`Job::metadata`].
 pub mod label {
     /// The app's id.
@@ -85,6 +108,8 @@ pub mod label {
     pub const RELEASE_ID: &str = "flynn-controller.release";
     /// The process type.
     pub const PROCESS_TYPE: &str = "flynn-controller.type";
+    /// `true` on jobs of which every host has its own.
+    pub const OMNI: &str = "flynn-controller.omni";
     /// `true` on jobs of the platform itself: they get a certificate.
     pub const SYSTEM_APP: &str = "flynn-system-app";
 }
@@ -486,6 +511,9 @@ pub struct HostStatus {
     /// Tags for placement.
     #[serde(default)]
     pub tags: Meta,
+    /// It is given no jobs, and those that it has go to other hosts.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub draining: bool,
     /// Its subnet, once it has one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub subnet: Option<String>,

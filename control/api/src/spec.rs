@@ -30,6 +30,9 @@ impl ExpandedFormation {
         if system {
             metadata.insert(label::SYSTEM_APP.into(), "true".into());
         }
+        if process.omni {
+            metadata.insert(label::OMNI.into(), "true".into());
+        }
         let mut env = self.release.env.clone();
         env.extend(process.env.clone());
         env.extend([

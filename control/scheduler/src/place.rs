@@ -115,6 +115,7 @@ mod tests {
     fn spread_comes_before_load_and_load_before_names() {
         let facts = Facts {
             tags: Meta::new(),
+            draining: false,
             cpu: 100_000,
             memory: 1 << 40,
         };

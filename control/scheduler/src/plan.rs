@@ -321,6 +321,12 @@ impl<'a> Planner<'a> {
                 misplaced.push(*placed);
             }
         }
+        let process_moves = |process: &ProcessType| !process.omni && !keeps_volumes(process);
+        let mut leaving: Vec<_> = if process.is_some_and(process_moves) {
+            kept.extract_if(.., |placed| placed.host.facts.draining).collect()
+        } else {
+            Vec::new()
+        };
         let needed = formation.app.is_system()
             || formation
                 .app
@@ -333,10 +339,12 @@ impl<'a> Planner<'a> {
             }
             if count > 0 || self.may_end(needed, key) {
                 self.stop_surplus(kept.clone(), count, omni);
+                self.stop_drained(leaving, &kept, count);
             }
         } else {
             // What is not stopped is still there.
             kept.append(&mut misplaced);
+            kept.append(&mut leaving);
         }
         if !may_start || count == 0 {
             return;
@@ -404,6 +412,17 @@ impl<'a> Planner<'a> {
                 all -= 1;
                 self.stop(placed, "there are more than wanted");
             }
+        }
+    }
+
+    /// Stops jobs on hosts that are drained, as many as others are up in their place.
+    fn stop_drained(&mut self, mut leaving: Vec<Placed<'_>>, kept: &[Placed<'_>], count: u32) {
+        let up = kept.iter().filter(|placed| placed.job.state == State::Up).count();
+        let needed = (count as usize).saturating_sub(up);
+        // Those that are up stay the longest.
+        leaving.sort_by_key(|placed| (placed.job.state != State::Up, placed.id));
+        for placed in leaving.into_iter().skip(needed) {
+            self.stop(placed, "its host is drained, and others have taken its place");
         }
     }
 
@@ -527,7 +546,12 @@ impl<'a> Planner<'a> {
 
 /// Whether old and new jobs of a type cannot be there side by side. The controller's deployments know the same rule.
 fn cannot_share(process: &ProcessType) -> bool {
-    process.host_network || process.volumes.iter().any(|volume| !volume.delete_on_stop)
+    process.host_network || keeps_volumes(process)
+}
+
+/// Whether its jobs have data on their hosts that outlive them.
+fn keeps_volumes(process: &ProcessType) -> bool {
+    process.volumes.iter().any(|volume| !volume.delete_on_stop)
 }
 
 /// One process type of a formation.

@@ -216,6 +216,8 @@ pub struct Facts {
     pub cpu: u64,
     /// Bytes.
     pub memory: u64,
+    /// Its jobs are to go to other hosts.
+    pub draining: bool,
 }
 
 impl From<&HostStatus> for Facts {
@@ -224,6 +226,7 @@ impl From<&HostStatus> for Facts {
             tags: status.tags.clone(),
             cpu: status.cpu,
             memory: status.memory,
+            draining: status.draining,
         }
     }
 }
@@ -252,7 +255,7 @@ pub struct Host {
 impl Host {
     /// Whether it may be given jobs.
     pub fn is_ready(&self) -> bool {
-        self.registered && self.answering && self.listed && !self.shutting_down
+        self.registered && self.answering && self.listed && !self.shutting_down && !self.facts.draining
     }
 
     /// Whether both signals say that it is gone.

@@ -330,3 +330,60 @@ fn restarts_wait_longer_and_longer() {
         (0, 1)
     );
 }
+
+#[test]
+fn a_drained_host_s_jobs_go_when_others_are_up() {
+    let two = formation("r", 2, ProcessType::default());
+    let here = || vec![running(&two, "a-1"), running(&two, "a-2")];
+    let mut hosts = view(&[("a", here()), ("b", vec![])]);
+    hosts.host("a", at(0)).facts.draining = true;
+    let wanted = desired(std::slice::from_ref(&two));
+    let first = plan(&wanted, &hosts, at(0));
+    assert_eq!(starts(&first), ["b", "b"]);
+    assert!(stops(&first).is_empty(), "nothing stops before others are up");
+    // One is up, the other still comes.
+    let coming = active(two.job("web", "b-2", 0).unwrap(), JobState::Starting);
+    let mut hosts = view(&[("a", here()), ("b", vec![running(&two, "b-1"), coming])]);
+    hosts.host("a", at(0)).facts.draining = true;
+    let second = plan(&wanted, &hosts, at(0));
+    assert!(starts(&second).is_empty());
+    assert_eq!(stops(&second).len(), 1);
+    // With nowhere to go they stay, and it is said.
+    let mut alone = view(&[("a", here())]);
+    alone.host("a", at(0)).facts.draining = true;
+    let stuck = plan(&wanted, &alone, at(0));
+    assert!(stops(&stuck).is_empty() && !stuck.blocked.is_empty());
+    // Nobody wants them any more: they need no others.
+    let none = desired(&[formation("r", 0, ProcessType::default())]);
+    assert_eq!(stops(&plan(&none, &alone, at(0))), ["a-1", "a-2"]);
+}
+
+#[test]
+fn what_belongs_to_a_host_stays_while_it_is_drained() {
+    let omni = formation(
+        "r",
+        1,
+        ProcessType {
+            omni: true,
+            ..ProcessType::default()
+        },
+    );
+    let volume = VolumeReq {
+        path: "/data".into(),
+        ..VolumeReq::default()
+    };
+    let data = formation(
+        "r",
+        1,
+        ProcessType {
+            volumes: vec![volume],
+            ..ProcessType::default()
+        },
+    );
+    for formation in [omni, data] {
+        let mut hosts = view(&[("a", vec![running(&formation, "a-1")])]);
+        hosts.host("a", at(0)).facts.draining = true;
+        let plan = plan(&desired(std::slice::from_ref(&formation)), &hosts, at(0));
+        assert!(stops(&plan).is_empty() && starts(&plan).is_empty());
+    }
+}

@@ -11,6 +11,7 @@ mod hierarchy;
 
 use std::fs;
 use std::io;
+use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -236,6 +237,14 @@ impl Group {
 pub fn jobs_v2(all: &Hierarchies) -> Option<PathBuf> {
     let v2 = all.iter().find(|hierarchy| hierarchy.is_v2())?;
     Some(v2.base.join("flynn"))
+}
+
+/// Whether jobs may use the device that this is of.
+pub fn allows_device(file: &fs::Metadata) -> bool {
+    let (major, minor) = (rustix::fs::major(file.rdev()), rustix::fs::minor(file.rdev()));
+    let listed =
+        |(known, number): &(u32, Option<u32>)| *known == major && number.is_none_or(|number| number == minor);
+    file.file_type().is_char_device() && DEVICES.iter().any(listed)
 }
 
 /// Makes the group that all others are in, and limits its devices. Done by the daemon, before there are supervisors.

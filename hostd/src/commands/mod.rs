@@ -2,13 +2,20 @@
 
 mod attach;
 pub mod ca;
+mod debug_info;
 mod discoverd;
+mod drain;
 mod exec;
+mod fix;
+pub mod install;
 pub mod members;
 mod network;
 mod port_forward;
+pub mod preflight;
 mod run;
 mod show;
+pub mod tags;
+mod update;
 mod volume;
 
 use std::path::Path;
@@ -98,6 +105,16 @@ pub enum Operator {
     Network(network::Args),
     /// Look after volumes, and where they are kept
     Volume(volume::Args),
+    /// Show or change the tags by which jobs are placed
+    Tags(tags::Args),
+    /// Give this host no more jobs, and have those that it has go to other hosts
+    Drain(drain::Args),
+    /// See whether supervisors, discoverd, network, layers and database are well, and mend what can be mended
+    Fix(fix::Args),
+    /// Collect what shows how this host does in one file: status, jobs, logs' ends, network, kernel
+    CollectDebugInfo(debug_info::Args),
+    /// Have another flynn-host go on with the daemon's work: no job notices, no call is refused
+    Update(update::Args),
 }
 
 /// Has a command end, and not panic, when whoever reads its output (`| head`) has read enough.
@@ -181,6 +198,11 @@ pub async fn operate(command: Operator) -> anyhow::Result<ExitCode> {
         }
         Operator::Network(args) => network::run(&host, &args).await?,
         Operator::Volume(args) => volume::run(&host, args).await?,
+        Operator::Tags(args) => tags::run(&host, args).await?,
+        Operator::Drain(args) => drain::run(&host, args).await?,
+        Operator::Fix(args) => fix::run(&host, args).await?,
+        Operator::CollectDebugInfo(args) => debug_info::run(&host, args).await?,
+        Operator::Update(args) => update::run(&host, args).await?,
     }
     Ok(ExitCode::SUCCESS)
 }

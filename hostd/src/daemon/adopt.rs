@@ -4,11 +4,13 @@ use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
 use flynn_api::host::{Job, JobState};
-use flynn_api::{Digest, Result};
+use flynn_api::{Digest, Error, Result};
 use jiff::Timestamp;
 
 use super::Daemon;
+use super::gate::Pass;
 use super::keep::{call, is_to_be_kept};
+use super::start::network_namespace;
 use super::store::Stored;
 use super::table::Entry;
 use crate::container::Place;
@@ -31,6 +33,13 @@ impl Daemon {
             let id = job.id.clone();
             let alive =
                 status.boot_id == boot && status.supervisor.is_some_and(crate::status::ProcessId::is_alive);
+            if !alive && status.boot_id == boot {
+                // It may have ended since its status was read, and have said how.
+                status = Status::read(&self.paths.job(&id))
+                    .ok()
+                    .flatten()
+                    .unwrap_or(status);
+            }
             let resurrect = is_to_be_kept(&job, &status);
             if !alive {
                 // Bringing the network up has taken it back; by now it may be another's.
@@ -58,14 +67,15 @@ impl Daemon {
                 if let Err(error) = held {
                     tracing::warn!(job = id, %error, "an adopted job's layers");
                 }
-                tokio::spawn(Arc::clone(self).resume(id));
+                let pass = self.gate.beside(&format!("the start of job {id}"));
+                tokio::spawn(Arc::clone(self).resume(id, pass));
             } else if resurrect {
                 self.start_again(id);
             } else {
-                let why = if status.boot_id == boot {
-                    "its supervisor was killed while the daemon was down"
-                } else {
-                    "host restarted"
+                let why = match status.boot_id.as_str() {
+                    "" => "host restarted, and what was known of the job was lost",
+                    id if id == boot => "its supervisor was killed while the daemon was down",
+                    _ => "host restarted",
                 };
                 self.change(&id, |status| {
                     let state = if status.stop_requested {
@@ -77,7 +87,11 @@ impl Daemon {
                     status.error = Some(why.into());
                 });
                 let daemon = Arc::clone(self);
-                tokio::spawn(async move { daemon.clean_up(&id, None).await });
+                let pass = self.gate.beside(&format!("the end of job {id}"));
+                tokio::spawn(async move {
+                    daemon.clean_up(&id, None).await;
+                    drop(pass);
+                });
             }
         }
     }
@@ -96,20 +110,24 @@ impl Daemon {
 
     fn start_again(self: &Arc<Self>, id: String) {
         let daemon = Arc::clone(self);
+        let pass = self.gate.beside(&format!("the start of job {id}"));
         tokio::spawn(async move {
             daemon.clean_up_container(&id, None).await;
-            daemon.restart(&id, Backoff::default(), Duration::ZERO).await;
+            daemon
+                .restart(&id, Backoff::default(), Duration::ZERO, pass)
+                .await;
         });
     }
 
     /// Follows a supervisor that was there before this daemon. One that still waits for its network gets it.
-    async fn resume(self: Arc<Self>, id: String) {
+    async fn resume(self: Arc<Self>, id: String, pass: Pass) {
         let mut connection = Connection::open(&Paths::socket(&id)).await.ok();
         if let (Some(connection), Some(entry)) = (&mut connection, self.table.get(&id))
             && let Err(error) = self.plumb(connection, &entry).await
         {
             tracing::warn!(job = id, %error, "cannot give an adopted job its network");
         }
+        drop(pass);
         self.follow(id, connection, Backoff::default()).await;
     }
 
@@ -120,9 +138,14 @@ impl Daemon {
             gateway: self.network.gateway(),
         };
         if !config.host_network && status.address.is_none() {
-            let pid = status.supervisor.map_or(0, |supervisor| supervisor.pid);
             let network = self.network_for_jobs()?;
-            place.address = Some(self.attach(&network, &entry.job, pid).await?);
+            let supervisor = status.supervisor;
+            let namespace = network_namespace(supervisor.map_or(0, |supervisor| supervisor.pid))?;
+            // Looked at last: what was opened is its namespace, and not that of a later process.
+            if !supervisor.is_some_and(crate::status::ProcessId::is_alive) {
+                return Err(Error::conflict("its supervisor is gone"));
+            }
+            place.address = Some(self.attach(&network, &entry.job, &namespace).await?);
         }
         call(connection, &Request::Go(place)).await
     }

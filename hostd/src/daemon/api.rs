@@ -14,7 +14,7 @@ use axum::routing::{get, post, put};
 use flynn_api::host::{Job, JobEvent, LogLine, NetworkConfig};
 use flynn_api::server::{Json, Peer, StrictJson, disk, events, wants_events};
 use flynn_api::tls::PeerIdentity;
-use flynn_api::{Digest, Error, ErrorCode, Result};
+use flynn_api::{Digest, Error, ErrorCode, Meta, Result};
 use futures::{Stream, StreamExt};
 use serde::Deserialize;
 use tokio::sync::broadcast;
@@ -23,8 +23,9 @@ use tokio::time::timeout;
 
 use super::images::pieces;
 use super::table::Entry;
-use super::{Daemon, attached, disk_error};
+use super::{Daemon, attached, disk_error, pass_on, update};
 use crate::control::Request;
+use crate::floating;
 use crate::logs::Follower;
 
 /// The daemon, as handlers get it.
@@ -49,8 +50,15 @@ pub(super) fn router(daemon: Arc<Daemon>) -> Router {
         .route("/host/network/flows", get(flows))
         .route("/host/network/services", get(services))
         .route("/metrics", get(metrics))
+        .route(update::PATH, post(update::update))
+        .route("/host/tags", put(set_tags))
+        .route("/host/drain", put(drain).delete(drain_no_more))
         .merge(super::volumes::router())
         .fallback(|| async { Error::new(ErrorCode::NotFound, "there is no such call in the host API") })
+        .layer(middleware::from_fn_with_state(
+            Arc::clone(&daemon),
+            pass_on::admit,
+        ))
         .layer(middleware::from_fn(authorize))
         .with_state(daemon)
 }
@@ -71,6 +79,11 @@ fn may(peer: &Peer, method: &Method, path: &str) -> Result<()> {
     let looks = (*method == Method::GET || *method == Method::HEAD) && !holds;
     match identity {
         PeerIdentity::Host(_) => Ok(()),
+        // Any program of the host's, as root.
+        PeerIdentity::Job(_) if path == update::PATH => Err(Error::new(
+            ErrorCode::Forbidden,
+            "a host is updated by its operator, or by another host",
+        )),
         PeerIdentity::Job(app) if looks || matches!(app.as_str(), "controller" | "scheduler") => Ok(()),
         PeerIdentity::Job(app) => Err(Error::new(
             ErrorCode::Forbidden,
@@ -101,6 +114,9 @@ async fn jobs(State(daemon): Shared, headers: HeaderMap) -> Response {
     if wants_events(&headers) {
         let (current, live) = daemon.table.subscribe();
         let stream = futures::stream::iter(current).chain(job_events(live));
+        // What happens from then on is told by another daemon.
+        let gate = daemon.gate.clone();
+        let stream = stream.take_until(async move { gate.left().await });
         return events(stream.map(|event| (None, event)));
     }
     let all = daemon.table.all().into_iter();
@@ -208,10 +224,7 @@ fn log_lines(
         let mut first = first;
         loop {
             // Before reading: what is over has written all.
-            let over = daemon
-                .table
-                .get(&id)
-                .is_none_or(|entry| entry.status.state.is_terminal());
+            let over = daemon.is_over(&id);
             let lines = follower.read().ok()?;
             let last = over || !follow;
             if !lines.is_empty() || (last && first) {
@@ -226,6 +239,55 @@ fn log_lines(
         }
     });
     batches.flat_map(futures::stream::iter)
+}
+
+impl Daemon {
+    /// Whether a job has written all that it ever will.
+    fn is_over(&self, id: &str) -> bool {
+        if self.gate.is_left() {
+            // What another daemon follows is known by what is on the disk.
+            let status = crate::status::Status::read(&self.paths.job(id)).ok().flatten();
+            return status.is_none_or(|status| status.state.is_terminal());
+        }
+        let entry = self.table.get(id);
+        entry.is_none_or(|entry| entry.status.state.is_terminal())
+    }
+}
+
+async fn set_tags(State(daemon): Shared, StrictJson(tags): StrictJson<Meta>) -> Result<Response> {
+    check_tags(&tags)?;
+    done(daemon.configure("keep the tags", |config| config.tags = tags))
+}
+
+async fn drain(State(daemon): Shared) -> Result<Response> {
+    done(daemon.configure("keep that this host is drained", |config| config.draining = true))
+}
+
+async fn drain_no_more(State(daemon): Shared) -> Result<Response> {
+    done(daemon.configure("keep that this host is not drained", |config| {
+        config.draining = false;
+    }))
+}
+
+/// They travel in each heartbeat and in each status.
+fn check_tags(tags: &Meta) -> Result<()> {
+    const MOST: usize = 64;
+    const LONGEST: usize = 256;
+    if tags.len() > MOST {
+        return Err(Error::invalid_field("tags", format!("at most {MOST}")));
+    }
+    for (name, value) in tags {
+        // The host's own labels in discoverd.
+        let taken = matches!(name.as_str(), "id" | "shutdown" | floating::command::META);
+        if name.is_empty() || taken || name.len() > LONGEST || value.len() > LONGEST {
+            let why = format!(
+                "{name:?}: names are not empty, neither id nor shutdown nor {}, and nothing is longer than {LONGEST} bytes",
+                floating::command::META
+            );
+            return Err(Error::invalid_field("tags", why));
+        }
+    }
+    Ok(())
 }
 
 async fn network(State(daemon): Shared) -> Result<Response> {

@@ -4,6 +4,7 @@
 mod within;
 
 use std::io;
+use std::sync::Arc;
 use std::time::Duration;
 
 use axum::body::Body;
@@ -19,13 +20,14 @@ use flynn_api::host::{
 use flynn_api::{Error, Result};
 use hyper::upgrade::Upgraded;
 use hyper_util::rt::TokioIo;
+use serde::Serialize;
 use serde::de::DeserializeOwned;
 use tokio::io::{AsyncWrite, AsyncWriteExt as _, copy_bidirectional};
 use tokio::time::{sleep, timeout};
 
-use super::Daemon;
 use super::api::Shared;
 use super::table::Entry;
+use super::{Daemon, pass_on};
 use crate::control::{Connection, Request};
 use crate::logs::Follower;
 use crate::paths::Paths;
@@ -56,6 +58,7 @@ async fn upgrading<T: DeserializeOwned>(request: HttpRequest, protocol: &str) ->
 
 /// Answers with the upgrade, and then has `carry` serve the connection.
 fn upgrade<F>(
+    daemon: &Daemon,
     parts: Parts,
     protocol: &'static str,
     carry: impl FnOnce(TokioIo<Upgraded>) -> F + Send + 'static,
@@ -65,7 +68,7 @@ where
 {
     let mut request = HttpRequest::from_parts(parts, Body::empty());
     let upgrade = hyper::upgrade::on(&mut request);
-    tokio::spawn(async move {
+    daemon.sessions.spawn(async move {
         let Ok(upgraded) = upgrade.await else { return };
         if let Err(error) = carry(TokioIo::new(upgraded)).await {
             tracing::debug!(%error, "attached connection");
@@ -73,6 +76,19 @@ where
     });
     let headers = [(CONNECTION, "Upgrade"), (UPGRADE, protocol)];
     (StatusCode::SWITCHING_PROTOCOLS, headers).into_response()
+}
+
+/// Has the daemon that acts by now take the connection over.
+async fn pass_on(
+    daemon: &Daemon,
+    parts: Parts,
+    protocol: &'static str,
+    wish: &impl Serialize,
+) -> Result<Response> {
+    let mut successor = pass_on::upgrade(&parts, protocol, wish).await?;
+    Ok(upgrade(daemon, parts, protocol, async move |mut client| {
+        copy_bidirectional(&mut client, &mut successor).await.map(drop)
+    }))
 }
 
 /// A job that is not over.
@@ -93,14 +109,24 @@ pub(super) async fn exec(
     if wish.args.first().is_none_or(String::is_empty) {
         return Err(Error::invalid_field("args", "names no program"));
     }
-    going_on(&daemon, &id)?;
+    if daemon.gate.is_left() {
+        return pass_on(&daemon, parts, ATTACH_PROTOCOL, &wish).await;
+    }
+    let entry = going_on(&daemon, &id)?;
+    let request = Request::Exec(wish);
+    entry.understands(&request)?;
     let failed = |error| Error::conflict(format!("cannot start it in the job {id}: {error}"));
     let mut supervisor = Connection::open(&Paths::socket(&id)).await.map_err(failed)?;
-    supervisor.call(&Request::Exec(wish)).await.map_err(failed)?;
-    Ok(upgrade(parts, ATTACH_PROTOCOL, async move |mut client| {
-        let mut supervisor = supervisor.into_stream();
-        copy_bidirectional(&mut client, &mut supervisor).await.map(drop)
-    }))
+    supervisor.call(&request).await.map_err(failed)?;
+    Ok(upgrade(
+        &daemon,
+        parts,
+        ATTACH_PROTOCOL,
+        async move |mut client| {
+            let mut supervisor = supervisor.into_stream();
+            copy_bidirectional(&mut client, &mut supervisor).await.map(drop)
+        },
+    ))
 }
 
 /// Connects to a port in the job's network, which its supervisor is in as well.
@@ -110,6 +136,9 @@ pub(super) async fn forward(
     request: HttpRequest,
 ) -> Result<Response> {
     let (parts, wish) = upgrading::<ForwardRequest>(request, FORWARD_PROTOCOL).await?;
+    if daemon.gate.is_left() {
+        return pass_on(&daemon, parts, FORWARD_PROTOCOL, &wish).await;
+    }
     let status = going_on(&daemon, &id)?.status;
     // A supervisor may still be in the host's network before its job runs.
     let supervisor = status.supervisor.filter(|_| status.pid.is_some());
@@ -127,14 +156,20 @@ pub(super) async fn forward(
     let mut port = within::connect(supervisor, status.address, wish.port)
         .await
         .map_err(failed)?;
-    Ok(upgrade(parts, FORWARD_PROTOCOL, async move |mut client| {
-        copy_bidirectional(&mut client, &mut port).await.map(drop)
-    }))
+    Ok(upgrade(
+        &daemon,
+        parts,
+        FORWARD_PROTOCOL,
+        async move |mut client| copy_bidirectional(&mut client, &mut port).await.map(drop),
+    ))
 }
 
 pub(super) async fn attach(State(daemon): Shared, request: HttpRequest) -> Result<Response> {
     let (parts, wish) = upgrading::<AttachRequest>(request, ATTACH_PROTOCOL).await?;
-    let entry = wait_for(&daemon, &wish.job_id).await?;
+    let entry = tokio::select! {
+        entry = wait_for(&daemon, &wish.job_id) => entry?,
+        () = daemon.gate.left() => return pass_on(&daemon, parts, ATTACH_PROTOCOL, &wish).await,
+    };
     let has = |stream: &str| wish.flags.iter().any(|flag| flag == stream);
     let streams = [has("stdout"), has("stderr")];
     let attach = Request::Attach {
@@ -159,7 +194,9 @@ pub(super) async fn attach(State(daemon): Shared, request: HttpRequest) -> Resul
             )));
         }
     };
+    let replaying = Arc::clone(&daemon);
     Ok(upgrade(
+        &daemon,
         parts,
         ATTACH_PROTOCOL,
         async move |mut client| match supervisor {
@@ -167,7 +204,7 @@ pub(super) async fn attach(State(daemon): Shared, request: HttpRequest) -> Resul
                 let mut supervisor = connection.into_stream();
                 copy_bidirectional(&mut client, &mut supervisor).await.map(drop)
             }
-            None => replay(&daemon, &wish, streams, &mut client).await,
+            None => replay(&replaying, &wish, streams, &mut client).await,
         },
     ))
 }

@@ -6,7 +6,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt as _;
 use std::path::Path;
 use std::process::Stdio;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use rustix::fs::CWD;
 use rustix::mount::{OpenTreeFlags, open_tree};
@@ -21,18 +21,18 @@ const SPARES: usize = 1;
 
 /// The file, through a read-only mount of its own: a container whose process has this file as its program, between
 /// fork and exec, could otherwise reach it through `/proc` and write to it.
-#[derive(Debug)]
-pub(super) struct Executable(OwnedFd);
+#[derive(Clone, Debug)]
+pub(super) struct Executable(Arc<OwnedFd>);
 
 impl Executable {
-    /// Of this process.
+    /// Of this process, at its start: another file may come to be in its place.
     pub(super) fn own() -> io::Result<Self> {
         // By its name rather than by `/proc/self/exe`, which cannot be mounted once the file has been replaced.
         let path = std::env::current_exe()?;
         let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
         let mount = open_tree(CWD, &path, flags)?;
         sys::set_mount_attributes(mount.as_fd(), libc::MOUNT_ATTR_RDONLY, false)?;
-        Ok(Self(mount))
+        Ok(Self(Arc::new(mount)))
     }
 
     /// Starts the supervisor of the job in `job_dir`.
@@ -90,6 +90,12 @@ impl Spares {
     /// One, if there is any.
     pub(super) fn take(&self) -> Option<Child> {
         self.all().pop()
+    }
+
+    /// Ends them: none is needed here any more.
+    pub(super) fn dismiss(&self) {
+        // The end of their input ends them; the runtime waits for them.
+        self.all().clear();
     }
 
     /// Sees that there are enough.

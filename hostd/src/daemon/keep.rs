@@ -26,6 +26,9 @@ const SUPERVISOR_ANSWER: Duration = Duration::from_secs(10);
 /// How long the killed may take to die.
 const KILL: Duration = Duration::from_secs(10);
 
+/// Between attempts to write a status when the disk is full.
+const WRITE_AGAIN: Duration = Duration::from_secs(1);
+
 /// Jobs that are over and still shown.
 const ENDED_JOBS: usize = 256;
 
@@ -51,7 +54,11 @@ impl Daemon {
         let mut connection = connection;
         loop {
             if let Some(connection) = connection.take() {
-                self.watch(&id, connection).await;
+                tokio::select! {
+                    () = self.watch(&id, connection) => {}
+                    // Another daemon watches: a supervisor has room for so many connections.
+                    () = self.gate.left() => return,
+                }
             }
             let Some(entry) = self.table.get(&id) else { return };
             let stored = || Status::read(&self.paths.job(&id)).ok().flatten()?.supervisor;
@@ -61,10 +68,16 @@ impl Daemon {
             }
             // It lives, and its socket does not answer: on its way out, or stopped by someone.
             sleep(Duration::from_millis(50)).await;
+            if self.gate.is_left() {
+                return;
+            }
             if !entry.status.state.is_terminal() {
                 connection = Connection::open(&Paths::socket(&id)).await.ok();
             }
         }
+        let Some(pass) = self.gate.enter(&format!("the end of job {id}")).await else {
+            return;
+        };
         // What was left of the container goes before anybody hears that the job is over.
         self.kill_container(&id).await;
         let resurrect = self.end_of(&id);
@@ -73,7 +86,7 @@ impl Daemon {
             let pause = backoff.after(began.elapsed());
             tracing::warn!(job = id, ?pause, "the supervisor is gone; starting the job again");
             self.clean_up_container(&id, address).await;
-            self.restart(&id, backoff, pause).await;
+            self.restart(&id, backoff, pause, pass).await;
         } else {
             self.clean_up(&id, address).await;
         }
@@ -90,7 +103,7 @@ impl Daemon {
 
     /// Notes the end of a job whose supervisor is gone, by what that has written last. Whether it is to be started
     /// again.
-    fn end_of(&self, id: &str) -> bool {
+    fn end_of(self: &Arc<Self>, id: &str) -> bool {
         let Some(entry) = self.table.get(id) else {
             return false;
         };
@@ -121,14 +134,33 @@ impl Daemon {
     }
 
     /// Changes a status that no supervisor owns: on the disk, then in the table.
-    pub(super) fn change(&self, id: &str, change: impl FnOnce(&mut Status)) {
+    pub(super) fn change(self: &Arc<Self>, id: &str, change: impl FnOnce(&mut Status)) {
         let Some(entry) = self.table.get(id) else { return };
         let mut status = entry.status;
         change(&mut status);
-        if let Err(error) = status.write(&self.paths.job(id)) {
-            tracing::error!(job = id, %error, "cannot write the job's status");
-        }
+        let written = status.write(&self.paths.job(id));
+        let is_over = status.state.is_terminal();
         self.table.update(id, status);
+        if let Err(error) = written {
+            tracing::error!(job = id, %error, "cannot write the job's status");
+            if is_over {
+                tokio::spawn(Arc::clone(self).write_late(id.to_owned()));
+            }
+        }
+    }
+
+    /// Writes the end of a job down as soon as there is room: it must not be taken for one that goes on.
+    async fn write_late(self: Arc<Self>, id: String) {
+        loop {
+            sleep(WRITE_AGAIN).await;
+            let Some(_pass) = self.gate.enter(&format!("the status of job {id}")).await else {
+                return;
+            };
+            let Some(entry) = self.table.get(&id) else { return };
+            if !entry.status.state.is_terminal() || entry.status.write(&self.paths.job(&id)).is_ok() {
+                return;
+            }
+        }
     }
 
     /// Kills what is in a job's groups, and waits until it is dead.
@@ -230,6 +262,7 @@ impl Daemon {
         if entry.status.state.is_terminal() {
             return Err(Error::conflict(format!("job {id} is over")));
         }
+        entry.understands(request)?;
         let mut connection = Connection::open(&Paths::socket(id)).await.map_err(|error| {
             Error::unavailable(format!("the supervisor of job {id} does not answer: {error}"))
         })?;

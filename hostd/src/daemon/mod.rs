@@ -5,11 +5,17 @@
 mod adopt;
 mod api;
 mod attached;
+mod background;
 mod exe;
+mod gate;
+mod handover;
 mod ids;
 mod images;
 mod keep;
 mod network;
+mod notify;
+mod pass_on;
+mod register;
 mod renewal;
 mod serve;
 mod services;
@@ -17,31 +23,36 @@ mod start;
 mod store;
 mod table;
 mod transfer;
+mod update;
 mod volumes;
 
 use std::collections::BTreeMap;
 use std::net::Ipv4Addr;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use flynn_api::client::discovery::DiscoveryClient;
 use flynn_api::discovery::Held;
 use flynn_api::host::{HostStatus, NetworkConfig};
-use flynn_api::server::disk;
+use flynn_api::server::{disk, shutdown};
 use flynn_api::tls::Live;
 use flynn_api::{Error, Result};
-use tokio::sync::Semaphore;
+use tokio::sync::{Semaphore, mpsc};
+use tokio_util::task::TaskTracker;
 
 use self::exe::{Executable, Spares};
+use self::gate::Gate;
+use self::handover::{Predecessor, Sockets};
 use self::network::Networking;
 use self::network::documents::Documents;
+use self::serve::{Connections, Outcome};
 use self::table::Table;
 use crate::cgroup::Hierarchies;
 use crate::config::{HostConfig, Overrides};
 use crate::files::disk_error;
 use crate::identities;
 use crate::layers::{Mounts, Store};
-use crate::paths::{Paths, RUN};
+use crate::paths::Paths;
 use crate::prepare;
 use crate::status::boot_id;
 use crate::volumes::Volumes;
@@ -56,6 +67,8 @@ pub struct Options {
     pub state: PathBuf,
     /// What the command line says about the host.
     pub overrides: Overrides,
+    /// Take the work of the daemon over that has started this one, and is at the other end of standard input.
+    pub takeover: bool,
 }
 
 /// The daemon's state.
@@ -77,6 +90,12 @@ struct Daemon {
     executable: Executable,
     spares: Spares,
     starts: Semaphore,
+    /// Who may act.
+    gate: Gate,
+    /// Attached clients and programs beside a job's own: connections that are no requests any more.
+    sessions: TaskTracker,
+    /// Wishes for another program.
+    updates: mpsc::Sender<update::Wish>,
     /// The identity that the host API is served with, once it is.
     serving: Mutex<Option<Arc<Live>>>,
     /// What is held here, of certificates and trust.
@@ -93,7 +112,7 @@ struct Daemon {
     floating_settings: tokio::sync::watch::Sender<Option<crate::floating::Settings>>,
 }
 
-/// Runs the daemon until it is told to stop. Jobs go on.
+/// Runs the daemon until it is told to stop, or another has taken over. Jobs go on.
 pub async fn run(options: Options) -> anyhow::Result<()> {
     use anyhow::Context;
     anyhow::ensure!(
@@ -102,78 +121,154 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
     );
     let paths = Paths::create(&options.state)
         .with_context(|| format!("cannot use the state directory {}", options.state.display()))?;
-    let _locks = [lock(paths.state())?, lock(Path::new(RUN))?];
-    let config = HostConfig::load(paths.state(), &options.overrides)?;
-    let hierarchies = Hierarchies::find().context("cannot find the cgroup hierarchies")?;
-    crate::cgroup::prepare(&hierarchies).context("cannot make the cgroup flynn")?;
-    let mut notices = hierarchies.notices();
-    notices.extend(crate::notices::of_kernel());
-    let (mut features, missed) = crate::notices::of_network();
-    notices.extend(missed);
     let executable = Executable::own().context("cannot open this program's own file")?;
-    let ids = ids::Ids::probe(&executable).await;
-    features.push(ids.feature());
-    notices.extend(ids.notice());
-    if let Err(error) = network::make_pins() {
-        let notice =
-            format!("there is no place for eBPF programs, without which the router does not start: {error}");
-        tracing::error!("{notice}");
-        notices.push(notice);
+    let (mut predecessor, sockets) = if options.takeover {
+        let (predecessor, sockets) = Predecessor::meet().await?;
+        let mut ready = look(&paths, &options.overrides);
+        if ready.is_ok() {
+            ready = predecessor.wait_for_commit().await;
+        }
+        if let Err(error) = ready {
+            predecessor.failed(&error).await;
+            return Err(error);
+        }
+        (Some(predecessor), sockets)
+    } else {
+        (None, Sockets::open(paths.state())?)
+    };
+    let stop = shutdown();
+    let mut connections = Connections::new();
+    let (wishes, mut updates) = mpsc::channel(1);
+    loop {
+        let daemon = match Daemon::open(&paths, &options.overrides, executable.clone(), wishes.clone()).await
+        {
+            Ok(daemon) => daemon,
+            Err(error) => {
+                if let Some(predecessor) = predecessor {
+                    predecessor.failed(&error).await;
+                }
+                return Err(error);
+            }
+        };
+        let served = serve::run(
+            &daemon,
+            &sockets,
+            &mut updates,
+            &mut connections,
+            predecessor.take(),
+            &stop,
+        );
+        match served.await? {
+            Outcome::Stopped => return Ok(()),
+            Outcome::HandedOver => {
+                sockets.close();
+                serve::linger(&daemon, connections, &stop).await;
+                return Ok(());
+            }
+            Outcome::Anew => {}
+        }
     }
-    let (stored, broken) = store::load(&paths).context("cannot read the jobs")?;
-    for notice in &broken {
-        tracing::error!("{notice}");
-    }
-    notices.extend(broken);
-    let daemon = Arc::new(Daemon {
-        host_id: config.id.clone(),
-        table: Table::new(&config.id),
-        store: Store::open(&paths)?,
-        config: Mutex::new(config),
-        mounts: Mutex::default(),
-        volumes: Volumes::open(&paths).context("cannot use the volumes")?,
-        network: Networking::default(),
-        services: services::Asking::default(),
-        discovery: Mutex::default(),
-        documents: Documents::open(&paths.network()).context("cannot use the cluster network's documents")?,
-        hierarchies,
-        ids,
-        executable,
-        spares: Spares::default(),
-        starts: Semaphore::new(STARTS),
-        serving: Mutex::default(),
-        held: Mutex::default(),
-        signing: tokio::sync::Mutex::default(),
-        notices: Mutex::new(notices),
-        features,
-        floating: crate::floating::Held::default(),
-        floating_settings: tokio::sync::watch::Sender::new(None),
-        paths,
-    });
-    daemon.restore_network(&stored).await;
-    daemon.adopt(stored);
-    daemon
-        .mounts
-        .lock()
-        .unwrap_or_else(PoisonError::into_inner)
-        .sweep()?;
-    let sweeping = Arc::clone(&daemon);
-    // What a crash has left can be large.
-    tokio::task::spawn_blocking(move || sweeping.volumes.sweep());
-    serve::run(daemon).await
 }
 
-/// Two daemons would fight over the jobs of one state directory, and over the sockets and pins of one host.
-fn lock(dir: &Path) -> anyhow::Result<std::fs::File> {
-    let file = std::fs::File::create(dir.join("lock"))?;
-    file.try_lock()
-        .map_err(|_| anyhow::anyhow!("another flynn-host daemon uses {}: stop it first", dir.display()))?;
-    Ok(file)
+/// Reads all that is there, and changes nothing: whether this version could take it over.
+fn look(paths: &Paths, overrides: &Overrides) -> anyhow::Result<()> {
+    use anyhow::Context;
+    HostConfig::load(paths.state(), overrides)?;
+    Hierarchies::find().context("cannot find the cgroup hierarchies")?;
+    Documents::open(&paths.network()).context("cannot use the cluster network's documents")?;
+    store::look(paths).context("this version cannot read the jobs that are here")
 }
 
 impl Daemon {
+    /// Takes up what is on the disk and in the kernel.
+    async fn open(
+        paths: &Paths,
+        overrides: &Overrides,
+        executable: Executable,
+        updates: mpsc::Sender<update::Wish>,
+    ) -> anyhow::Result<Arc<Self>> {
+        use anyhow::Context;
+        let config = HostConfig::load(paths.state(), overrides)?;
+        let hierarchies = Hierarchies::find().context("cannot find the cgroup hierarchies")?;
+        crate::cgroup::prepare(&hierarchies).context("cannot make the cgroup flynn")?;
+        let mut notices = hierarchies.notices();
+        notices.extend(crate::notices::of_kernel());
+        let (mut features, missed) = crate::notices::of_network();
+        notices.extend(missed);
+        let ids = ids::Ids::probe(&executable).await;
+        features.push(ids.feature());
+        notices.extend(ids.notice());
+        if let Err(error) = network::make_pins() {
+            let notice = format!(
+                "there is no place for eBPF programs, without which the router does not start: {error}"
+            );
+            tracing::error!("{notice}");
+            notices.push(notice);
+        }
+        let (stored, broken) = store::load(paths).context("cannot read the jobs")?;
+        for notice in &broken {
+            tracing::error!("{notice}");
+        }
+        notices.extend(broken);
+        let daemon = Arc::new(Self {
+            host_id: config.id.clone(),
+            table: Table::new(&config.id),
+            store: Store::open(paths)?,
+            config: Mutex::new(config),
+            mounts: Mutex::default(),
+            volumes: Volumes::open(paths).context("cannot use the volumes")?,
+            network: Networking::default(),
+            services: services::Asking::default(),
+            discovery: Mutex::default(),
+            documents: Documents::open(&paths.network())
+                .context("cannot use the cluster network's documents")?,
+            hierarchies,
+            ids,
+            executable,
+            spares: Spares::default(),
+            starts: Semaphore::new(STARTS),
+            gate: Gate::default(),
+            sessions: TaskTracker::new(),
+            updates,
+            serving: Mutex::default(),
+            held: Mutex::default(),
+            signing: tokio::sync::Mutex::default(),
+            notices: Mutex::new(notices),
+            features,
+            floating: crate::floating::Held::default(),
+            floating_settings: tokio::sync::watch::Sender::new(None),
+            paths: paths.clone(),
+        });
+        daemon.restore_network(&stored).await;
+        daemon.adopt(stored);
+        daemon
+            .mounts
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .sweep()?;
+        let sweeping = Arc::clone(&daemon);
+        // What a crash has left can be large.
+        tokio::task::spawn_blocking(move || {
+            let _pass = sweeping.gate.beside("removing what is left of volumes");
+            sweeping.volumes.sweep();
+        });
+        Ok(daemon)
+    }
+
     fn config(&self) -> HostConfig {
         self.config.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Changes what the host knows of itself, on the disk first.
+    fn configure(&self, what: &str, change: impl FnOnce(&mut HostConfig)) -> Result<()> {
+        let mut config = self.config.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut changed = config.clone();
+        change(&mut changed);
+        changed
+            .save(self.paths.state())
+            .map_err(|error| disk_error(what, &error))?;
+        *config = changed;
+        Ok(())
     }
 
     fn as_host(&self) -> prepare::Host<'_> {
@@ -255,12 +350,7 @@ impl Daemon {
         };
         let in_use = self.table.addresses().into_iter().filter_map(attachment);
         if self.bring_up(&wanted, in_use.collect(), &[]).await? {
-            let saved = {
-                let mut config = self.config.lock().unwrap_or_else(PoisonError::into_inner);
-                config.network = Some(wanted);
-                config.save(self.paths.state())
-            };
-            saved.map_err(|error| disk_error("remember the network", &error))?;
+            self.configure("remember the network", |config| config.network = Some(wanted))?;
             self.notices
                 .lock()
                 .unwrap_or_else(PoisonError::into_inner)
@@ -295,6 +385,7 @@ impl Daemon {
             version: env!("CARGO_PKG_VERSION").into(),
             url: format!("{}:{}", config.address, flynn_api::host::PORT),
             tags: config.tags,
+            draining: config.draining,
             subnet: up.as_ref().map(|up| up.subnet().to_owned()),
             gateway: up.as_ref().map(|up| up.gateway()),
             cpu,

@@ -1,125 +1,180 @@
-//! The daemon's listeners, and the host's own instance in discoverd.
+//! The daemon's listeners, how long they serve, and how its work passes on.
 
 use std::net::SocketAddr;
-use std::path::Path;
 use std::sync::{Arc, PoisonError};
 use std::time::{Duration, SystemTime};
 
 use flynn_api::client::Http;
 use flynn_api::client::discovery::DiscoveryClient;
-use flynn_api::discovery::{self, HOST_SERVICE, Held, Instance, NetworkLeases, ServiceConfig};
+use flynn_api::discovery::{self, HOST_SERVICE, Held, NetworkLeases};
 use flynn_api::host;
-use flynn_api::server::{CancellationToken, Listener, serve, shutdown};
+use flynn_api::server::{CancellationToken, Farewell, serve_until};
 use flynn_api::tls::{ClientAuth, Identity, Live};
-use tokio::time::sleep;
+use tokio::sync::{mpsc, watch};
+use tokio::task::JoinSet;
+use tokio::time::{sleep, timeout};
 
-use super::network::follow;
-use super::{Daemon, api, renewal, services};
-use crate::{floating, identities, leases};
+use super::background::Background;
+use super::handover::{Predecessor, Sockets, TlsSlot};
+use super::update::{self, Wish};
+use super::{Daemon, api, notify};
+use crate::{identities, leases};
 
 /// Between looks at the certificate.
-const CERTIFICATE_CHECK: Duration = Duration::from_secs(1);
+pub(super) const CERTIFICATE_CHECK: Duration = Duration::from_secs(1);
 
-/// Between attempts to bring the network up.
-const NETWORK_RETRY: Duration = Duration::from_secs(5);
+/// How long the end of a daemon that is told to stop may take.
+const STOP: Duration = Duration::from_secs(5);
 
-/// Serves until SIGTERM.
-pub(super) async fn run(daemon: Arc<Daemon>) -> anyhow::Result<()> {
-    let stop = shutdown();
-    let socket = Listener::unix(Path::new(host::SOCKET))?;
-    tracing::info!(id = daemon.host_id, socket = host::SOCKET, "ready");
-    let tls = tokio::spawn(listen_tls(Arc::clone(&daemon), stop.clone()));
-    let registration = tokio::spawn(register(Arc::clone(&daemon), stop.clone()));
-    let network = tokio::spawn(keep_network(Arc::clone(&daemon)));
-    let documents = tokio::spawn(follow::run(Arc::clone(&daemon)));
-    let floating = tokio::spawn(keep_floating(Arc::clone(&daemon)));
-    let services = tokio::spawn(services::run(Arc::clone(&daemon)));
-    let renewal = tokio::spawn(renewal::keep(Arc::clone(&daemon)));
-    serve(socket, api::router(Arc::clone(&daemon)), stop.cancelled()).await?;
-    network.abort();
-    documents.abort();
-    floating.abort();
-    // What is held here goes to others at once.
-    daemon.floating_settings.send_replace(None);
-    services.abort();
-    renewal.abort();
-    let _ = tokio::join!(tls, registration);
-    let _ = std::fs::remove_file(host::SOCKET);
-    tracing::info!("stopped; jobs go on");
-    Ok(())
+/// After a handover clients keep the connections that they have: those under way for as long as it may take, idle ones
+/// for longer than any client of ours takes one up again. Whoever uses one again is told to make another.
+const HANDED_OVER: Farewell = Farewell {
+    idle: Duration::from_secs(20),
+    busy: Duration::from_hours(24),
+};
+
+/// How serving has ended.
+pub(super) enum Outcome {
+    /// By SIGTERM.
+    Stopped,
+    /// Another daemon serves.
+    HandedOver,
+    /// Another daemon has begun to act, and failed: this one has to begin anew.
+    Anew,
 }
 
-/// Brings the network up that the host had before, when the daemon's start could not.
-async fn keep_network(daemon: Arc<Daemon>) {
-    loop {
-        sleep(NETWORK_RETRY).await;
-        if daemon.network.peek().is_none()
-            && let Some(config) = daemon.config().network
-            && let Err(error) = daemon.configure_network(config).await
-        {
-            tracing::error!(%error, "the network is not up; trying on");
+/// What outlives a daemon that has handed its work over: connections under way.
+pub(super) type Connections = JoinSet<()>;
+
+/// Serves until SIGTERM, or until a successor does.
+pub(super) async fn run(
+    daemon: &Arc<Daemon>,
+    sockets: &Sockets,
+    updates: &mut mpsc::Receiver<Wish>,
+    connections: &mut Connections,
+    predecessor: Option<Predecessor>,
+    stop: &CancellationToken,
+) -> anyhow::Result<Outcome> {
+    let (farewell, farewells) = watch::channel(None);
+    let listener = sockets.unix_listener()?;
+    let router = api::router(Arc::clone(daemon));
+    let goodbye = said(farewells.clone());
+    connections.spawn(async move {
+        if let Err(error) = serve_until(listener, router, goodbye).await {
+            tracing::error!(%error, "the host API");
         }
+    });
+    connections.spawn(listen_tls(Arc::clone(daemon), sockets.tls_slot(), farewells));
+    let background = Background::start(daemon);
+    if let Some(predecessor) = predecessor {
+        predecessor.serving().await;
+    }
+    notify::ready();
+    tracing::info!(id = daemon.host_id, socket = host::SOCKET, "ready");
+    loop {
+        let wish = tokio::select! {
+            () = stop.cancelled() => break,
+            Some(wish) = updates.recv() => wish,
+        };
+        let prepared = match stop
+            .run_until_cancelled(update::prepare(daemon, sockets, &wish))
+            .await
+        {
+            None => break,
+            Some(Ok(prepared)) => prepared,
+            Some(Err(error)) => {
+                tracing::warn!(%error, "this daemon goes on");
+                wish.answer(Err(error));
+                continue;
+            }
+        };
+        // From here on clients wait at the sockets, and those that are connected at the gate.
+        farewell.send_replace(Some(HANDED_OVER));
+        background.stop(daemon).await;
+        daemon.spares.dismiss();
+        return Ok(if update::commit(prepared, wish).await {
+            Outcome::HandedOver
+        } else {
+            Outcome::Anew
+        });
+    }
+    notify::stopping();
+    farewell.send_replace(Some(Farewell::default()));
+    // What is held here goes to others at once.
+    daemon.floating_settings.send_replace(None);
+    background.stop(daemon).await;
+    let ended = async { while connections.join_next().await.is_some() {} };
+    // Some may be left of a handover that failed.
+    let _ = timeout(STOP, ended).await;
+    let _ = std::fs::remove_file(host::SOCKET);
+    tracing::info!("stopped; jobs go on");
+    Ok(Outcome::Stopped)
+}
+
+/// Another daemon serves: this one remains for the connections that it has.
+pub(super) async fn linger(daemon: &Daemon, mut connections: Connections, stop: &CancellationToken) {
+    tracing::info!("another daemon has taken over; connections under way go on");
+    daemon.sessions.close();
+    let ended = async {
+        // A session may still come of a connection.
+        while connections.join_next().await.is_some() {}
+        let _ = timeout(HANDED_OVER.busy, daemon.sessions.wait()).await;
+    };
+    if stop.run_until_cancelled(ended).await.is_some() {
+        tracing::info!("the last connection has ended");
     }
 }
 
-/// Holds this host's share of the floating addresses, until there are none any more.
-async fn keep_floating(daemon: Arc<Daemon>) {
-    let receiver = daemon.floating_settings.subscribe();
-    let (id, address, held) = (
-        daemon.host_id.clone(),
-        daemon.config().address,
-        daemon.floating.clone(),
-    );
-    std::thread::spawn(move || {
-        if let Err(error) = floating::run(&id, address, receiver, &held) {
-            tracing::error!(%error, "floating addresses are left to other hosts");
-        }
-    });
-    floating::follow(
-        daemon.paths.state(),
-        || daemon.discovery(),
-        &daemon.floating_settings,
-    )
-    .await;
+/// The farewell once it is said.
+async fn said(mut farewells: watch::Receiver<Option<Farewell>>) -> Farewell {
+    let said = farewells.wait_for(Option::is_some).await;
+    // Who cannot say it any more has stopped.
+    said.ok().and_then(|said| *said).unwrap_or_default()
 }
 
 /// Serves on the host's address once it has a certificate, and with another one as soon as that is renewed.
-async fn listen_tls(daemon: Arc<Daemon>, stop: CancellationToken) {
+async fn listen_tls(daemon: Arc<Daemon>, slot: TlsSlot, farewells: watch::Receiver<Option<Farewell>>) {
     let address = SocketAddr::from((daemon.config().address, host::PORT));
-    let mut said = None;
+    let mut complaint = None;
     let mut open = async || loop {
         if daemon.certificate_version().is_some() {
-            match listener(&daemon, address).await {
-                Ok(opened) => return opened,
-                Err(error) => {
-                    let text = error.to_string();
-                    if said.as_ref() != Some(&text) {
-                        tracing::error!(%error, %address, "cannot listen; trying on");
-                        said = Some(text);
-                    }
-                }
+            match live(&daemon) {
+                Ok(live) => match slot.listener(address, Arc::clone(&live)).await {
+                    Ok(listener) => return (listener, live),
+                    Err(error) => complain(&mut complaint, address, &error),
+                },
+                Err(error) => complain(&mut complaint, address, &error),
             }
         }
         sleep(CERTIFICATE_CHECK).await;
     };
-    let Some((listener, live)) = stop.run_until_cancelled(open()).await else {
-        return;
+    let (listener, live) = tokio::select! {
+        opened = open() => opened,
+        _ = said(farewells.clone()) => return,
     };
     tracing::info!(%address, "listening");
     *daemon.serving.lock().unwrap_or_else(PoisonError::into_inner) = Some(Arc::clone(&live));
     let router = api::router(Arc::clone(&daemon));
     tokio::select! {
-        served = serve(listener, router, stop.cancelled()) => if let Err(error) = served {
+        served = serve_until(listener, router, said(farewells)) => if let Err(error) = served {
             tracing::error!(%error, "the host API");
         },
         () = follow_certificate(&live) => {}
     }
 }
 
-async fn listener(daemon: &Daemon, address: SocketAddr) -> anyhow::Result<(Listener, Arc<Live>)> {
+fn live(daemon: &Daemon) -> anyhow::Result<Arc<Live>> {
     let live = Live::open(&identities::host_dir(daemon.paths.state()), ClientAuth::Required)?;
-    let live = Arc::new(live);
-    Ok((Listener::tls_live(address, Arc::clone(&live)).await?, live))
+    Ok(Arc::new(live))
+}
+
+/// Says why nobody is served, once for each reason.
+fn complain(said: &mut Option<String>, address: SocketAddr, error: &dyn std::fmt::Display) {
+    let text = error.to_string();
+    if said.as_ref() != Some(&text) {
+        tracing::error!(%error, %address, "cannot listen; trying on");
+        *said = Some(text);
+    }
 }
 
 /// Takes renewed certificates into use, for ever.
@@ -170,58 +225,6 @@ impl Daemon {
             }
         }
     }
-}
-
-/// Keeps the host registered as an instance of its service. It is not taken out at the end: a daemon that is started
-/// anew is the same host, and one that is not runs out.
-async fn register(daemon: Arc<Daemon>, stop: CancellationToken) {
-    let heartbeat = async {
-        loop {
-            let pause = match daemon.discovery() {
-                Some(client) => match beat(&daemon, &client).await {
-                    Ok(()) => Duration::from_secs(discovery::HEARTBEAT_SECS),
-                    Err(error) => {
-                        tracing::debug!(%error, "cannot register this host");
-                        Duration::from_millis(500)
-                    }
-                },
-                None => CERTIFICATE_CHECK,
-            };
-            sleep(pause).await;
-        }
-    };
-    tokio::select! {
-        () = heartbeat => {}
-        () = stop.cancelled() => {}
-    }
-}
-
-async fn beat(daemon: &Daemon, client: &DiscoveryClient) -> flynn_api::Result<()> {
-    let config = daemon.config();
-    let mut meta = config.tags;
-    meta.insert("id".into(), config.id);
-    let held: Vec<String> = daemon.floating.get().iter().map(ToString::to_string).collect();
-    if !held.is_empty() {
-        meta.insert(floating::command::META.into(), held.join(","));
-    }
-    let address = format!("{}:{}", config.address, host::PORT);
-    let instance = Instance::new("https", address.clone(), meta);
-    let registered = match client.register(HOST_SERVICE, &instance).await {
-        Err(error) if error.code == flynn_api::ErrorCode::NotFound => {
-            client
-                .ensure_service(HOST_SERVICE, &ServiceConfig::default())
-                .await?;
-            client.register(HOST_SERVICE, &instance).await
-        }
-        result => result,
-    };
-    let held = daemon.held.lock().unwrap_or_else(PoisonError::into_inner).clone();
-    if let Some(held) = held
-        && let Err(error) = identities::tell(client, &daemon.host_id, &address, &held).await
-    {
-        tracing::debug!(%error, "cannot say which certificates are held here");
-    }
-    registered
 }
 
 impl Daemon {

@@ -1,7 +1,9 @@
 //! Starting jobs: what they need first, then their supervisors.
 
+use std::fs::File;
 use std::io;
 use std::net::{Ipv4Addr, TcpListener, UdpSocket};
+use std::os::unix::fs::FileTypeExt as _;
 use std::path::Path;
 use std::sync::{Arc, PoisonError};
 use std::time::Duration;
@@ -16,6 +18,7 @@ use tokio::process::Child;
 use tokio::task::spawn_blocking;
 use tokio::time::{Instant, sleep, timeout};
 
+use super::gate::Pass;
 use super::keep::call;
 use super::table::Entry;
 use super::{Daemon, disk_error, exe, store};
@@ -30,10 +33,14 @@ use crate::{files, identities, prepare};
 /// How long a supervisor may take to open its socket.
 const SUPERVISOR_START: Duration = Duration::from_secs(10);
 
+/// How much is heard of what is in a supervisor's way.
+const COMPLAINT: u64 = 4096;
+
 impl Daemon {
     /// Takes a job and starts it; comes back when its supervisor has it.
     pub(super) async fn add(self: &Arc<Self>, job: Job) -> Result<()> {
         prepare::check(&job, &self.host_id)?;
+        check_devices(&job)?;
         if let Some(there) = self.table.get(&job.id) {
             return already(&there, &job);
         }
@@ -55,14 +62,15 @@ impl Daemon {
             return already(&there, &job);
         }
         // A task of its own: it goes on when the caller hangs up.
-        let start = tokio::spawn(Arc::clone(self).begin(job, status));
+        let pass = self.gate.beside(&format!("the start of job {}", job.id));
+        let start = tokio::spawn(Arc::clone(self).begin(job, status, pass));
         start
             .await
             .unwrap_or_else(|_| Err(Error::internal("the start of the job was cut off")))
     }
 
     /// Puts a job that is in the table on the disk, and starts it.
-    async fn begin(self: Arc<Self>, job: Arc<Job>, status: Status) -> Result<()> {
+    async fn begin(self: Arc<Self>, job: Arc<Job>, status: Status, _pass: Pass) -> Result<()> {
         let (paths, record) = (self.paths.clone(), Arc::clone(&job));
         let kept = spawn_blocking(move || store::create(&paths, &record, &status)).await;
         if let Err(error) = kept.map_err(io::Error::from).flatten() {
@@ -90,7 +98,13 @@ impl Daemon {
 
     /// Starts a job again whose supervisor is gone, after `pause`, and tries on while that fails: the job is to be
     /// kept, and what it needs (its network, room on the disk, a port) may come.
-    pub(super) async fn restart(self: &Arc<Self>, id: &str, mut backoff: Backoff, mut pause: Duration) {
+    pub(super) async fn restart(
+        self: &Arc<Self>,
+        id: &str,
+        mut backoff: Backoff,
+        mut pause: Duration,
+        pass: Pass,
+    ) {
         self.change(id, |status| {
             status.state = JobState::Starting;
             status.restarts += 1;
@@ -101,8 +115,13 @@ impl Daemon {
             status.ended_at = None;
             status.healthy = false;
         });
+        drop(pass);
         loop {
-            if self.stopped_within(id, pause).await {
+            let stopped = self.stopped_within(id, pause).await;
+            let Some(_pass) = self.gate.enter(&format!("the start of job {id}")).await else {
+                return;
+            };
+            if stopped {
                 return self.give_up(id, "stopped before it was started again").await;
             }
             match self.attempt(id).await {
@@ -133,6 +152,9 @@ impl Daemon {
             if self.refuse_stopped(id).is_err() {
                 return true;
             }
+            if self.gate.is_left() {
+                return false;
+            }
             let left = until.saturating_duration_since(Instant::now());
             if left.is_zero() {
                 return false;
@@ -142,7 +164,7 @@ impl Daemon {
     }
 
     /// Ends a job that has no supervisor.
-    async fn give_up(&self, id: &str, why: &str) {
+    async fn give_up(self: &Arc<Self>, id: &str, why: &str) {
         self.change(id, |status| {
             let state = if status.stop_requested {
                 JobState::Done
@@ -180,22 +202,21 @@ impl Daemon {
         self.refuse_stopped(id)?;
 
         let (mut child, has_network) = self.supervisor(&job_dir, network.is_some()).await?;
+        // Before anybody waits for the supervisor: its pid may be another's once it is dead.
         let pid = child.id().map_or(0, u32::cast_signed);
-        let attach = async {
-            match &network {
-                Some(network) => self.attach(network, job, pid).await.map(Some),
-                None => Ok(None),
-            }
+        let attach = async |namespace: File| match &network {
+            Some(network) => self.attach(network, job, &namespace).await.map(Some),
+            None => Ok(None),
         };
         let (connected, attached) = if has_network {
-            let both = tokio::join!(connect(&launch, &mut child), attach);
+            let namespace = network_namespace(pid)?;
+            let both = tokio::join!(connect(&launch, &mut child), attach(namespace));
             (both.0, Some(both.1))
         } else {
             let connected = connect(&launch, &mut child).await;
-            let attached = if connected.is_ok() {
-                Some(attach.await)
-            } else {
-                None
+            let attached = match &connected {
+                Ok(_) => Some(attach(network_namespace(pid)?).await),
+                Err(_) => None,
             };
             (connected, attached)
         };
@@ -347,10 +368,21 @@ impl Daemon {
         }
     }
 
-    pub(super) async fn attach(&self, network: &super::network::Up, job: &Job, pid: i32) -> Result<Ipv4Addr> {
+    pub(super) async fn attach(
+        &self,
+        network: &super::network::Up,
+        job: &Job,
+        namespace: &File,
+    ) -> Result<Ipv4Addr> {
         let attached = self.attached(job).await?;
-        self.network.attach(network, pid, attached).await
+        self.network.attach(network, namespace, attached).await
     }
+}
+
+/// The network namespace of a process that is ours, or was seen to live since.
+pub(super) fn network_namespace(pid: i32) -> Result<File> {
+    File::open(format!("/proc/{pid}/ns/net"))
+        .map_err(|error| Error::internal(format!("cannot open the job's network namespace: {error}")))
 }
 
 /// What is said to whoever puts a job that is here: the same as the first time.
@@ -372,12 +404,19 @@ fn already(there: &Entry, job: &Job) -> Result<()> {
     ))
 }
 
-/// Connects to a supervisor that was just started. It closes its standard output once its socket is there, and says
-/// nothing before; so does the kernel when it dies.
+/// Connects to a supervisor that was just started. It closes its standard output once its socket is there; before it says
+/// there what is in the way, if anything is.
 async fn connect(launch: &Launch, child: &mut Child) -> Result<Connection> {
     let begun = async {
-        if let Some(mut output) = child.stdout.take() {
-            let _ = output.read(&mut [0]).await;
+        if let Some(output) = child.stdout.take() {
+            let mut said = Vec::new();
+            let _ = output.take(COMPLAINT).read_to_end(&mut said).await;
+            if !said.is_empty() {
+                let why = String::from_utf8_lossy(&said);
+                return Err(Error::internal(format!(
+                    "the job's supervisor cannot begin: {why}"
+                )));
+            }
         }
         match Connection::open(&launch.socket).await {
             Ok(connection) => Ok(connection),
@@ -400,6 +439,29 @@ async fn connect(launch: &Launch, child: &mut Child) -> Result<Connection> {
         ErrorCode::Timeout,
         "the job's supervisor did not begin in time",
     ))
+}
+
+/// Whether jobs may use the devices that this one has mounted: the program that limits them refuses all others without a
+/// word.
+fn check_devices(job: &Job) -> Result<()> {
+    for mount in &job.config.mounts {
+        // What is not there is complained of when it is to be mounted.
+        let Ok(file) = std::fs::metadata(&mount.target) else {
+            continue;
+        };
+        let is_device = file.file_type().is_char_device() || file.file_type().is_block_device();
+        if is_device && !crate::cgroup::allows_device(&file) {
+            return Err(Error::invalid_field(
+                "config.mounts",
+                format!(
+                    "{} is a device that jobs cannot use: of the host's they have null, zero, full, random, urandom, \
+                     tty and terminals",
+                    mount.target
+                ),
+            ));
+        }
+    }
+    Ok(())
 }
 
 /// Whether a port of the host is free.

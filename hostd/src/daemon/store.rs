@@ -42,7 +42,8 @@ pub(super) fn create(paths: &Paths, job: &Job, status: &Status) -> io::Result<()
     written
 }
 
-/// Reads all jobs. Those that cannot be read are set aside, each with a notice of what and why.
+/// Reads all jobs. Those that cannot be read are set aside, each with a notice of what and why; one whose status alone
+/// cannot be read is taken for what a power cut leaves.
 pub(super) fn load(paths: &Paths) -> io::Result<(Vec<Stored>, Vec<String>)> {
     let (mut jobs, mut notices) = (Vec::new(), Vec::new());
     for entry in fs::read_dir(paths.jobs())? {
@@ -58,7 +59,19 @@ pub(super) fn load(paths: &Paths) -> io::Result<(Vec<Stored>, Vec<String>)> {
                 path.display()
             ));
         } else {
-            match read(&path, name) {
+            let stored = read(&path, name).or_else(|lost| {
+                let stored = Stored {
+                    job: read_job(&path, name)?,
+                    status: Status::lost(&path),
+                    launch: None,
+                };
+                notices.push(format!(
+                    "the status of job {name} was lost ({lost}): it is taken for a job that ran before the host was \
+                     started"
+                ));
+                Ok::<_, io::Error>(stored)
+            });
+            match stored {
                 Ok(stored) => jobs.push(stored),
                 Err(error) => {
                     let aside = paths.jobs().join(format!("{BROKEN}{name}"));
@@ -75,12 +88,35 @@ pub(super) fn load(paths: &Paths) -> io::Result<(Vec<Stored>, Vec<String>)> {
     Ok((jobs, notices))
 }
 
-fn read(dir: &Path, name: &str) -> io::Result<Stored> {
-    let missing = |file: &str| io::Error::new(io::ErrorKind::NotFound, format!("{file} is missing"));
+/// Whether all jobs can be read. Nothing is changed, and jobs may come and go meanwhile.
+pub(super) fn look(paths: &Paths) -> io::Result<()> {
+    for entry in fs::read_dir(paths.jobs())? {
+        let path = entry?.path();
+        let name = path.file_name().and_then(|name| name.to_str()).unwrap_or(NEW);
+        if !name.starts_with('.')
+            && let Err(error) = read(&path, name)
+            && path.join(JOB).exists()
+        {
+            return Err(io::Error::new(error.kind(), format!("job {name}: {error}")));
+        }
+    }
+    Ok(())
+}
+
+fn missing(file: &str) -> io::Error {
+    io::Error::new(io::ErrorKind::NotFound, format!("{file} is missing"))
+}
+
+fn read_job(dir: &Path, name: &str) -> io::Result<Job> {
     let job: Job = files::read_json(&dir.join(JOB))?.ok_or_else(|| missing(JOB))?;
     if job.id != name {
         return Err(io::Error::other(format!("it is the record of job {:?}", job.id)));
     }
+    Ok(job)
+}
+
+fn read(dir: &Path, name: &str) -> io::Result<Stored> {
+    let job = read_job(dir, name)?;
     let status = Status::read(dir)?.ok_or_else(|| missing(crate::status::FILE))?;
     // Not written to last longer than the boot, and each start works it out anew.
     let launch = files::read_json(&dir.join(launch::FILE)).unwrap_or_default();
@@ -120,7 +156,7 @@ mod tests {
             .unwrap();
         }
         fs::write(paths.job("one-2").join(JOB), "{\"id\":").unwrap();
-        fs::remove_file(paths.job("one-3").join(crate::status::FILE)).unwrap();
+        fs::rename(paths.job("one-3"), paths.job("other")).unwrap();
         fs::create_dir(paths.jobs().join(".new-one-5")).unwrap();
         let (jobs, notices) = load(&paths).unwrap();
         let mut ids: Vec<_> = jobs.into_iter().map(|stored| stored.job.id).collect();
@@ -132,5 +168,30 @@ mod tests {
         assert!(!paths.jobs().join(".new-one-5").exists());
         let (jobs, notices) = load(&paths).unwrap();
         assert_eq!((jobs.len(), notices.len()), (2, 2));
+        assert!(look(&paths).is_ok(), "what was set aside is nobody's business");
+    }
+
+    #[test]
+    fn a_job_whose_status_alone_is_lost_is_of_an_earlier_boot() {
+        let dir = tempfile::tempdir().unwrap();
+        let paths = Paths::at(dir.path());
+        fs::create_dir(paths.jobs()).unwrap();
+        let status = Status::new(Timestamp::UNIX_EPOCH, "boot".into());
+        for id in ["one-1", "one-2"] {
+            let id = id.to_owned();
+            let job = Job { id, ..Job::default() };
+            create(&paths, &job, &status).unwrap();
+        }
+        fs::remove_file(paths.job("one-1").join(crate::status::FILE)).unwrap();
+        fs::write(paths.job("one-2").join(crate::status::FILE), "\0\0\0").unwrap();
+        assert!(
+            look(&paths).is_err(),
+            "a program that cannot read it does not take over"
+        );
+        let (jobs, notices) = load(&paths).unwrap();
+        assert_eq!((jobs.len(), notices.len()), (2, 2));
+        for stored in jobs {
+            assert!(stored.status.boot_id.is_empty() && !stored.status.state.is_terminal());
+        }
     }
 }

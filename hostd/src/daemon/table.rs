@@ -5,9 +5,10 @@ use std::net::Ipv4Addr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use flynn_api::host::{ActiveJob, Job, JobEvent, JobEventKind, JobState, UserNamespace};
-use flynn_api::redact;
+use flynn_api::{Error, Result, redact};
 use tokio::sync::broadcast;
 
+use crate::control::Request;
 use crate::status::Status;
 
 /// Events that a slow listener may be behind; one that is further behind is cut off and starts over.
@@ -23,6 +24,19 @@ pub(super) struct Entry {
     pub(super) user_namespace: Option<UserNamespace>,
     /// Whether somebody in this daemon looks after it: starts it or follows its supervisor.
     pub(super) attended: bool,
+}
+
+impl Entry {
+    /// Whether the job's supervisor, which may be of an earlier version, knows of this.
+    pub(super) fn understands(&self, request: &Request) -> Result<()> {
+        if self.status.protocol >= request.since() {
+            return Ok(());
+        }
+        Err(Error::conflict(format!(
+            "job {} was started by an earlier version of flynn-host, which cannot do this: it can when it is started anew",
+            self.job.id
+        )))
+    }
 }
 
 /// The jobs by id.

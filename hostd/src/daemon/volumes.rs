@@ -60,7 +60,12 @@ async fn work<T: Serialize + Send + 'static>(
     daemon: Arc<Daemon>,
     work: impl FnOnce(&Daemon) -> Result<T> + Send + 'static,
 ) -> Result<Response> {
-    let done = tokio::task::spawn_blocking(move || work(&daemon)).await;
+    let pass = daemon.gate.beside("work on a volume");
+    let done = tokio::task::spawn_blocking(move || {
+        let _pass = pass;
+        work(&daemon)
+    });
+    let done = done.await;
     let done =
         done.unwrap_or_else(|error| Err(Error::internal(format!("a volume's work broke off: {error}"))));
     answer(done.map(|value| Json(value).into_response()))

@@ -21,10 +21,12 @@ const LOOK: Duration = Duration::from_secs(1);
 /// What is to be held, each with when it was last to be announced.
 type Wanted = BTreeMap<IpAddr, (Address, Instant)>;
 
-/// The thread. Once this is dropped nothing is held.
+/// The thread. Once this is dropped nothing is held, unless it was left.
 pub(super) struct Kernel {
     wanted: Option<watch::Sender<Wanted>>,
     up: Arc<AtomicBool>,
+    /// Whether what is held stays when this is dropped.
+    leave: Arc<AtomicBool>,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -35,18 +37,21 @@ impl Kernel {
         let (opened, open) = oneshot::channel();
         let up = Arc::new(AtomicBool::new(false));
         let told = Arc::clone(&up);
+        let leave = Arc::new(AtomicBool::new(false));
+        let left = Arc::clone(&leave);
         let thread = std::thread::Builder::new()
             .name("floating-kernel".to_owned())
             .spawn(move || {
                 let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
                 match runtime {
-                    Ok(runtime) => runtime.block_on(run(own, receiver, &told, opened)),
+                    Ok(runtime) => runtime.block_on(run(own, receiver, &told, &left, opened)),
                     Err(error) => drop(opened.send(Err(error))),
                 }
             })?;
         let kernel = Self {
             wanted: Some(wanted),
             up,
+            leave,
             thread: Some(thread),
         };
         open.await.map_err(io::Error::other)??;
@@ -71,6 +76,12 @@ impl Kernel {
         self.change(|wanted| wanted.remove(&ip).is_some());
     }
 
+    /// Has the kernel keep what is held for its last seconds, when this is dropped: another daemon of this host is about
+    /// to hold it.
+    pub(super) fn leave(&self) {
+        self.leave.store(true, Ordering::Relaxed);
+    }
+
     fn change(&self, change: impl FnOnce(&mut Wanted) -> bool) {
         if let Some(wanted) = &self.wanted {
             wanted.send_if_modified(change);
@@ -93,6 +104,7 @@ async fn run(
     own: Ipv4Addr,
     mut wanted: watch::Receiver<Wanted>,
     up: &AtomicBool,
+    leave: &AtomicBool,
     opened: oneshot::Sender<io::Result<()>>,
 ) {
     let uplink = async {
@@ -118,6 +130,9 @@ async fn run(
             }
             changed = wanted.changed() => changed.is_ok(),
         };
+        if !goes_on && leave.load(Ordering::Relaxed) {
+            return;
+        }
         let now = if goes_on {
             wanted.borrow_and_update().clone()
         } else {

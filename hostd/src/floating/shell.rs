@@ -8,6 +8,7 @@ use std::time::{Duration, Instant, SystemTime};
 use tokio::net::UdpSocket;
 use tokio::sync::watch;
 use tokio::time::{MissedTickBehavior, interval};
+use tokio_util::sync::CancellationToken;
 
 use super::core::{Actions, Floating, HostKey, MAX_HOSTS, TICK};
 use super::kernel::Kernel;
@@ -20,12 +21,14 @@ const AGAIN: Duration = Duration::from_secs(1);
 const DRAINED: usize = 16 * MAX_HOSTS;
 
 /// Holds this host's share of the floating addresses until the sender of settings is gone, in the network namespace of
-/// the calling thread, which it takes for itself. While there are no addresses it sends nothing.
+/// the calling thread, which it takes for itself. While there are no addresses it sends nothing. Once `leave` is cancelled
+/// it ends as well, and what it holds stays with the kernel for some seconds: for another daemon of this host.
 pub fn run(
     id: &str,
     own: Ipv4Addr,
     mut settings: watch::Receiver<Option<Settings>>,
     held: &Held,
+    leave: &CancellationToken,
 ) -> io::Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
@@ -33,11 +36,13 @@ pub fn run(
     runtime.block_on(async {
         loop {
             // Nothing to do, nothing bound.
-            if settings.wait_for(has_addresses).await.is_err() {
+            let wanted = leave.run_until_cancelled(settings.wait_for(has_addresses)).await;
+            if !matches!(wanted, Some(Ok(_))) {
                 return Ok(());
             }
+            drop(wanted);
             match Shell::open(id, own).await {
-                Ok(shell) => shell.serve(&mut settings, held).await,
+                Ok(shell) => shell.serve(&mut settings, held, leave).await,
                 Err(error) => {
                     tracing::warn!(%error, "floating addresses are left to other hosts");
                     tokio::time::sleep(AGAIN).await;
@@ -79,7 +84,12 @@ impl Shell {
     }
 
     /// Until there are no addresses any more, or nobody who tells of them.
-    async fn serve(mut self, settings: &mut watch::Receiver<Option<Settings>>, held: &Held) {
+    async fn serve(
+        mut self,
+        settings: &mut watch::Receiver<Option<Settings>>,
+        held: &Held,
+        leave: &CancellationToken,
+    ) {
         let mut ticks = interval(TICK);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut buffer = [0; packet::MAX + 1];
@@ -89,21 +99,7 @@ impl Shell {
         self.configure(&now);
         loop {
             tokio::select! {
-                _ = ticks.tick() => {
-                    // Nobody is lost whose heartbeat only waits here.
-                    for _ in 0..DRAINED {
-                        let Ok(length) = self.socket.try_recv(&mut buffer) else { break };
-                        self.receive(&now, &buffer[..length]);
-                    }
-                    let actions = self.core.tick(self.begun.elapsed(), self.kernel.is_up());
-                    self.act(actions, &now);
-                    held.set(self.core.held().collect());
-                }
-                received = self.socket.recv(&mut buffer) => {
-                    if let Ok(length) = received {
-                        self.receive(&now, &buffer[..length]);
-                    }
-                }
+                biased;
                 changed = settings.changed() => {
                     let next = changed.ok().and_then(|()| settings.borrow_and_update().clone());
                     let none = next.as_ref().is_none_or(|next| next.addresses.is_empty());
@@ -121,6 +117,22 @@ impl Shell {
                             now = next;
                         }
                         _ => return,
+                    }
+                }
+                () = leave.cancelled() => return self.kernel.leave(),
+                _ = ticks.tick() => {
+                    // Nobody is lost whose heartbeat only waits here.
+                    for _ in 0..DRAINED {
+                        let Ok(length) = self.socket.try_recv(&mut buffer) else { break };
+                        self.receive(&now, &buffer[..length]);
+                    }
+                    let actions = self.core.tick(self.begun.elapsed(), self.kernel.is_up());
+                    self.act(actions, &now);
+                    held.set(self.core.held().collect());
+                }
+                received = self.socket.recv(&mut buffer) => {
+                    if let Ok(length) = received {
+                        self.receive(&now, &buffer[..length]);
                     }
                 }
             }

@@ -38,6 +38,7 @@ use self::run::{End, Run};
 use self::server::{Command, Server};
 use crate::cgroup::{Group, Hierarchies};
 use crate::container::{Place, UserNamespace};
+use crate::control::PROTOCOL;
 use crate::launch::Launch;
 use crate::status::{ProcessId, Status, boot_id};
 use crate::sys;
@@ -57,16 +58,10 @@ pub const LOG: &str = "supervisor.log";
 /// Runs the supervisor of the job in `job_dir` to its end.
 pub fn supervise(job_dir: &Path) -> io::Result<()> {
     detach()?;
-    let launch = Launch::read(job_dir)?;
-    if !launch.host_network {
-        make_network()?;
-    }
-    let listener = listen(&launch.socket)?;
-    // From here on the daemon sees to the network, while the groups are made.
-    begun()?;
+    let job = Job::take(job_dir, false)?;
     let hierarchies = Hierarchies::find()?;
     crate::cgroup::enter_supervisors_group(&hierarchies)?;
-    run(launch, job_dir, listener, &hierarchies)
+    run(job, job_dir, &hierarchies)
 }
 
 /// Gets ready for a job that is not in the host's network, waits until standard input says its directory, and runs its
@@ -84,15 +79,55 @@ pub fn wait_for_job() -> io::Result<()> {
     };
     let job_dir = Path::new(OsStr::from_bytes(job_dir));
     rustix::stdio::dup2_stdin(File::open("/dev/null")?)?;
-    let log = File::options()
-        .create(true)
-        .append(true)
-        .open(job_dir.join(LOG))?;
-    rustix::stdio::dup2_stderr(log)?;
-    let launch = Launch::read(job_dir)?;
-    let listener = listen(&launch.socket)?;
-    begun()?;
-    run(launch, job_dir, listener, &hierarchies)
+    run(Job::take(job_dir, true)?, job_dir, &hierarchies)
+}
+
+/// A job that this process keeps from here on.
+struct Job {
+    launch: Launch,
+    status: Status,
+    listener: UnixListener,
+}
+
+impl Job {
+    /// Takes it. One that was made in advance (`spare`) has a network namespace, but no log. The daemon hears that the job is
+    /// taken, and sees to the network from then on, or why not.
+    fn take(job_dir: &Path, spare: bool) -> io::Result<Self> {
+        let job = Self::open(job_dir, spare);
+        match &job {
+            Ok(_) => begun()?,
+            // Its log may be on a disk that is full.
+            Err(error) => drop(rustix::io::write(
+                rustix::stdio::stdout(),
+                error.to_string().as_bytes(),
+            )),
+        }
+        job
+    }
+
+    fn open(job_dir: &Path, spare: bool) -> io::Result<Self> {
+        let launch = Launch::read(job_dir)?;
+        if spare {
+            let log = File::options()
+                .create(true)
+                .append(true)
+                .open(job_dir.join(LOG))?;
+            rustix::stdio::dup2_stderr(log)?;
+        } else if !launch.host_network {
+            make_network()?;
+        }
+        let mut status = Status::read(job_dir)?.unwrap_or_else(|| Status::new(Timestamp::now(), boot_id()));
+        status.supervisor = Some(ProcessId::own());
+        status.protocol = PROTOCOL;
+        status.boot_id = boot_id();
+        status.write(job_dir)?;
+        let listener = listen(&launch.socket)?;
+        Ok(Self {
+            launch,
+            status,
+            listener,
+        })
+    }
 }
 
 /// Makes this process independent of the one that has started it.
@@ -120,7 +155,8 @@ fn make_network() -> io::Result<()> {
     Ok(())
 }
 
-fn run(launch: Launch, job_dir: &Path, listener: UnixListener, hierarchies: &Hierarchies) -> io::Result<()> {
+fn run(job: Job, job_dir: &Path, hierarchies: &Hierarchies) -> io::Result<()> {
+    let launch = &job.launch;
     let group = Group::create(hierarchies, launch.partition, &launch.job_id, launch.limits)?;
     // What goes wrong is said when it is needed, and tried again.
     let users = launch
@@ -130,7 +166,7 @@ fn run(launch: Launch, job_dir: &Path, listener: UnixListener, hierarchies: &Hie
         .enable_io()
         .enable_time()
         .build()?;
-    runtime.block_on(Supervisor::start(launch, job_dir, group, users, listener))
+    runtime.block_on(Supervisor::start(job, job_dir, group, users))
 }
 
 /// What the loop and the runs share.
@@ -153,19 +189,13 @@ struct Supervisor {
 }
 
 impl Supervisor {
-    async fn start(
-        launch: Launch,
-        job_dir: &Path,
-        group: Group,
-        users: Option<UserNamespace>,
-        listener: UnixListener,
-    ) -> io::Result<()> {
+    async fn start(job: Job, job_dir: &Path, group: Group, users: Option<UserNamespace>) -> io::Result<()> {
         let job_dir: Arc<Path> = job_dir.into();
-        let mut status = Status::read(&job_dir)?.unwrap_or_else(|| Status::new(Timestamp::now(), boot_id()));
-        status.supervisor = Some(ProcessId::own());
-        status.boot_id = boot_id();
-        status.write(&job_dir)?;
-
+        let Job {
+            launch,
+            status,
+            listener,
+        } = job;
         let listener = tokio::net::UnixListener::from_std(listener)?;
         let (stdin, input) = mpsc::channel(16);
         let output = Arc::new(Output::new(&launch, &job_dir, stdin));
@@ -308,7 +338,8 @@ impl Supervisor {
         }
     }
 
-    /// Changes the status: on the disk first, then for those who watch.
+    /// Changes the status: on the disk first, then for those who watch. An end waits for room on the disk: it must not be
+    /// lost. What goes on waits for nobody: the next change writes it as well.
     async fn change(&self, change: impl FnOnce(&mut Status)) {
         let mut status = self.status.borrow().clone();
         change(&mut status);
@@ -319,6 +350,9 @@ impl Supervisor {
                 tracing::error!(%error, "cannot write the job's status; trying on");
             }
             self.status.send_replace(status.clone());
+            if !status.state.is_terminal() && !status.stop_requested {
+                return;
+            }
             sleep(Duration::from_secs(1)).await;
         }
         self.status.send_replace(status);
@@ -373,8 +407,8 @@ fn begun() -> io::Result<()> {
     Ok(rustix::stdio::dup2_stdout(null)?)
 }
 
-/// The socket of the job, which is there as soon as it takes connections, and not before.
-fn listen(socket: &Path) -> io::Result<UnixListener> {
+/// A root-only socket, which is there as soon as it takes connections, and not before.
+pub(crate) fn listen(socket: &Path) -> io::Result<UnixListener> {
     if let Some(dir) = socket.parent() {
         crate::files::private_dir(dir)?;
     }

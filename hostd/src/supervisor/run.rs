@@ -22,6 +22,8 @@ use crate::sys::{Polled, polled};
 
 /// How long output may still come when everything in the container is dead.
 const LAST_WORDS: Duration = Duration::from_secs(2);
+/// How long a container may take, at its stop, that has not come to its program yet: it hangs, or is about to.
+const SET_UP: Duration = Duration::from_secs(1);
 /// Between an instance's goodbye and the end of its program: load balancers that cannot try another one hear of it before.
 const GOODBYE: Duration = Duration::from_millis(250);
 
@@ -188,6 +190,10 @@ impl<'a> Run<'a> {
             }
             Some(FromInit::Running) => {
                 self.running = true;
+                if self.kill_at.is_some() {
+                    // It is being stopped, and there is a program to wait for.
+                    self.kill_at = Some(Instant::now() + self.patience());
+                }
                 self.serve();
                 let supervisor = &self.supervisor;
                 supervisor.inside.send_replace(Some(self.inside.clone()));
@@ -200,6 +206,12 @@ impl<'a> Run<'a> {
                         status.error = None;
                     })
                     .await;
+            }
+            // An overlay that finds no room for a directory of its own can only be read.
+            Some(FromInit::Failed(why)) if why.contains("Read-only file system") => {
+                self.failed = Some(format!(
+                    "{why}: the container's own layer takes nothing; is the host's disk full?"
+                ));
             }
             Some(FromInit::Failed(why)) => self.failed = Some(why),
             Some(FromInit::Exited(status)) => self.exited = Some(status),
@@ -303,8 +315,17 @@ impl<'a> Run<'a> {
         }
         // Before the program runs this waits for it at its init: it may run already, and we not have heard of it.
         let _ = container::signal(self.init.get_ref(), libc::SIGTERM);
+        self.kill_at = Some(Instant::now() + self.patience());
+    }
+
+    /// How long a stop may take.
+    fn patience(&self) -> Duration {
         let patience = Duration::from_secs(self.supervisor.launch.stop_timeout.into());
-        self.kill_at = Some(Instant::now() + patience);
+        if self.running {
+            patience
+        } else {
+            patience.min(SET_UP)
+        }
     }
 
     async fn health(&mut self, event: HealthEvent) {

@@ -69,7 +69,17 @@ impl Server {
 
     async fn serve(mut self, stream: UnixStream) -> io::Result<()> {
         let mut stream = BufReader::with_capacity(4096, stream);
-        while let Some(request) = read_line::<Request>(&mut stream).await? {
+        loop {
+            let request = match read_line::<Request>(&mut stream).await {
+                Ok(Some(request)) => request,
+                Ok(None) => return Ok(()),
+                // A daemon that is newer would not ask.
+                Err(error) if error.kind() == io::ErrorKind::InvalidData => {
+                    let error = Some(format!("it does not know what is asked ({error})"));
+                    return write_line(stream.get_mut(), &Reply { error }).await;
+                }
+                Err(error) => return Err(error),
+            };
             let error = match request {
                 Request::Watch => return self.watch(stream).await,
                 Request::Attach {
@@ -105,7 +115,6 @@ impl Server {
             };
             write_line(stream.get_mut(), &Reply { error }).await?;
         }
-        Ok(())
     }
 
     fn exec(&self, wish: ExecRequest) -> Result<Session, String> {

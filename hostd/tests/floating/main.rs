@@ -119,7 +119,8 @@ impl Host {
         let held = Held::default();
         let own = held.clone();
         namespace.spawn(move || {
-            floating::run(name, Ipv4Addr::new(192, 0, 2, last), receiver, &own).unwrap();
+            let never = flynn_api::server::CancellationToken::new();
+            floating::run(name, Ipv4Addr::new(192, 0, 2, last), receiver, &own, &never).unwrap();
         });
         namespace.spawn(move || {
             let listener = TcpListener::bind(("::", PORT)).unwrap();

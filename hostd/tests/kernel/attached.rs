@@ -9,7 +9,7 @@ use tokio::time::timeout;
 use crate::host::{Host, PATIENCE};
 use crate::network::{config, networked};
 
-fn request(job: &Job) -> AttachRequest {
+pub(crate) fn request(job: &Job) -> AttachRequest {
     AttachRequest {
         job_id: job.id.clone(),
         flags: ["stdin", "stdout", "stderr"].map(str::to_owned).into(),
@@ -36,7 +36,7 @@ pub(crate) async fn read_all(stream: &mut (impl AsyncRead + Unpin)) -> (Vec<u8>,
 }
 
 /// Reads on until the output has `wanted`; what follows it stays in `seen`.
-async fn expect(stream: &mut (impl AsyncRead + Unpin), seen: &mut String, wanted: &str) {
+pub(crate) async fn expect(stream: &mut (impl AsyncRead + Unpin), seen: &mut String, wanted: &str) {
     loop {
         if let Some(at) = seen.find(wanted) {
             seen.drain(..at + wanted.len());
@@ -51,7 +51,7 @@ async fn expect(stream: &mut (impl AsyncRead + Unpin), seen: &mut String, wanted
     }
 }
 
-async fn send(stream: &mut (impl AsyncWrite + Unpin), kind: u8, payload: &[u8]) {
+pub(crate) async fn send(stream: &mut (impl AsyncWrite + Unpin), kind: u8, payload: &[u8]) {
     write_frame(stream, kind, payload).await.unwrap();
 }
 

@@ -3,7 +3,7 @@
 use std::fs;
 
 use flynn_api::ErrorCode;
-use flynn_api::host::JobState;
+use flynn_api::host::{JobState, Mount, label};
 use flynn_hostd::status::Status;
 use rustix::mount::{MountFlags, mount};
 
@@ -101,15 +101,14 @@ pub(crate) async fn a_kept_job_survives_its_supervisor() {
 
 pub(crate) async fn a_broken_record_harms_no_other() {
     let host = Host::boot().await;
-    let (good, bad) = (host.job("sleep 1000"), host.job("sleep 1000"));
+    let [good, bad, lost] = [(); 3].map(|()| host.job("sleep 1000"));
     let running = host.run(&good).await;
     host.run(&bad).await;
+    let program = host.run(&lost).await.pid.unwrap();
     host.kill_daemon();
-    fs::write(
-        host.state.join("jobs").join(&bad.id).join("status.json"),
-        "{\"ver",
-    )
-    .unwrap();
+    let jobs = host.state.join("jobs");
+    fs::write(jobs.join(&bad.id).join("job.json"), "{\"id\"").unwrap();
+    fs::write(jobs.join(&lost.id).join("status.json"), "{\"ver").unwrap();
     fs::write(host.state.join("jobs/stray"), "").unwrap();
     host.start().await;
     assert_eq!(
@@ -119,12 +118,70 @@ pub(crate) async fn a_broken_record_harms_no_other() {
         running.pid
     );
     assert_eq!(host.api.job(&bad.id).await.unwrap_err().code, ErrorCode::NotFound);
+    // It is known that it was there: it does not run on unseen.
+    let ended = host.end(&lost.id).await;
+    assert_eq!(ended.status, JobState::Crashed);
+    assert!(ended.error.unwrap().contains("lost"));
+    assert!(
+        host.until(async || (!lives(program)).then_some(()))
+            .await
+            .is_some()
+    );
     let notices = host.api.status().await.unwrap().notices;
     assert!(
         notices
             .iter()
             .any(|notice| notice.contains(&bad.id) && notice.contains("set aside")),
         "{notices:?}"
+    );
+}
+
+pub(crate) async fn a_container_that_hangs_is_stopped_soon() {
+    let host = Host::boot().await;
+    let mut job = host.job("true");
+    job.stop_timeout = Some(300);
+    // What is put into a frozen group stands still: its init does not come to the program.
+    let frozen = host
+        .groups
+        .iter()
+        .find(|group| group.join("cgroup.procs").exists() && is_v2(group));
+    let group = frozen.unwrap().join("flynn/user").join(&job.id);
+    fs::create_dir_all(&group).unwrap();
+    fs::write(group.join("cgroup.freeze"), "1").unwrap();
+    host.api.add_job(&job).await.unwrap();
+    host.wait(&job.id, |job| job.pid.is_some()).await;
+    host.api.stop_job(&job.id).await.unwrap();
+    let ended = host.end(&job.id).await;
+    assert_eq!((ended.status, ended.started_at), (JobState::Done, None));
+    assert!(
+        host.until(async || host.job_groups(&job.id).is_empty().then_some(()))
+            .await
+            .is_some()
+    );
+}
+
+fn is_v2(group: &std::path::Path) -> bool {
+    group.join("cgroup.freeze").exists()
+}
+
+pub(crate) async fn devices_are_refused_before_the_start() {
+    let host = Host::boot().await;
+    let mount = |target: &str| Mount {
+        location: "/it".into(),
+        target: target.into(),
+        writeable: true,
+    };
+    let mut job = host.job("cat /it; echo read");
+    job.metadata.insert(label::SYSTEM_APP.into(), "true".into());
+    job.config.mounts = vec![mount("/dev/loop-control")];
+    let error = host.api.add_job(&job).await.unwrap_err();
+    assert_eq!(error.code, ErrorCode::Validation);
+    assert!(error.message.contains("/dev/loop-control is a device"), "{error}");
+    job.config.mounts = vec![mount("/dev/null")];
+    let (ended, lines) = host.finish(&job).await;
+    assert_eq!(
+        (ended.exit_status, lines.as_slice()),
+        (Some(0), ["read".to_owned()].as_slice())
     );
 }
 

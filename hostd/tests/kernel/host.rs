@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use flynn_api::Digest;
 use flynn_api::client::Http;
 use flynn_api::client::host::HostClient;
-use flynn_api::host::{ActiveJob, ContainerConfig, Job, LogLine};
+use flynn_api::host::{ActiveJob, ContainerConfig, Job, LogLine, Update, Updated};
 use flynn_api::image::{Artifact, Entrypoint, ImageManifest, Layer};
 use futures::StreamExt as _;
 use rustix::mount::{MountFlags, MountPropagationFlags, mount, mount_change};
@@ -21,7 +21,7 @@ use rustix::thread::UnshareFlags;
 /// How long anything may take.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(30);
 
-const BINARY: &str = env!("CARGO_BIN_EXE_flynn-host");
+pub(crate) const BINARY: &str = env!("CARGO_BIN_EXE_flynn-host");
 
 /// What the machine lacks for these tests; none when it has all.
 pub(crate) fn lacks() -> Option<String> {
@@ -61,6 +61,8 @@ pub(crate) struct Host {
     pub(crate) layer_file: PathBuf,
     pub(crate) groups: Vec<PathBuf>,
     daemon: RefCell<Option<Child>>,
+    /// The process of a daemon that has taken over from that one.
+    successor: Cell<Option<u32>>,
     jobs: Cell<u32>,
     dir: tempfile::TempDir,
 }
@@ -101,6 +103,7 @@ impl Host {
             layer_file,
             groups: groups(dir.path().file_name().unwrap().to_str().unwrap()),
             daemon: RefCell::default(),
+            successor: Cell::default(),
             jobs: Cell::new(0),
             dir,
         }
@@ -108,6 +111,11 @@ impl Host {
 
     /// Starts the daemon and waits until it answers.
     pub(crate) async fn start(&self) {
+        self.start_program(Path::new(BINARY)).await;
+    }
+
+    /// The same, from this file.
+    pub(crate) async fn start_program(&self, program: &Path) {
         let log = fs::File::options()
             .create(true)
             .append(true)
@@ -118,16 +126,9 @@ impl Host {
         let child = Command::new("sh")
             .args(["-euc", enter, "sh"])
             .args(&self.groups)
-            .args([
-                "--",
-                BINARY,
-                "daemon",
-                "--id",
-                "one",
-                "--address",
-                "192.0.2.1",
-                "--state",
-            ])
+            .arg("--")
+            .arg(program)
+            .args(["daemon", "--id", "one", "--address", "192.0.2.1", "--state"])
             .arg(&self.state)
             .env("RUST_LOG", "debug")
             .stdin(Stdio::null())
@@ -145,14 +146,35 @@ impl Host {
     }
 
     pub(crate) fn daemon_pid(&self) -> u32 {
-        self.daemon.borrow().as_ref().unwrap().id()
+        let successor = self.successor.get();
+        successor.unwrap_or_else(|| self.daemon.borrow().as_ref().unwrap().id())
     }
 
-    /// Kills the daemon as the kernel would.
+    /// Kills the daemon as the kernel would, and one before it that still has connections.
     pub(crate) fn kill_daemon(&self) {
         let mut child = self.daemon.take().unwrap();
         child.kill().unwrap();
         child.wait().unwrap();
+        if let Some(pid) = self.successor.take() {
+            kill(pid, 9);
+            while lives(pid) {
+                std::thread::sleep(Duration::from_millis(1));
+            }
+        }
+    }
+
+    /// Has another program go on with the daemon's work; the same one when none is named.
+    pub(crate) async fn update(&self, binary: Option<&Path>) -> flynn_api::Result<Updated> {
+        let binary = binary.map(|path| path.to_str().unwrap().to_owned());
+        let updated = self.api.update(&Update { binary }).await?;
+        self.successor.set(Some(updated.pid));
+        Ok(updated)
+    }
+
+    /// Whether the daemon that was started, and not one that has taken over from it, has ended.
+    pub(crate) fn first_daemon_ended(&self) -> bool {
+        let mut daemon = self.daemon.borrow_mut();
+        daemon.as_mut().unwrap().try_wait().unwrap().is_some()
     }
 
     /// Stops the daemon as an operator would.

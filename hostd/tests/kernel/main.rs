@@ -7,13 +7,16 @@
 )]
 
 mod attached;
+mod commands;
 mod container;
 mod cycles;
+mod disk;
 mod escape;
 mod faults;
 mod host;
 mod life;
 mod network;
+mod upgrade;
 mod user_namespaces;
 mod volumes;
 
@@ -53,14 +56,22 @@ fn main() -> ExitCode {
             programs_end_with_their_client_or_their_job ports_of_jobs_are_reached;
         faults: containers_outlive_the_daemon an_end_without_a_daemon_is_kept
             a_container_dies_with_its_supervisor a_kept_job_survives_its_supervisor a_broken_record_harms_no_other
+            a_container_that_hangs_is_stopped_soon devices_are_refused_before_the_start
             wrong_layers_leave_nothing a_full_disk_is_said_and_survived a_new_boot_is_noticed a_kept_job_comes_back_after_a_shutdown
             two_daemons_do_not_share_a_state;
+        disk: a_disk_that_is_full_at_any_step_is_said_and_survived;
+        upgrade: an_update_is_noticed_by_nobody an_update_that_fails_changes_nothing a_new_program_is_put_in_place
+            supervisors_of_other_versions_are_understood
+            updates_under_load_lose_nothing kills_under_load_lose_nothing;
+        commands: tags_and_drains_are_kept what_is_ill_is_mended what_there_is_to_know_is_collected
+            machines_are_looked_at_before_they_are_hosts;
         cycles: cycles_leave_nothing;
         network: containers_have_addresses services_are_registered missing_layers_are_fetched
             other_hosts_are_encrypted_with_or_named;
         escape: our_program_is_read_only_for_containers images_grant_no_capabilities deep_directories_are_removed;
     ];
     let of_volumes: Tests = tests![
+        disk: a_power_cut_loses_nothing_that_was_said;
         volumes: a_full_image_is_contained a_full_subvolume_is_contained images_outlive_daemons_and_boots
             snapshots_forks_and_rollbacks snapshots_are_sent_and_received volumes_survive_kills;
     ];

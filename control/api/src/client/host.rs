@@ -6,15 +6,18 @@ use std::time::Duration;
 use hyper::body::Incoming;
 
 use super::{Body, EventStream, Http, Upgraded, encode};
-use crate::Result;
 use crate::host::{
     ATTACH_PROTOCOL, ActiveJob, AttachRequest, ExecRequest, FORWARD_PROTOCOL, Flow, ForwardRequest,
-    HostStatus, Job, JobEvent, LogLine, NetworkConfig, NetworkStatus, ServiceStatus,
+    HostStatus, Job, JobEvent, LogLine, NetworkConfig, NetworkStatus, ServiceStatus, Update, Updated,
 };
 use crate::volume::{Copy, Gc, NewProvider, NewVolume, Provider, Rollback, Volume};
+use crate::{Meta, Result};
 
 /// How long a volume may be on its way.
 const LONG: Duration = Duration::from_hours(24);
+
+/// How long another program may take to go on with a daemon's work.
+const UPDATE: Duration = Duration::from_mins(5);
 
 /// Talks to one host.
 #[derive(Clone, Debug)]
@@ -141,6 +144,29 @@ impl HostClient {
     /// Brings the host's network up.
     pub async fn configure_network(&self, config: &NetworkConfig) -> Result<()> {
         self.http.put("/host/network", config).await
+    }
+
+    /// Sets the tags for placement, all of them.
+    pub async fn set_tags(&self, tags: &Meta) -> Result<()> {
+        self.http.put("/host/tags", tags).await
+    }
+
+    /// Has the host's jobs go to other hosts, or no longer.
+    pub async fn drain(&self, draining: bool) -> Result<()> {
+        if draining {
+            self.http.put("/host/drain", &()).await
+        } else {
+            self.http.delete("/host/drain").await
+        }
+    }
+
+    /// Has another program go on with the daemon's work.
+    pub async fn update(&self, update: &Update) -> Result<Updated> {
+        self.http
+            .clone()
+            .timeout(UPDATE)
+            .post("/host/update", update)
+            .await
     }
 
     /// The host's volumes.

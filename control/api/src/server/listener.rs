@@ -30,8 +30,6 @@ use crate::tls::{Live, PeerIdentity};
 const MAX_CONNECTIONS: usize = 4096;
 /// How long a client may take to send a request's head, or to shake hands.
 const HEAD_TIMEOUT: Duration = Duration::from_secs(30);
-/// How long requests under way may take once the service stops. Event streams never end by themselves.
-const DRAIN_TIMEOUT: Duration = Duration::from_secs(3);
 
 /// The longest body of a request that is read to its end though the request is refused.
 const MAX_UNREAD: u64 = 8 << 10;
@@ -78,8 +76,13 @@ impl Listener {
 
     /// TLS with an identity that is renewed: each connection is taken with what is in use then.
     pub async fn tls_live(addr: SocketAddr, live: Arc<Live>) -> io::Result<Self> {
+        Ok(Self::from_tls_live(TcpListener::bind(addr).await?, live))
+    }
+
+    /// [`Listener::tls_live`] on a socket that is listening already.
+    pub fn from_tls_live(listener: TcpListener, live: Arc<Live>) -> Self {
         let config: Configuration = Box::new(move || Arc::clone(&live.current().server));
-        Ok(Self(Kind::Tls(TcpListener::bind(addr).await?, config)))
+        Self(Kind::Tls(listener, config))
     }
 
     /// A Unix socket that only its owner may open; one that is there from an earlier process is replaced.
@@ -93,6 +96,12 @@ impl Listener {
         Ok(Self(Kind::Unix(listener)))
     }
 
+    /// A Unix socket that is listening already.
+    pub fn from_unix(listener: std::os::unix::net::UnixListener) -> io::Result<Self> {
+        listener.set_nonblocking(true)?;
+        Ok(Self(Kind::Unix(UnixListener::from_std(listener)?)))
+    }
+
     /// The address that it listens on, over TCP.
     pub fn local_addr(&self) -> Option<SocketAddr> {
         match &self.0 {
@@ -102,18 +111,50 @@ impl Listener {
     }
 }
 
+/// How connections end once a service takes no new ones.
+#[derive(Clone, Copy, Debug)]
+pub struct Farewell {
+    /// How long those may remain that nobody uses. Whoever uses one in the very moment of its end has to ask again.
+    pub idle: Duration,
+    /// How long requests under way may take from then on. Event streams never end by themselves.
+    pub busy: Duration,
+}
+
+impl Default for Farewell {
+    /// Of a service that stops.
+    fn default() -> Self {
+        Self {
+            idle: Duration::ZERO,
+            busy: Duration::from_secs(3),
+        }
+    }
+}
+
 /// Serves until `shutdown`, then lets requests under way finish for a few seconds.
 pub async fn serve(listener: Listener, router: Router, shutdown: impl Future<Output = ()>) -> io::Result<()> {
+    let shutdown = async {
+        shutdown.await;
+        Farewell::default()
+    };
+    serve_until(listener, router, shutdown).await
+}
+
+/// Serves until `shutdown`, which says how connections end.
+pub async fn serve_until(
+    listener: Listener,
+    router: Router,
+    shutdown: impl Future<Output = Farewell>,
+) -> io::Result<()> {
     let (graceful, slots, stop) = (
         GracefulShutdown::new(),
         Arc::new(Semaphore::new(MAX_CONNECTIONS)),
         CancellationToken::new(),
     );
     let mut shutdown = std::pin::pin!(shutdown);
-    loop {
+    let farewell = loop {
         let slot = tokio::select! {
             slot = Arc::clone(&slots).acquire_owned() => slot.map_err(io::Error::other)?,
-            () = &mut shutdown => break,
+            farewell = &mut shutdown => break farewell,
         };
         tokio::select! {
             accepted = accept(&listener.0) => match accepted {
@@ -124,11 +165,13 @@ pub async fn serve(listener: Listener, router: Router, shutdown: impl Future<Out
                     tokio::time::sleep(Duration::from_millis(100)).await;
                 }
             },
-            () = &mut shutdown => break,
+            farewell = &mut shutdown => break farewell,
         }
-    }
+    };
     drop(listener);
-    if tokio::time::timeout(DRAIN_TIMEOUT, graceful.shutdown())
+    let all = u32::try_from(MAX_CONNECTIONS).unwrap_or(u32::MAX);
+    let _ = tokio::time::timeout(farewell.idle, slots.acquire_many(all)).await;
+    if tokio::time::timeout(farewell.busy, graceful.shutdown())
         .await
         .is_err()
     {

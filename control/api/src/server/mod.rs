@@ -10,6 +10,6 @@ mod process;
 pub use events::{events, wants_events};
 pub use json::{Json, MAX_BODY, StrictJson};
 pub use keys::Keys;
-pub use listener::{Listener, Peer, serve};
+pub use listener::{Farewell, Listener, Peer, serve, serve_until};
 pub use process::{init_logging, shutdown};
 pub use tokio_util::sync::CancellationToken;

@@ -378,6 +378,7 @@ fn host_status() -> HostStatus {
         version: "0".into(),
         url: String::new(),
         tags: BTreeMap::new(),
+        draining: false,
         subnet: None,
         gateway: None,
         cpu: 4000,

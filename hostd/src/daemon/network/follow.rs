@@ -13,8 +13,8 @@ use flynn_api::network::{
 };
 use flynn_overlay::{WIREGUARD_PORT, Wireguard};
 use futures::StreamExt as _;
-use tokio::task::JoinHandle;
 use tokio::time::{sleep, timeout};
+use tokio_util::task::AbortOnDropHandle;
 
 use super::Up;
 use super::wanted::{Documented, Wanted, holds};
@@ -48,7 +48,7 @@ pub(crate) async fn run(daemon: Arc<Daemon>) {
 /// One watch for each document: those that are always there, and the endpoints of each host with a lease.
 async fn watch_all(daemon: &Arc<Daemon>) {
     let mut changes = daemon.documents.subscribe();
-    let mut watches: BTreeMap<String, JoinHandle<()>> = BTreeMap::new();
+    let mut watches: BTreeMap<String, AbortOnDropHandle<()>> = BTreeMap::new();
     loop {
         changes.mark_unchanged();
         let leases: NetworkLeases = daemon.documents.get(HOST_SERVICE).unwrap_or_default();
@@ -61,17 +61,11 @@ async fn watch_all(daemon: &Arc<Daemon>) {
             .map(String::as_str)
             .chain(ALWAYS)
             .collect::<BTreeSet<_>>();
-        watches.retain(|service, watch| {
-            let keep = wanted.contains(service.as_str());
-            if !keep {
-                watch.abort();
-            }
-            keep
-        });
+        watches.retain(|service, _| wanted.contains(service.as_str()));
         for service in wanted {
-            watches
-                .entry(service.to_owned())
-                .or_insert_with(|| tokio::spawn(watch(Arc::clone(daemon), service.to_owned())));
+            watches.entry(service.to_owned()).or_insert_with(|| {
+                AbortOnDropHandle::new(tokio::spawn(watch(Arc::clone(daemon), service.to_owned())))
+            });
         }
         if !leases.leases.is_empty() {
             let known = daemon.documents.services().into_iter();

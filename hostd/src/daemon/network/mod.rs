@@ -215,19 +215,15 @@ impl Up {
 }
 
 impl Networking {
-    /// Gives the network namespace of a process an address.
-    pub(super) async fn attach(&self, up: &Up, pid: i32, attached: Attached) -> Result<Ipv4Addr> {
+    /// Gives a network namespace an address.
+    pub(super) async fn attach(&self, up: &Up, namespace: &File, attached: Attached) -> Result<Ipv4Addr> {
         let address = up.allocate()?;
-        let plumbed = async {
-            let namespace = File::open(format!("/proc/{pid}/ns/net")).map_err(|error| {
-                Error::internal(format!("cannot open the job's network namespace: {error}"))
-            })?;
-            up.network
-                .attach(namespace.as_fd(), address, &attached.attachment)
-                .await
-                .map_err(failed("attach the job to the network"))
-        };
-        match plumbed.await {
+        let plumbed = up
+            .network
+            .attach(namespace.as_fd(), address, &attached.attachment)
+            .await
+            .map_err(failed("attach the job to the network"));
+        match plumbed {
             Ok(_) => {
                 up.attached
                     .lock()

@@ -8,7 +8,7 @@ mod keeper;
 mod model;
 
 use std::io;
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use flynn_api::discovery::{Event, VirtualNetworks};
@@ -40,13 +40,23 @@ enum News {
 
 /// The way to the keeper, once there is one.
 #[derive(Default)]
-pub(super) struct Asking(OnceLock<mpsc::Sender<News>>);
+pub(super) struct Asking(Mutex<Option<mpsc::Sender<News>>>);
 
 impl Asking {
+    fn keeper(&self) -> MutexGuard<'_, Option<mpsc::Sender<News>>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Ends the keeper, whom nobody else tells of anything any more.
+    pub(super) fn end(&self) {
+        self.keeper().take();
+    }
+
     /// What `GET /host/network/services` shows.
     pub(super) async fn show(&self) -> Result<Vec<ServiceStatus>> {
         let (answer, shown) = oneshot::channel();
-        if let Some(keeper) = self.0.get() {
+        let keeper = self.keeper().clone();
+        if let Some(keeper) = keeper {
             // Without a keeper nobody answers, which is seen at once.
             let _ = keeper.send(News::Show(answer)).await;
         } else {
@@ -83,8 +93,7 @@ pub(super) async fn run(daemon: Arc<Daemon>) {
             }
         }
     };
-    // There is one keeper.
-    let _ = daemon.services.0.set(news.clone());
+    *daemon.services.keeper() = Some(news.clone());
     let mut said = false;
     loop {
         match follow(&daemon, &news).await {

@@ -1,0 +1,34 @@
+//! What systemd is told, where it is what has started this daemon (`sd_notify(3)`).
+
+use std::io;
+use std::os::linux::net::SocketAddrExt as _;
+use std::os::unix::ffi::OsStrExt as _;
+use std::os::unix::net::{SocketAddr, UnixDatagram};
+
+/// This process is the daemon, and serves.
+pub(super) fn ready() {
+    tell(&format!("READY=1\nMAINPID={}\n", std::process::id()));
+}
+
+/// This daemon ends, and no other follows.
+pub(super) fn stopping() {
+    tell("STOPPING=1\n");
+}
+
+fn tell(state: &str) {
+    let Some(socket) = std::env::var_os("NOTIFY_SOCKET") else {
+        return;
+    };
+    let told = || -> io::Result<()> {
+        let address = match socket.as_bytes().strip_prefix(b"@") {
+            Some(name) => SocketAddr::from_abstract_name(name)?,
+            None => SocketAddr::from_pathname(&socket)?,
+        };
+        UnixDatagram::unbound()?
+            .send_to_addr(state.as_bytes(), &address)
+            .map(drop)
+    };
+    if let Err(error) = told() {
+        tracing::warn!(%error, "systemd cannot be told how the daemon does");
+    }
+}
