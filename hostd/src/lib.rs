@@ -15,7 +15,7 @@
 //! - A supervisor has one thread: it forks without exec.
 //! - A container dies with its supervisor, and a job whose supervisor is gone is over.
 //! - A job's directory is the only record of it. What cannot be read there is set aside and said, and harms no other job.
-//! - Layers are verified when they arrive, and never change.
+//! - Layers are verified when they arrive, and never change; none that is in use or named by an image goes.
 
 pub mod bootstrap;
 pub mod caps;
@@ -25,6 +25,7 @@ pub mod config;
 pub mod container;
 pub mod control;
 pub mod daemon;
+pub mod download;
 pub mod encryption;
 pub mod files;
 pub mod floating;
@@ -36,7 +37,11 @@ pub mod logs;
 mod notices;
 pub mod paths;
 pub mod prepare;
+pub mod repository;
 pub mod status;
 pub mod supervisor;
 mod sys;
+#[cfg(test)]
+mod testing;
 pub mod volumes;
+pub mod web;

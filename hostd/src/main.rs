@@ -8,10 +8,10 @@ use std::process::ExitCode;
 use clap::{Args, CommandFactory as _, Parser, Subcommand};
 use flynn_api::Meta;
 use flynn_hostd::bootstrap::{self, join, remove};
-use flynn_hostd::commands::{self, Operator, ca, install, members, preflight, tags};
+use flynn_hostd::commands::{self, Operator, ca, download, install, members, preflight, tags};
 use flynn_hostd::config::{HostConfig, Overrides};
 use flynn_hostd::encryption::Mode;
-use flynn_hostd::{container, daemon, floating, supervisor};
+use flynn_hostd::{container, daemon, floating, repository, supervisor};
 
 #[derive(Parser)]
 #[command(
@@ -58,7 +58,10 @@ enum Command {
     #[command(subcommand)]
     Ca(ca::Command),
     /// Bring images into this host's store
-    Download(bootstrap::DownloadArgs),
+    Download(download::Args),
+    /// Make a repository that hosts download from, and publish releases in it
+    #[command(subcommand)]
+    Repository(repository::command::Command),
     /// Keep addresses at a host that is well: add, remove, list
     Floating(floating::command::Args),
     /// See whether this machine can be a host: kernel, disk, ports, firewall, clock, network
@@ -133,9 +136,11 @@ fn main() -> ExitCode {
 }
 
 fn run(command: Command) -> anyhow::Result<ExitCode> {
-    if !matches!(command, Command::Version { .. } | Command::Completion { .. })
-        && !rustix::process::geteuid().is_root()
-    {
+    let for_all = matches!(
+        command,
+        Command::Version { .. } | Command::Completion { .. } | Command::Repository(_)
+    );
+    if !for_all && !rustix::process::geteuid().is_root() {
         anyhow::bail!(
             "flynn-host needs root: namespaces, mounts and the host's state belong to it. Run it with sudo"
         );
@@ -174,7 +179,8 @@ fn run(command: Command) -> anyhow::Result<ExitCode> {
         Command::Replace(args) => runtime(remove::replace(&args))?,
         Command::Renew(args) => runtime(join::renew(&args))?,
         Command::Ca(command) => runtime(ca::run(&command))?,
-        Command::Download(args) => runtime(bootstrap::download(&args))?,
+        Command::Download(args) => runtime(download::run(&args))?,
+        Command::Repository(command) => runtime(repository::command::run(command))?,
         Command::Floating(args) => runtime(floating::command::run(&args))?,
         Command::Preflight(args) => return preflight::run(&args),
         Command::Install(args) => install::run(&args)?,

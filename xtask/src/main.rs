@@ -10,6 +10,7 @@
 mod bench;
 mod build;
 mod cluster;
+mod dist;
 mod down;
 mod exec;
 mod fetch;
@@ -64,6 +65,8 @@ enum Command {
     Build(build::Profile),
     /// Make the images: squashfs layers and manifests, and the example's docker-archive
     Image(image::Args),
+    /// Build a release and publish it in a repository that hosts download from
+    Dist(dist::Args),
     /// Measure against a peer
     Bench(bench::Args),
 }
@@ -79,6 +82,7 @@ fn main() -> ExitCode {
         Command::Setup(args) => setup::run(&args),
         Command::Build(profile) => build::run(profile),
         Command::Image(args) => image::run(&args),
+        Command::Dist(args) => dist::run(&args),
         Command::Bench(args) => bench::run(&args),
     };
     match outcome {

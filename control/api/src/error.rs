@@ -69,7 +69,8 @@ impl ErrorCode {
             412 => Self::PreconditionFailed,
             413 | 429 | 507 => Self::LimitExceeded,
             502 | 503 => Self::Unavailable,
-            400..=499 => Self::Validation,
+            // Redirections are not followed: asking again brings the same.
+            300..=499 => Self::Validation,
             _ => Self::Internal,
         }
     }

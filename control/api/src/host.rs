@@ -18,7 +18,10 @@
 //! | `PUT /host/drain`, `DELETE` | has the host's jobs go to other hosts; no longer |
 //! | `POST /host/update` | has another program go on with the daemon's work ([`Update`], [`Updated`]) |
 //! | `GET /metrics` | counters and gauges of the network, in Prometheus' text format |
+//! | `GET /host/layers` | `[`[`StoredLayer`](crate::image::StoredLayer)`]` |
 //! | `PUT /host/layers/{digest}`, `GET` | puts a squashfs layer into the store; fetches it |
+//! | `POST /host/layers/gc` | removes layers that nobody needs ([`LayerGc`](crate::image::LayerGc)) |
+//! | `POST /host/layers/verify` | reads all layers, sets damaged ones aside ([`VerifiedLayers`](crate::image::VerifiedLayers)) |
 //! | `GET /storage/providers`, `POST` | [`Provider`](crate::volume::Provider)s; adds a [`NewProvider`](crate::volume::NewProvider) |
 //! | `DELETE /storage/providers/{id}` | takes one without volumes off the list |
 //! | `POST /storage/providers/{id}/volumes` | makes a [`NewVolume`](crate::volume::NewVolume) |

@@ -223,6 +223,59 @@ impl Artifact {
     }
 }
 
+/// A layer in a host's store.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StoredLayer {
+    /// Its digest.
+    pub id: Digest,
+    /// Bytes.
+    pub length: u64,
+    /// When it came, or a job last began or ended to use it.
+    pub used_at: jiff::Timestamp,
+    /// The jobs that use it, or wait for it.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub jobs: Vec<String>,
+    /// The images of the host that name it, so that it stays.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub images: Vec<String>,
+}
+
+/// Which layers that nobody needs shall be removed from a host's store.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LayerGc {
+    /// Those that were not used for so many seconds.
+    #[serde(default)]
+    pub older_than: u64,
+    /// Only until so many bytes are made free, the longest unused first; all when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub bytes: Option<u64>,
+    /// Only say which.
+    #[serde(default)]
+    pub dry_run: bool,
+}
+
+/// What was removed from a host's store.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CollectedLayers {
+    /// Layers.
+    pub layers: Vec<Digest>,
+    /// All that was made free, with what was unfinished or damaged.
+    pub bytes: u64,
+}
+
+/// What reading all of a host's layers has shown.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VerifiedLayers {
+    /// How many were read.
+    pub layers: u64,
+    /// Bytes.
+    pub bytes: u64,
+    /// Those that were damaged, and are set aside.
+    pub damaged: Vec<Digest>,
+    /// Those of them that came again, whole, from where jobs have them.
+    pub fetched: Vec<Digest>,
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -1,4 +1,4 @@
-//! Brings images into the host's store: `flynn-host download`, and bootstrap's first step.
+//! Brings images of a directory into the host's store: `flynn-host download --from`, and bootstrap's first step.
 
 use std::collections::BTreeSet;
 use std::path::Path;
@@ -12,16 +12,15 @@ use http_body_util::{BodyExt as _, StreamBody};
 use hyper::body::Frame;
 use tokio::io::AsyncReadExt as _;
 
-use crate::files;
-
-/// The images of a host, by name, in its state directory.
-const DIR: &str = "images";
+use crate::layers::Arriving;
+use crate::paths::Paths;
 
 /// Takes every `<name>.json` in `from`, with its layers in `from/layers`, into the daemon's store.
 /// Layers that are there already are not sent again. Returns the names.
 pub async fn import(host: &HostClient, state: &Path, from: &Path) -> anyhow::Result<Vec<String>> {
     let mut names = Vec::new();
     let mut sent = BTreeSet::new();
+    let paths = Paths::at(state);
     let entries = std::fs::read_dir(from).with_context(|| {
         format!(
             "no images in {}; make them with `cargo xtask image`",
@@ -37,6 +36,8 @@ pub async fn import(host: &HostClient, state: &Path, from: &Path) -> anyhow::Res
             continue;
         }
         let manifest = read(&path)?;
+        // From now on none of its layers that is there is collected.
+        let arriving = Arriving::begin(&paths, name, &manifest)?;
         for layer in manifest.layers() {
             if sent.insert(layer.id) {
                 send(
@@ -47,11 +48,7 @@ pub async fn import(host: &HostClient, state: &Path, from: &Path) -> anyhow::Res
                 .await?;
             }
         }
-        files::private_dir(&state.join(DIR))?;
-        files::write_atomic(
-            &state.join(DIR).join(format!("{name}.json")),
-            &manifest.canonical_json(),
-        )?;
+        arriving.finish()?;
         names.push(name.to_owned());
     }
     if names.is_empty() {
@@ -66,9 +63,11 @@ pub async fn import(host: &HostClient, state: &Path, from: &Path) -> anyhow::Res
 
 /// The image of this name.
 pub(super) fn find(state: &Path, name: &str) -> anyhow::Result<ImageManifest> {
-    let path = state.join(DIR).join(format!("{name}.json"));
+    let path = Paths::at(state).images().join(format!("{name}.json"));
     if !path.exists() {
-        bail!("this host has no image {name}; bring it in with `flynn-host download --from DIR`");
+        bail!(
+            "this host has no image {name}; bring it in with `flynn-host download` (--repository URL|DIR, or --from DIR)"
+        );
     }
     read(&path)
 }

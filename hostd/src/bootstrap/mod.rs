@@ -1,4 +1,4 @@
-//! `flynn-host bootstrap`: makes a cluster of this host; `flynn-host download`: brings images in.
+//! `flynn-host bootstrap`: makes a cluster of this host.
 //!
 //! In: a manifest of the platform's apps, and images. Out: a running platform of which each component is an app.
 //! Each step finds out what is done, so that a bootstrap that was killed goes on where it stopped; secrets and ids
@@ -69,17 +69,6 @@ pub struct Args {
     json: bool,
 }
 
-/// `flynn-host download`
-#[derive(clap::Args, Debug)]
-pub struct DownloadArgs {
-    /// Where images are, as `cargo xtask image` makes them
-    #[arg(long, value_name = "DIR")]
-    from: PathBuf,
-    /// The host's state directory
-    #[arg(long, default_value = "/var/lib/flynn")]
-    state: PathBuf,
-}
-
 /// A bootstrap under way.
 struct Bootstrap {
     host: HostClient,
@@ -141,11 +130,9 @@ async fn own_address(host: &HostClient) -> anyhow::Result<(String, Ipv4Addr)> {
     Ok((status.id, address))
 }
 
-/// Brings images into this host's store.
-pub async fn download(args: &DownloadArgs) -> anyhow::Result<()> {
-    let names = import(&local_host()?, &args.state, &args.from).await?;
-    println!("{}", names.join("\n"));
-    Ok(())
+/// Brings images of a directory into this host's store, over its daemon. Gives their names.
+pub async fn import_here(state: &Path, from: &Path) -> anyhow::Result<Vec<String>> {
+    import(&local_host()?, state, from).await
 }
 
 /// Makes a cluster of this host.

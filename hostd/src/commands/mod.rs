@@ -4,9 +4,11 @@ mod attach;
 pub mod ca;
 mod debug_info;
 mod discoverd;
+pub mod download;
 mod drain;
 mod exec;
 mod fix;
+mod image;
 pub mod install;
 pub mod members;
 mod network;
@@ -105,6 +107,8 @@ pub enum Operator {
     Network(network::Args),
     /// Look after volumes, and where they are kept
     Volume(volume::Args),
+    /// Look after the layers of images in this host's store
+    Image(image::Args),
     /// Show or change the tags by which jobs are placed
     Tags(tags::Args),
     /// Give this host no more jobs, and have those that it has go to other hosts
@@ -198,6 +202,7 @@ pub async fn operate(command: Operator) -> anyhow::Result<ExitCode> {
         }
         Operator::Network(args) => network::run(&host, &args).await?,
         Operator::Volume(args) => volume::run(&host, args).await?,
+        Operator::Image(args) => image::run(&host, args).await?,
         Operator::Tags(args) => tags::run(&host, args).await?,
         Operator::Drain(args) => drain::run(&host, args).await?,
         Operator::Fix(args) => fix::run(&host, args).await?,

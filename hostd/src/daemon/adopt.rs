@@ -4,6 +4,7 @@ use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
 use flynn_api::host::{Job, JobState};
+use flynn_api::image::ImageManifest;
 use flynn_api::{Digest, Error, Result};
 use jiff::Timestamp;
 
@@ -54,6 +55,16 @@ impl Daemon {
                 .flat_map(|launch| &launch.layers)
                 .filter_map(|path| path.file_name()?.to_str()?.parse().ok())
                 .collect();
+            // What is to be started again stays as well, before anybody collects.
+            let named = job
+                .artifacts
+                .iter()
+                .filter_map(|artifact| artifact.manifest.as_ref());
+            let named = named.flat_map(ImageManifest::layers).map(|layer| layer.id);
+            self.mounts
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner)
+                .hold(&id, layers.iter().copied().chain(named));
             self.take_in(job, status.clone(), launch.as_ref(), true);
             if alive {
                 if let Some(launch) = &launch {

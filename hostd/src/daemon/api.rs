@@ -4,9 +4,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use axum::Router;
-use axum::body::Body;
 use axum::extract::{Path, Query, Request as HttpRequest, State};
-use axum::http::header::{CONTENT_LENGTH, CONTENT_TYPE};
+use axum::http::header::CONTENT_TYPE;
 use axum::http::{HeaderMap, Method, StatusCode};
 use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
@@ -14,14 +13,13 @@ use axum::routing::{get, post, put};
 use flynn_api::host::{Job, JobEvent, LogLine, NetworkConfig};
 use flynn_api::server::{Json, Peer, StrictJson, disk, events, wants_events};
 use flynn_api::tls::PeerIdentity;
-use flynn_api::{Digest, Error, ErrorCode, Meta, Result};
+use flynn_api::{Error, ErrorCode, Meta, Result};
 use futures::{Stream, StreamExt};
 use serde::Deserialize;
 use tokio::sync::broadcast;
 use tokio::task::spawn_blocking;
 use tokio::time::timeout;
 
-use super::images::pieces;
 use super::table::Entry;
 use super::{Daemon, attached, disk_error, pass_on, update};
 use crate::control::Request;
@@ -46,13 +44,13 @@ pub(super) fn router(daemon: Arc<Daemon>) -> Router {
         .route("/host/jobs/{id}/resume", put(resume))
         .route("/attach", post(attached::attach))
         .route("/host/network", get(network).put(configure_network))
-        .route("/host/layers/{digest}", get(layer).put(put_layer))
         .route("/host/network/flows", get(flows))
         .route("/host/network/services", get(services))
         .route("/metrics", get(metrics))
         .route(update::PATH, post(update::update))
         .route("/host/tags", put(set_tags))
         .route("/host/drain", put(drain).delete(drain_no_more))
+        .merge(super::layers::router())
         .merge(super::volumes::router())
         .fallback(|| async { Error::new(ErrorCode::NotFound, "there is no such call in the host API") })
         .layer(middleware::from_fn_with_state(
@@ -156,7 +154,7 @@ async fn add_job(
 }
 
 /// Nothing, or why not.
-fn done(result: Result<()>) -> Result<Response> {
+pub(super) fn done(result: Result<()>) -> Result<Response> {
     answer(result.map(|()| Json(serde_json::json!({})).into_response()))
 }
 
@@ -313,53 +311,6 @@ async fn configure_network(
     StrictJson(config): StrictJson<NetworkConfig>,
 ) -> Result<Response> {
     done(daemon.configure_network(config).await)
-}
-
-fn parse_digest(text: &str) -> Result<Digest> {
-    text.parse()
-        .map_err(|error| Error::invalid_field("digest", error))
-}
-
-async fn put_layer(
-    State(daemon): Shared,
-    Path(digest): Path<String>,
-    headers: HeaderMap,
-    body: Body,
-) -> Result<Response> {
-    let digest = parse_digest(&digest)?;
-    let length = headers
-        .get(CONTENT_LENGTH)
-        .and_then(|length| length.to_str().ok()?.parse().ok());
-    let stored = match disk::check(daemon.paths.state()) {
-        Ok(()) => daemon.store.put(digest, length, pieces(body)).await,
-        refused => refused,
-    };
-    done(stored)
-}
-
-async fn layer(State(daemon): Shared, Path(digest): Path<String>) -> Result<Response> {
-    let digest = parse_digest(&digest)?;
-    let file = tokio::fs::File::open(daemon.paths.layer(digest)).await;
-    let file = file.map_err(|_| Error::not_found("layer", digest))?;
-    let length = file
-        .metadata()
-        .await
-        .map_err(|error| disk_error("read the layer", &error))?
-        .len();
-    let chunks = futures::stream::unfold(file, |mut file| async move {
-        use tokio::io::AsyncReadExt;
-        let mut chunk = bytes::BytesMut::with_capacity(256 << 10);
-        match file.read_buf(&mut chunk).await {
-            Ok(0) => None,
-            Ok(_) => Some((Ok(chunk.freeze()), file)),
-            Err(error) => Some((Err(error), file)),
-        }
-    });
-    let headers = [
-        (CONTENT_LENGTH, length.to_string()),
-        (CONTENT_TYPE, "application/octet-stream".into()),
-    ];
-    Ok((headers, Body::from_stream(chunks)).into_response())
 }
 
 #[cfg(test)]

@@ -9,7 +9,7 @@ use tokio::time::sleep;
 use tokio_util::sync::CancellationToken;
 
 use super::network::follow;
-use super::{Daemon, register, renewal, services};
+use super::{Daemon, layers, register, renewal, services};
 use crate::floating;
 
 /// Between attempts to bring the network up.
@@ -32,6 +32,7 @@ impl Background {
         tasks.spawn(follow_floating(Arc::clone(daemon)));
         tasks.spawn(services::run(Arc::clone(daemon)));
         tasks.spawn(renewal::keep(Arc::clone(daemon)));
+        tasks.spawn(layers::keep_room(Arc::clone(daemon)));
         Self {
             tasks,
             floating: hold_floating(daemon),

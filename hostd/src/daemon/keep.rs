@@ -201,7 +201,7 @@ impl Daemon {
         self.mounts
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
-            .release(id);
+            .release(&self.paths, id);
         store::tidy(&self.paths, id);
         self.ids.release(id);
         let Some(entry) = self.table.get(id) else { return };

@@ -12,6 +12,7 @@ mod handover;
 mod ids;
 mod images;
 mod keep;
+mod layers;
 mod network;
 mod notify;
 mod pass_on;
@@ -79,6 +80,7 @@ struct Daemon {
     table: Table,
     store: Store,
     mounts: Mutex<Mounts>,
+    collected: layers::Counters,
     volumes: Volumes,
     ids: ids::Ids,
     network: Networking,
@@ -216,6 +218,7 @@ impl Daemon {
             store: Store::open(paths)?,
             config: Mutex::new(config),
             mounts: Mutex::default(),
+            collected: layers::Counters::default(),
             volumes: Volumes::open(paths).context("cannot use the volumes")?,
             network: Networking::default(),
             services: services::Asking::default(),
@@ -368,6 +371,7 @@ impl Daemon {
             .clone();
         notices.extend(self.lost_lease());
         notices.extend(self.volumes.notices());
+        notices.extend(self.damaged_layers());
         notices.extend(self.plain_traffic());
         notices.extend(identities::warnings(self.paths.state(), jiff::Timestamp::now()));
         notices

@@ -21,7 +21,7 @@ use tokio::time::{Instant, sleep, timeout};
 use super::gate::Pass;
 use super::keep::call;
 use super::table::Entry;
-use super::{Daemon, disk_error, exe, store};
+use super::{Daemon, disk_error, exe, layers, store};
 use crate::container::Place;
 use crate::control::{Connection, Request};
 use crate::launch::{self, Bind, Launch};
@@ -140,9 +140,18 @@ impl Daemon {
     }
 
     async fn attempt(&self, id: &str) -> Result<Connection> {
+        // Before it is this job's turn: what comes from far away keeps no other waiting.
+        let entry = self.table.get(id).ok_or_else(|| Error::not_found("job", id))?;
+        self.images(&entry.job).await?;
         // The semaphore is never closed.
         let _permit = self.starts.acquire().await;
-        self.try_start(id).await
+        match self.try_start(id).await {
+            Err(error) if layers::is_unmountable(&error) && self.set_damaged_aside(id)? => {
+                self.images(&entry.job).await?;
+                self.try_start(id).await
+            }
+            result => result,
+        }
     }
 
     /// Whether somebody asks for a job's stop before this time is over.
@@ -272,18 +281,6 @@ impl Daemon {
         }
     }
 
-    async fn images(&self, job: &Job) -> Result<Vec<ImageManifest>> {
-        let mut manifests = Vec::new();
-        for artifact in &job.artifacts {
-            let manifest = self.manifest(artifact).await?;
-            for layer in manifest.layers() {
-                self.layer(layer, artifact.layer_url_template.as_deref()).await?;
-            }
-            manifests.push(manifest);
-        }
-        Ok(manifests)
-    }
-
     /// Mounts the layers, makes the volumes, gives out ports.
     fn launch(
         &self,
@@ -327,7 +324,7 @@ impl Daemon {
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
             .acquire(&self.paths, &job.id, layers)
-            .map_err(|error| Error::internal(error.to_string()))?;
+            .map_err(|error| layers::unmountable(&error))?;
         if launch.user_namespace.is_none() {
             launch.user_namespace = Some(self.ids.give(&launch)?);
         }

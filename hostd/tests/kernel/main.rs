@@ -14,6 +14,7 @@ mod disk;
 mod escape;
 mod faults;
 mod host;
+mod images;
 mod life;
 mod network;
 mod upgrade;
@@ -66,6 +67,9 @@ fn main() -> ExitCode {
         commands: tags_and_drains_are_kept what_is_ill_is_mended what_there_is_to_know_is_collected
             machines_are_looked_at_before_they_are_hosts;
         cycles: cycles_leave_nothing;
+        images: damaged_layers_are_set_aside_and_fetched_again fetches_go_on_after_the_daemon_s_end
+            layers_are_collected_before_the_disk_is_full collecting_takes_nothing_from_starting_jobs
+            releases_survive_kills_of_the_downloader a_full_disk_in_the_middle_leaves_what_came;
         network: containers_have_addresses services_are_registered missing_layers_are_fetched
             other_hosts_are_encrypted_with_or_named;
         escape: our_program_is_read_only_for_containers images_grant_no_capabilities deep_directories_are_removed;

@@ -10,10 +10,11 @@ use crate::host::{
     ATTACH_PROTOCOL, ActiveJob, AttachRequest, ExecRequest, FORWARD_PROTOCOL, Flow, ForwardRequest,
     HostStatus, Job, JobEvent, LogLine, NetworkConfig, NetworkStatus, ServiceStatus, Update, Updated,
 };
+use crate::image::{CollectedLayers, LayerGc, StoredLayer, VerifiedLayers};
 use crate::volume::{Copy, Gc, NewProvider, NewVolume, Provider, Rollback, Volume};
 use crate::{Meta, Result};
 
-/// How long a volume may be on its way.
+/// How long a volume may be on its way, or all layers be read.
 const LONG: Duration = Duration::from_hours(24);
 
 /// How long another program may take to go on with a daemon's work.
@@ -166,6 +167,25 @@ impl HostClient {
             .clone()
             .timeout(UPDATE)
             .post("/host/update", update)
+            .await
+    }
+
+    /// The layers in the host's store.
+    pub async fn layers(&self) -> Result<Vec<StoredLayer>> {
+        self.http.get("/host/layers").await
+    }
+
+    /// Removes layers that nobody needs.
+    pub async fn collect_layers(&self, gc: &LayerGc) -> Result<CollectedLayers> {
+        self.http.post("/host/layers/gc", gc).await
+    }
+
+    /// Reads all layers; damaged ones are set aside, and fetched again where a job says from where.
+    pub async fn verify_layers(&self) -> Result<VerifiedLayers> {
+        self.http
+            .clone()
+            .timeout(LONG)
+            .post("/host/layers/verify", &())
             .await
     }
 
