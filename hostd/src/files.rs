@@ -1,12 +1,16 @@
 //! Files that are there whole or not at all.
 
+use std::ffi::{CStr, CString};
 use std::fs::{self, File};
 use std::io::{self, Write};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::Path;
 
 use flynn_api::Error;
 use flynn_api::server::disk;
+use rustix::fs::{AtFlags, Dir, Mode, OFlags, ResolveFlags, openat2, renameat, unlinkat};
+use rustix::io::Errno;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
@@ -73,65 +77,105 @@ pub fn sync_dir(path: &Path) -> io::Result<()> {
     File::open(path)?.sync_all()
 }
 
-/// So many directories below one another are removed where they are: with the longest names their path still is one.
+/// So many directories below one another are removed where they are, each held open meanwhile.
 const DEEP: usize = 8;
 
+/// How often a directory is looked through again in which new things have appeared.
+const ROUNDS: u32 = 100;
+
 /// Removes a file or a directory with all in it; it need not be there. Containers make such directories, and nobody
-/// may use it any more.
+/// should use it any more. Whoever does all the same cannot have anything removed that is elsewhere: below `path`, no
+/// name is looked up but in a directory that is held open, and neither links nor mounts are followed.
 pub fn remove_all(path: &Path) -> io::Result<()> {
-    let removed = match fs::symlink_metadata(path) {
-        Ok(metadata) if metadata.is_dir() => remove_tree(path),
-        Ok(_) => fs::remove_file(path),
-        Err(error) => Err(error),
+    let (Some(above), Some(name)) = (path.parent(), path.file_name()) else {
+        return Err(io::ErrorKind::InvalidInput.into());
     };
+    let above = if above.as_os_str().is_empty() {
+        Path::new(".")
+    } else {
+        above
+    };
+    let removed = File::open(above).and_then(|above| {
+        let name = CString::new(name.as_encoded_bytes())?;
+        remove_at(above.as_fd(), &name)
+    });
     match removed {
         Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
         _ => Ok(()),
     }
 }
 
-/// Removes a directory of any depth. The standard library's way wants a descriptor and a piece of the stack for each
-/// level, of which a container can make more than there are: here, what is deep is moved up.
-fn remove_tree(top: &Path) -> io::Result<()> {
-    let mut moved = 0_u64;
+/// Removes a directory of any depth, or a file. The standard library's way wants a descriptor and a piece of the stack
+/// for each level, of which a container can make more than there are: here, what is deep is moved up.
+fn remove_at(above: BorrowedFd<'_>, name: &CStr) -> io::Result<()> {
+    let Some(top) = open_dir(above, name)? else {
+        return Ok(unlinkat(above, name, AtFlags::empty())?);
+    };
+    let (mut moved, mut rounds) = (0_u64, 0);
     loop {
-        empty(top, top, 0, &mut moved)?;
-        match fs::remove_dir(top) {
-            Err(error) if error.kind() == io::ErrorKind::DirectoryNotEmpty => {}
-            result => return result,
+        let before = moved;
+        empty(top.as_fd(), top.as_fd(), 0, &mut moved)?;
+        match unlinkat(above, name, AtFlags::REMOVEDIR) {
+            // What was deep is above now; what else is there, somebody has made meanwhile.
+            Err(Errno::NOTEMPTY) if moved > before || rounds < ROUNDS => rounds += u32::from(moved == before),
+            result => return Ok(result?),
         }
     }
 }
 
-fn empty(dir: &Path, top: &Path, depth: usize, moved: &mut u64) -> io::Result<()> {
-    for entry in fs::read_dir(dir)? {
+/// A directory in another one; none if it is something else.
+fn open_dir(dir: BorrowedFd<'_>, name: &CStr) -> io::Result<Option<OwnedFd>> {
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_XDEV;
+    match openat2(dir, name, flags, Mode::empty(), resolve) {
+        Ok(opened) => Ok(Some(opened)),
+        Err(Errno::NOTDIR | Errno::LOOP) => Ok(None),
+        Err(error) => Err(error.into()),
+    }
+}
+
+fn empty(dir: BorrowedFd<'_>, top: BorrowedFd<'_>, depth: usize, moved: &mut u64) -> io::Result<()> {
+    for entry in Dir::read_from(dir)? {
         let entry = entry?;
-        let path = entry.path();
-        if !entry.file_type()?.is_dir() {
-            fs::remove_file(&path)?;
-        } else if depth < DEEP {
-            empty(&path, top, depth + 1, moved)?;
-            fs::remove_dir(&path)?;
-        } else {
-            move_up(&path, top, moved)?;
+        let name = entry.file_name();
+        if [c".", c".."].contains(&name) {
+            continue;
+        }
+        let removed = match unlinkat(dir, name, AtFlags::empty()) {
+            // It is a directory.
+            Err(Errno::ISDIR | Errno::PERM) if depth < DEEP => {
+                let inner = open_dir(dir, name);
+                inner.and_then(|inner| match inner {
+                    Some(inner) => {
+                        empty(inner.as_fd(), top, depth + 1, moved)?;
+                        Ok(unlinkat(dir, name, AtFlags::REMOVEDIR)?)
+                    }
+                    None => Ok(unlinkat(dir, name, AtFlags::empty())?),
+                })
+            }
+            Err(Errno::ISDIR | Errno::PERM) => move_up(dir, name, top, moved),
+            result => result.map_err(io::Error::from),
+        };
+        match removed {
+            // Whoever is at it has been quicker; the next round finds the rest.
+            Err(error)
+                if matches!(
+                    error.kind(),
+                    io::ErrorKind::NotFound | io::ErrorKind::DirectoryNotEmpty
+                ) => {}
+            result => result?,
         }
     }
     Ok(())
 }
 
-fn move_up(path: &Path, top: &Path, moved: &mut u64) -> io::Result<()> {
+fn move_up(dir: BorrowedFd<'_>, name: &CStr, top: BorrowedFd<'_>, moved: &mut u64) -> io::Result<()> {
     loop {
         *moved += 1;
-        match fs::rename(path, top.join(format!(".deep-{moved}"))) {
+        match renameat(dir, name, top, format!(".deep-{moved}")) {
             // The name is taken.
-            Err(error)
-                if matches!(
-                    error.kind(),
-                    io::ErrorKind::DirectoryNotEmpty
-                        | io::ErrorKind::AlreadyExists
-                        | io::ErrorKind::NotADirectory
-                ) => {}
-            result => return result,
+            Err(Errno::NOTEMPTY | Errno::EXIST | Errno::NOTDIR) => {}
+            result => return Ok(result?),
         }
     }
 }
@@ -172,6 +216,40 @@ mod tests {
         }
         remove_all(&top).unwrap();
         assert!(!top.exists() && Path::new("/etc").exists());
+    }
+
+    #[test]
+    fn a_writer_that_is_still_there_turns_removal_nowhere_else() {
+        let dir = tempfile::tempdir().unwrap();
+        let (top, kept) = (dir.path().join("top"), dir.path().join("kept"));
+        fs::create_dir(&kept).unwrap();
+        fs::write(kept.join("file"), "").unwrap();
+        fs::create_dir(&top).unwrap();
+        let done = std::sync::atomic::AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            // A directory and a link out of here change places, for as long as there is something to put them in.
+            scope.spawn(|| {
+                let (inner, link) = (top.join("inner"), top.join("link"));
+                let here = rustix::fs::CWD;
+                while !done.load(std::sync::atomic::Ordering::Relaxed) {
+                    let _ = fs::create_dir_all(&inner);
+                    let _ = fs::write(inner.join("file"), "");
+                    let _ = std::os::unix::fs::symlink(&kept, &link);
+                    let swap = rustix::fs::RenameFlags::EXCHANGE;
+                    let _ = rustix::fs::renameat_with(here, &inner, here, &link, swap);
+                }
+            });
+            for _ in 0..300 {
+                // It may well find something new each time that it looks.
+                let _ = remove_all(&top);
+            }
+            done.store(true, std::sync::atomic::Ordering::Relaxed);
+        });
+        remove_all(&top).unwrap();
+        assert!(kept.join("file").exists() && !top.exists());
+        remove_all(&kept.join("file")).unwrap();
+        remove_all(&kept.join("file")).unwrap();
+        assert!(fs::read_dir(&kept).unwrap().next().is_none());
     }
 
     #[test]

@@ -22,6 +22,7 @@ pub mod caps;
 pub mod cgroup;
 pub mod commands;
 pub mod config;
+pub mod confine;
 pub mod container;
 pub mod control;
 pub mod daemon;

@@ -1,5 +1,6 @@
 //! `flynn-host`: the daemon of a host, the supervisors of its jobs, and the operator's commands.
 
+use std::ffi::OsString;
 use std::future::Future;
 use std::net::Ipv4Addr;
 use std::path::PathBuf;
@@ -11,7 +12,7 @@ use flynn_hostd::bootstrap::{self, join, remove};
 use flynn_hostd::commands::{self, Operator, ca, download, install, members, preflight, tags};
 use flynn_hostd::config::{HostConfig, Overrides};
 use flynn_hostd::encryption::Mode;
-use flynn_hostd::{container, daemon, floating, repository, supervisor};
+use flynn_hostd::{confine, container, daemon, floating, repository, supervisor};
 
 #[derive(Parser)]
 #[command(
@@ -41,6 +42,15 @@ enum Command {
     ProbeUserNamespace {
         /// The first of the host's ids to try it with
         first: u32,
+    },
+    /// Run a program that can write in one directory only (the daemon starts this)
+    #[command(hide = true)]
+    Confine {
+        /// The directory
+        dir: PathBuf,
+        /// The program and its arguments
+        #[arg(last = true, required = true)]
+        command: Vec<OsString>,
     },
     /// Make a cluster with this host as its first
     Bootstrap(bootstrap::Args),
@@ -158,6 +168,8 @@ fn run(command: Command) -> anyhow::Result<ExitCode> {
             }
         }
         Command::ProbeUserNamespace { first } => container::probe(first)?,
+        // One thread here as well.
+        Command::Confine { dir, command } => match confine::run(&dir, &command)? {},
         Command::Daemon(args) => {
             flynn_api::server::init_logging("flynn-host");
             let overrides = args.host.overrides();

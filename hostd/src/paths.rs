@@ -4,6 +4,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use flynn_api::Digest;
+use flynn_api::volume::DEFAULT_PROVIDER;
 
 use crate::files;
 
@@ -82,9 +83,14 @@ impl Paths {
         self.state.join("providers.json")
     }
 
-    /// Where a volume is mounted that is a filesystem in a file.
-    pub fn volume_mount(id: &str) -> PathBuf {
-        Path::new(RUN).join("volumes").join(id)
+    /// Where a volume of this provider is mounted that is a filesystem in a file.
+    pub fn volume_mount(provider: &str, id: &str) -> PathBuf {
+        let all = Path::new(RUN).join("volumes");
+        if provider == DEFAULT_PROVIDER {
+            return all.join(id);
+        }
+        // A name that no volume has.
+        all.join(format!("@{provider}")).join(id)
     }
 
     /// This host's private key for WireGuard.

@@ -32,6 +32,7 @@ mod tests;
 mod trust;
 
 use std::collections::BTreeMap;
+use std::fmt::Write as _;
 
 use flynn_api::image::ImageManifest;
 use serde::{Deserialize, Serialize};
@@ -102,9 +103,18 @@ fn layer_target(channel: &str, layer: flynn_api::Digest) -> String {
     format!("{channel}/layers/{layer}.squashfs")
 }
 
+fn hex(bytes: &[u8]) -> String {
+    let mut hex = String::new();
+    for byte in bytes {
+        // Writing to a string does not fail.
+        let _ = write!(hex, "{byte:02x}");
+    }
+    hex
+}
+
 /// A target's file below `targets`: each content has a file of its own.
 fn target_file(name: &str, sha256: &[u8]) -> String {
-    let hex: String = sha256.iter().map(|byte| format!("{byte:02x}")).collect();
+    let hex = hex(sha256);
     match name.rsplit_once('/') {
         Some((dir, base)) => format!("{dir}/{hex}.{base}"),
         None => format!("{hex}.{name}"),

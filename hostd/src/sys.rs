@@ -103,6 +103,19 @@ pub(crate) fn unshare_users() -> io::Result<()> {
     check(unsafe { libc::unshare(libc::CLONE_NEWUSER) }.into()).map(drop)
 }
 
+/// Gives this process, and its children, a copy of the mounts that it sees.
+///
+/// Refused in a process with more than one thread: the others would go on with the mounts that they had.
+pub(crate) fn unshare_mounts() -> io::Result<()> {
+    if std::fs::read_dir("/proc/self/task")?.count() != 1 {
+        return Err(io::Error::other(
+            "a process with several threads has one view of mounts",
+        ));
+    }
+    // SAFETY: CLONE_NEWNS changes which mounts are seen; no memory and no descriptor table is affected.
+    check(unsafe { libc::unshare(libc::CLONE_NEWNS) }.into()).map(drop)
+}
+
 /// Has this process, and its children, see its own cgroups as the roots of all hierarchies.
 pub(crate) fn unshare_cgroups() -> io::Result<()> {
     // SAFETY: CLONE_NEWCGROUP changes which cgroups are seen; no memory and no descriptor table is affected.
@@ -285,6 +298,7 @@ pub(crate) fn set_file_owner(id: u32) -> io::Result<()> {
     }
 }
 
+const LOOP_SET_CAPACITY: libc::c_ulong = 0x4C07;
 const LOOP_CTL_GET_FREE: libc::c_ulong = 0x4C82;
 const LOOP_CONFIGURE: libc::c_ulong = 0x4C0A;
 const LO_FLAGS_READ_ONLY: u32 = 1;
@@ -344,6 +358,33 @@ pub(crate) fn loop_device(file: &File, writable: bool) -> io::Result<(File, Stri
         }
     }
     Err(io::Error::other("no free loop device in 64 attempts"))
+}
+
+/// Has a loop device be as large as its file is now.
+pub(crate) fn fit_loop_device(device: &File) -> io::Result<()> {
+    // SAFETY: LOOP_SET_CAPACITY takes no argument.
+    check(unsafe { libc::ioctl(device.as_raw_fd(), LOOP_SET_CAPACITY, 0) }.into()).map(drop)
+}
+
+/// The id of the btrfs subvolume that an open file or directory is in.
+pub(crate) fn subvolume_id(within: &File) -> io::Result<u64> {
+    /// `struct btrfs_ioctl_ino_lookup_args`.
+    #[repr(C)]
+    struct Lookup {
+        tree: u64,
+        object: u64,
+        name: [u8; 4080],
+    }
+    const BTRFS_IOC_INO_LOOKUP: libc::c_ulong = 0xd000_9412;
+    // Of the root of a tree, whose number is always this, nothing but the tree is found.
+    let mut lookup = Lookup {
+        tree: 0,
+        object: 256,
+        name: [0; 4080],
+    };
+    // SAFETY: the call reads and writes one such structure, which lives until it returns.
+    check(unsafe { libc::ioctl(within.as_raw_fd(), BTRFS_IOC_INO_LOOKUP, &raw mut lookup) }.into())?;
+    Ok(lookup.tree)
 }
 
 fn make_block_node(path: &str, major: u32, minor: u32) -> io::Result<()> {

@@ -18,7 +18,7 @@ pub(crate) enum Suite {
     Dns,
     /// TCP and UDP routes in the kernel: the program, forwarding beside peers, Maglev
     L4,
-    /// One host: starts beside runc, cycles, idle containers, logs, attached terminals
+    /// One host: starts beside runc, cycles, idle containers, logs, attached terminals, snapshots
     Host,
 }
 

@@ -153,6 +153,10 @@ pub struct VolumeReq {
     /// Remove it when the job is gone.
     #[serde(default)]
     pub delete_on_stop: bool,
+    /// How many bytes it may hold; as many as its disk when absent. A release that asks for more has the volume made
+    /// larger, one that asks for less has it stay as it is.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub limit: Option<u64>,
 }
 
 /// How many of each process type shall run of a release.

@@ -28,6 +28,7 @@
 //! | `GET /storage/volumes`, `GET` and `DELETE /storage/volumes/{id}` | [`Volume`](crate::volume::Volume)s |
 //! | `PUT /storage/volumes/{id}/snapshot`, `…/fork` | makes a [`Copy`](crate::volume::Copy) of it |
 //! | `PUT /storage/volumes/{id}/rollback` | makes it what it was ([`Rollback`](crate::volume::Rollback)) |
+//! | `PUT /storage/volumes/{id}/resize` | has it hold more, or less ([`Resize`](crate::volume::Resize)) |
 //! | `PUT /storage/volumes/{id}/decommission` | sets it aside, under another id |
 //! | `GET /storage/volumes/{id}/send?from=` | a snapshot, or what differs from an earlier one, as a stream |
 //! | `POST /storage/providers/{id}/receive` | takes such a stream in |
@@ -276,6 +277,10 @@ pub struct VolumeBinding {
     /// Remove it when the job is gone.
     #[serde(default)]
     pub delete_on_stop: bool,
+    /// How many bytes it may hold, at least [`MIN_LIMIT`](crate::volume::MIN_LIMIT). A volume that is there and may
+    /// hold less is made larger, and one that may hold more stays as it is.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub limit: Option<u64>,
 }
 
 /// A path of the host in a container.

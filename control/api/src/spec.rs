@@ -46,6 +46,7 @@ impl ExpandedFormation {
             path: volume.path.clone(),
             volume_id: volume_id(&self.app.id, process_type, &volume.path, volume_index),
             delete_on_stop: volume.delete_on_stop,
+            limit: volume.limit,
         });
         Some(Job {
             id: id.into(),
@@ -194,6 +195,7 @@ mod tests {
         let volume = VolumeReq {
             path: "/data".into(),
             delete_on_stop: false,
+            limit: None,
         };
         let mut formation = formation(
             "db",

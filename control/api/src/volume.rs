@@ -22,6 +22,16 @@ pub enum VolumeType {
     Snapshot,
 }
 
+impl VolumeType {
+    /// As it is written.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Data => "data",
+            Self::Snapshot => "snapshot",
+        }
+    }
+}
+
 /// A volume of a host.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Volume {
@@ -63,6 +73,19 @@ pub enum ProviderKind {
     Dir,
     /// As subvolumes of a btrfs.
     Btrfs,
+    /// As datasets of a ZFS.
+    Zfs,
+}
+
+impl ProviderKind {
+    /// As it is written.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Dir => "dir",
+            Self::Btrfs => "btrfs",
+            Self::Zfs => "zfs",
+        }
+    }
 }
 
 /// Where a host keeps volumes.
@@ -74,6 +97,9 @@ pub struct Provider {
     pub kind: ProviderKind,
     /// The directory where they are.
     pub path: String,
+    /// The dataset that is mounted there, of a ZFS.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub dataset: Option<String>,
     /// Volumes that jobs ask for, and that are not there, are made here.
     #[serde(default)]
     pub default: bool,
@@ -94,6 +120,15 @@ pub struct NewProvider {
     pub kind: ProviderKind,
     /// An empty directory, or one that was a provider before.
     pub path: String,
+    /// Of a ZFS: the dataset that is, or shall be, mounted there.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub dataset: Option<String>,
+    /// Of a ZFS, in place of a dataset: a disk, or a file, of which a pool `flynn-<id>` is made.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub device: Option<String>,
+    /// How many bytes that file has, if it is not there: a pool has at least 64 MiB.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub size: Option<u64>,
     /// Whether the volumes that jobs ask for are made here from now on.
     #[serde(default)]
     pub default: bool,
@@ -126,6 +161,13 @@ pub struct Copy {
 pub struct Rollback {
     /// One of its snapshots.
     pub snapshot: String,
+}
+
+/// What a volume shall hold from now on.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Resize {
+    /// How many bytes; at least [`MIN_LIMIT`].
+    pub limit: u64,
 }
 
 /// Which decommissioned volumes shall be removed for good.

@@ -527,13 +527,14 @@ impl<'a> Planner<'a> {
         let mut new = None;
         for index in (0..wanted.indices).filter(|index| !taken.contains(index)) {
             let volume = volume_id(&wanted.key.app, &wanted.key.process_type, path, index);
-            let mut owners =
+            let owners =
                 self.view.hosts().iter().filter(|(id, owner)| {
                     host.is_none_or(|host| host == *id) && owner.volumes.contains(&volume)
                 });
-            match owners.find(|(id, _)| hosts.contains(id)) {
-                Some((owner, _)) => return Ok((owner.clone(), index)),
-                None if owners.next().is_none() && new.is_none() => new = Some(index),
+            let owners: Vec<&String> = owners.map(|(id, _)| id).collect();
+            match owners.iter().find(|id| hosts.contains(*id)) {
+                Some(owner) => return Ok(((*owner).clone(), index)),
+                None if owners.is_empty() && new.is_none() => new = Some(index),
                 None => {}
             }
         }

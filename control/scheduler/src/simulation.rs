@@ -56,6 +56,7 @@ fn formation(app: u32, release: u32, random: &mut StdRng) -> ExpandedFormation {
             vec![VolumeReq {
                 path: "/data".into(),
                 delete_on_stop: false,
+                limit: None,
             }]
         } else {
             Vec::new()

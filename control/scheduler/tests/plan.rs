@@ -189,6 +189,7 @@ fn what_cannot_be_shared_is_handed_over() {
         volumes: vec![VolumeReq {
             path: "/data".into(),
             delete_on_stop: false,
+            limit: None,
         }],
         ..ProcessType::default()
     };
@@ -223,6 +224,48 @@ fn what_cannot_be_shared_is_handed_over() {
         hosts.observe("a", &job, at(2));
         let planned = plan(&both, &hosts, at(2));
         assert_eq!((starts(&planned), planned.starts[0].volume_index), (vec!["a"], 0));
+    }
+}
+
+/// A volume is its app's and process type's: whichever release comes next finds it, on whichever host it is.
+#[test]
+fn the_next_release_goes_to_its_volumes() {
+    let process = |limit| ProcessType {
+        volumes: vec![VolumeReq {
+            path: "/data".into(),
+            delete_on_stop: false,
+            limit,
+        }],
+        ..ProcessType::default()
+    };
+    let volume = flynn_api::spec::volume_id("app", "web", "/data", 0);
+    for owner in ["a", "b", "c"] {
+        let mut hosts = view(&[("a", vec![]), ("b", vec![]), ("c", vec![])]);
+        hosts.host(owner, at(0)).volumes = [volume.clone()].into();
+        for (release, limit) in [("old", None), ("new", None), ("larger", Some(1 << 30))] {
+            let wanted = formation(release, 1, process(limit));
+            let planned = plan(&desired(std::slice::from_ref(&wanted)), &hosts, at(0));
+            assert_eq!(
+                (starts(&planned), planned.starts[0].volume_index),
+                (vec![owner], 0)
+            );
+            let job = wanted.job("web", "x", 0).expect("a job");
+            assert_eq!(job.config.volumes[0].volume_id, volume);
+            assert_eq!(job.config.volumes[0].limit, limit);
+        }
+        // Another one has data of its own, and waits for no host.
+        let two = desired(&[formation("new", 2, process(None))]);
+        let mut indices: Vec<_> = plan(&two, &hosts, at(0))
+            .starts
+            .iter()
+            .map(|start| (start.volume_index, start.host == owner))
+            .collect();
+        indices.sort_unstable();
+        assert_eq!(indices, [(0, true), (1, false)]);
+        // And nothing begins anew elsewhere while its host is away.
+        hosts.answering(owner, false, at(0));
+        let one = desired(&[formation("new", 1, process(None))]);
+        assert!(plan(&one, &hosts, at(0)).starts.is_empty());
     }
 }
 

@@ -3,6 +3,7 @@
 mod attach;
 pub mod ca;
 mod debug_info;
+mod destroy;
 mod discoverd;
 pub mod download;
 mod drain;
@@ -107,6 +108,8 @@ pub enum Operator {
     Network(network::Args),
     /// Look after volumes, and where they are kept
     Volume(volume::Args),
+    /// Remove this host's volumes, which no job may use
+    DestroyVolumes(destroy::Args),
     /// Look after the layers of images in this host's store
     Image(image::Args),
     /// Show or change the tags by which jobs are placed
@@ -202,6 +205,7 @@ pub async fn operate(command: Operator) -> anyhow::Result<ExitCode> {
         }
         Operator::Network(args) => network::run(&host, &args).await?,
         Operator::Volume(args) => volume::run(&host, args).await?,
+        Operator::DestroyVolumes(args) => destroy::run(&host, &args).await?,
         Operator::Image(args) => image::run(&host, args).await?,
         Operator::Tags(args) => tags::run(&host, args).await?,
         Operator::Drain(args) => drain::run(&host, args).await?,

@@ -68,6 +68,7 @@ impl RunArgs {
                 path: path.into(),
                 volume_id: id.into(),
                 delete_on_stop: false,
+                limit: None,
             })
         };
         let variable = |text: &String| {

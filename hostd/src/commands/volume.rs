@@ -4,9 +4,10 @@ use std::io::IsTerminal as _;
 use std::path::PathBuf;
 
 use anyhow::Context as _;
+use flynn_api::ErrorCode;
 use flynn_api::client::host::HostClient;
 use flynn_api::volume::{
-    Copy, DEFAULT_PROVIDER, Gc, NewProvider, NewVolume, Provider, ProviderKind, Rollback, Volume, VolumeType,
+    Copy, DEFAULT_PROVIDER, Gc, NewProvider, NewVolume, Provider, ProviderKind, Resize, Rollback, Volume,
 };
 use futures::{StreamExt as _, TryStreamExt as _};
 use http_body::Frame;
@@ -14,6 +15,7 @@ use http_body_util::{BodyExt, BodyStream, StreamBody};
 use serde::Serialize;
 use tokio::io::AsyncWriteExt as _;
 use tokio_util::io::ReaderStream;
+use uuid::Uuid;
 
 use super::network::amount;
 use super::show::{everything, table};
@@ -62,28 +64,28 @@ enum Command {
         #[arg(required = true)]
         volumes: Vec<String>,
     },
-    /// Keep what a volume is now (btrfs)
+    /// Keep what a volume is now (btrfs, zfs)
     Snapshot {
         /// The volume's id, or the start of it
         volume: String,
         /// The snapshot's id; made up unless given
         id: Option<String>,
     },
-    /// Make a volume that begins as a copy of a snapshot, or of a volume as it is now (btrfs)
+    /// Make a volume that begins as a copy of a snapshot, or of a volume as it is now (btrfs, zfs)
     Fork {
         /// The snapshot's or volume's id, or the start of it
         volume: String,
         /// The new volume's id; made up unless given
         id: Option<String>,
     },
-    /// Make a volume that no job uses what it was when a snapshot was made; what came after is lost (btrfs)
+    /// Make a volume that no job uses what it was when a snapshot was made; what came after is lost (btrfs, zfs)
     Rollback {
         /// The volume's id, or the start of it
         volume: String,
         /// The snapshot's id, or the start of it
         snapshot: String,
     },
-    /// Write a snapshot to standard output, for `flynn-host volume receive` on another host (btrfs)
+    /// Write a snapshot to standard output, for `flynn-host volume receive` on another host (btrfs, zfs)
     Send {
         /// The snapshot's id, or the start of it
         snapshot: String,
@@ -91,11 +93,19 @@ enum Command {
         #[arg(long, value_name = "SNAPSHOT")]
         from: Option<String>,
     },
-    /// Take in what `flynn-host volume send` wrote, from standard input (btrfs)
+    /// Take in what `flynn-host volume send` wrote, from standard input (btrfs, zfs)
     Receive {
         /// Where it is kept
         #[arg(long, default_value = DEFAULT_PROVIDER)]
         provider: String,
+    },
+    /// Have a volume hold more, or less where it can: an ext4 in a file only grows
+    Resize {
+        /// The volume's id, or the start of it
+        volume: String,
+        /// How much it may hold: 500MB, 2GiB, …
+        #[arg(value_name = "SIZE", value_parser = size)]
+        limit: u64,
     },
     /// Set a volume aside that no job uses: the next job gets a new one, and gc removes this one
     Decommission {
@@ -113,15 +123,24 @@ enum Command {
     },
     /// List the places where volumes are kept
     Providers,
-    /// Keep volumes in another place as well: a directory of a btrfs, or of another disk
+    /// Keep volumes in another place as well: a btrfs, a ZFS, or a directory of another disk
     AddProvider {
         /// Its name on this host
         id: String,
         /// The directory
         path: PathBuf,
-        /// How volumes are kept there: as subvolumes of a btrfs, or as directories (dir)
+        /// How volumes are kept there: as subvolumes of a btrfs, datasets of a zfs, or directories (dir)
         #[arg(long, value_parser = kind, default_value = "btrfs")]
         kind: ProviderKind,
+        /// Of a ZFS: the dataset to keep them in, which is made, and mounted at the directory
+        #[arg(long, value_name = "POOL/NAME")]
+        dataset: Option<String>,
+        /// Of a ZFS, in place of a dataset: a disk, or a file, of which a pool is made
+        #[arg(long, value_name = "PATH", conflicts_with = "dataset")]
+        device: Option<String>,
+        /// How large that file is, if it is to be made
+        #[arg(long, requires = "device", value_parser = size)]
+        size: Option<u64>,
         /// Make the volumes of jobs there from now on
         #[arg(long)]
         default: bool,
@@ -134,7 +153,7 @@ enum Command {
 }
 
 fn kind(text: &str) -> Result<ProviderKind, String> {
-    serde_json::from_value(text.into()).map_err(|_| "btrfs or dir is wanted".into())
+    serde_json::from_value(text.into()).map_err(|_| "btrfs, zfs or dir is wanted".into())
 }
 
 fn label(text: &str) -> Result<(String, String), String> {
@@ -175,9 +194,20 @@ pub(super) async fn run(host: &HostClient, args: Args) -> anyhow::Result<()> {
             meta,
         } => {
             let meta = meta.into_iter().collect();
-            let made = host
-                .create_volume(&provider, &NewVolume { id, limit, meta })
-                .await;
+            // Made up here: whoever does not hear the answer knows what to look for, and does not make two.
+            let id = id.unwrap_or_else(|| Uuid::new_v4().to_string());
+            let new = NewVolume {
+                id: Some(id.clone()),
+                limit,
+                meta,
+            };
+            let mut made = host.create_volume(&provider, &new).await;
+            if let Err(error) = &mut made
+                && error.code == ErrorCode::Unavailable
+            {
+                let unsure = format!("; volume {id} may be there all the same: see flynn-host volume list");
+                error.message.push_str(&unsure);
+            }
             made_one(json, &reach(made)?)
         }
         Command::Inspect { volume } => {
@@ -223,6 +253,10 @@ pub(super) async fn run(host: &HostClient, args: Args) -> anyhow::Result<()> {
             let body = BodyExt::map_err(body, Into::into).boxed_unsync();
             made_one(json, &reach(host.receive_volume(&provider, body).await)?)
         }
+        Command::Resize { volume, limit } => {
+            let volume = find(host, &volume).await?;
+            made_one(json, &host.resize_volume(&volume, &Resize { limit }).await?)
+        }
         Command::Decommission { volume } => {
             let volume = find(host, &volume).await?;
             made_one(json, &host.decommission_volume(&volume).await?)
@@ -243,6 +277,9 @@ pub(super) async fn run(host: &HostClient, args: Args) -> anyhow::Result<()> {
             id,
             path,
             kind,
+            dataset,
+            device,
+            size,
             default,
         } => {
             let path = std::path::absolute(&path)?;
@@ -251,6 +288,9 @@ pub(super) async fn run(host: &HostClient, args: Args) -> anyhow::Result<()> {
                 id,
                 kind,
                 path,
+                dataset,
+                device,
+                size,
                 default,
             };
             reach(host.add_provider(&new).await)?;
@@ -318,8 +358,7 @@ fn list(volumes: &[Volume]) -> String {
     for volume in volumes {
         let kind = match (volume.kind, volume.decommissioned_at) {
             (_, Some(_)) => "decommissioned",
-            (VolumeType::Data, None) => "data",
-            (VolumeType::Snapshot, None) => "snapshot",
+            (kind, None) => kind.name(),
         };
         table.add_row([
             volume.id.clone(),
@@ -339,13 +378,9 @@ fn list(volumes: &[Volume]) -> String {
 fn providers(providers: &[Provider]) -> String {
     let mut table = table(&["PROVIDER", "KIND", "PATH", "FREE", "DEFAULT", "ERROR"]);
     for provider in providers {
-        let kind = match provider.kind {
-            ProviderKind::Dir => "dir",
-            ProviderKind::Btrfs => "btrfs",
-        };
         table.add_row([
             provider.id.clone(),
-            kind.into(),
+            provider.kind.name().into(),
             provider.path.clone(),
             provider.free.map(amount).unwrap_or_default(),
             if provider.default {

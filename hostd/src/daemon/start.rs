@@ -306,7 +306,7 @@ impl Daemon {
         for volume in &job.config.volumes {
             let wanted = Wanted {
                 id: volume.volume_id.clone(),
-                limit: None,
+                limit: volume.limit,
                 meta: super::volumes::labels(job),
                 owner: (launch.uid, launch.gid),
             };

@@ -19,13 +19,14 @@ use futures::{Stream, StreamExt as _};
 use serde::Deserialize;
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::process::{Child, ChildStdin, ChildStdout};
-use tokio::task::JoinHandle;
+use tokio::task::{JoinHandle, block_in_place};
+use tokio::time::timeout;
 
 use super::Daemon;
 use super::api::answer;
 use super::images::pieces;
 use crate::files::disk_error;
-use crate::volumes::{Decoder, Encoder, MAX_PIECE, Part, Receiving, tool_failed, tool_missing};
+use crate::volumes::{Decoder, Encoder, MAX_PIECE, Mover, Part, Receiving};
 
 /// How much of what a program complains of is kept.
 const COMPLAINT: u64 = 16 << 10;
@@ -33,14 +34,22 @@ const COMPLAINT: u64 = 16 << 10;
 /// How long the rest of a snapshot is read that is refused.
 const HEAR_OUT: Duration = Duration::from_secs(10);
 
+/// How long nothing may come from a sender, or be taken by the program that receives.
+const STALL: Duration = Duration::from_mins(2);
+
+/// After so many bytes the disk is looked at again.
+const LOOK: u64 = 16 << 20;
+
 /// A program and what it complains of.
 struct Program {
+    mover: Mover,
     child: Child,
     complaint: JoinHandle<Vec<u8>>,
 }
 
 impl Program {
-    fn start(command: Command, stdin: Stdio, stdout: Stdio) -> Result<Self> {
+    fn start(mut mover: Mover, stdin: Stdio, stdout: Stdio) -> Result<Self> {
+        let command = std::mem::replace(&mut mover.command, Command::new(""));
         let mut command = tokio::process::Command::from(command);
         let spawned = command
             .env("LC_ALL", "C")
@@ -49,7 +58,7 @@ impl Program {
             .stderr(Stdio::piped())
             .kill_on_drop(true)
             .spawn();
-        let mut child = spawned.map_err(|error| disk_error("move the snapshot", &tool_missing(&error)))?;
+        let mut child = spawned.map_err(|error| disk_error("move the snapshot", &mover.missing(&error)))?;
         let stderr = child.stderr.take();
         let complaint = tokio::spawn(async move {
             match stderr {
@@ -57,7 +66,11 @@ impl Program {
                 None => Vec::new(),
             }
         });
-        Ok(Self { child, complaint })
+        Ok(Self {
+            mover,
+            child,
+            complaint,
+        })
     }
 
     async fn end(mut self) -> io::Result<()> {
@@ -65,7 +78,7 @@ impl Program {
         if status.success() {
             return Ok(());
         }
-        Err(tool_failed(&self.complaint.await.unwrap_or_default()))
+        Err(self.mover.failed(&self.complaint.await.unwrap_or_default()))
     }
 }
 
@@ -113,14 +126,14 @@ pub(super) async fn send(
     query: std::result::Result<Query<SendQuery>, QueryRejection>,
 ) -> Result<Response> {
     let Query(query) = query.map_err(|error| Error::validation(format!("from=snapshot: {error}")))?;
-    let (header, command) = tokio::task::block_in_place(|| daemon.volumes.send(&id, query.from.as_deref()))?;
+    let (header, mover) = block_in_place(|| daemon.volumes.send(&id, query.from.as_deref()))?;
     let mut encoder = Encoder::default();
     let begin = encoder
         .begin(&header)
         .map_err(|error| Error::internal(error.to_string()))?;
-    let mut program = Program::start(command, Stdio::null(), Stdio::piped())?;
+    let mut program = Program::start(mover, Stdio::null(), Stdio::piped())?;
     let stdout = program.child.stdout.take();
-    let stdout = stdout.ok_or_else(|| Error::internal("btrfs send has no output"))?;
+    let stdout = stdout.ok_or_else(|| Error::internal("the program that sends has no output"))?;
     let sending = Sending {
         program,
         stdout,
@@ -151,9 +164,9 @@ struct Taking<'a> {
 
 impl<'a> Taking<'a> {
     fn start(receiving: Receiving<'a>) -> Result<Self> {
-        let mut program = Program::start(receiving.program(), Stdio::piped(), Stdio::null())?;
+        let mut program = Program::start(receiving.mover()?, Stdio::piped(), Stdio::null())?;
         let stdin = program.child.stdin.take();
-        let stdin = stdin.ok_or_else(|| Error::internal("btrfs receive has no input"))?;
+        let stdin = stdin.ok_or_else(|| Error::internal("the program that receives has no input"))?;
         Ok(Self {
             receiving,
             program,
@@ -164,10 +177,19 @@ impl<'a> Taking<'a> {
     /// Its program has all; what it complains of is why it did not take something.
     async fn end(self) -> Result<Receiving<'a>> {
         drop(self.stdin);
-        let ended = self.program.end().await;
+        let ended = timeout(STALL, self.program.end()).await.map_err(|_| stuck())?;
         ended.map_err(|error| disk_error("receive the snapshot", &error))?;
         Ok(self.receiving)
     }
+}
+
+fn stuck() -> Error {
+    let why = format!(
+        "the disk has taken nothing for {} s, and the snapshot is not received: see how it does (dmesg), then send \
+         again",
+        STALL.as_secs()
+    );
+    Error::unavailable(why)
 }
 
 /// `POST /storage/providers/{id}/receive`
@@ -181,7 +203,7 @@ pub(super) async fn receive(
     if volume.is_err() {
         // Whoever still writes would not read why it was refused.
         let rest = async { while let Some(Ok(_)) = body.next().await {} };
-        let _ = tokio::time::timeout(HEAR_OUT, rest).await;
+        let _ = timeout(HEAR_OUT, rest).await;
     }
     answer(volume.map(|volume| Json(volume).into_response()))
 }
@@ -193,19 +215,41 @@ async fn take<E: std::fmt::Display>(
 ) -> Result<Volume> {
     let mut decoder = Decoder::default();
     let mut taking: Option<Taking<'_>> = None;
-    while let Some(bytes) = body.next().await {
+    let (mut is_start, mut unseen) = (true, 0);
+    loop {
+        let stalled = |_| {
+            Error::unavailable(format!(
+                "the sender has sent nothing for {} s: send the snapshot again",
+                STALL.as_secs()
+            ))
+        };
+        let Some(bytes) = timeout(STALL, body.next()).await.map_err(stalled)? else {
+            break;
+        };
         let bytes =
             bytes.map_err(|error| Error::validation(format!("the snapshot was cut short: {error}")))?;
         decoder.push(&bytes);
         while let Some(part) = decoder.part()? {
             match (part, &mut taking) {
                 (Part::Header(header), _) => {
-                    let receiving =
-                        tokio::task::block_in_place(|| daemon.volumes.receive(provider, &header))?;
+                    let receiving = block_in_place(|| {
+                        let receiving = daemon.volumes.receive(provider, &header)?;
+                        receiving.check_room()?;
+                        Ok::<_, Error>(receiving)
+                    })?;
                     taking = Some(Taking::start(receiving)?);
                 }
                 (Part::Piece(piece), Some(there)) => {
-                    if there.stdin.write_all(&piece).await.is_err()
+                    if std::mem::take(&mut is_start) {
+                        there.receiving.check_start(&piece)?;
+                    }
+                    unseen += piece.len() as u64;
+                    if unseen >= LOOK {
+                        unseen = 0;
+                        block_in_place(|| there.receiving.check_room())?;
+                    }
+                    let written = timeout(STALL, there.stdin.write_all(&piece)).await;
+                    if written.map_err(|_| stuck())?.is_err()
                         && let Some(taking) = taking.take()
                     {
                         let _ = taking.end().await?;
@@ -221,5 +265,5 @@ async fn take<E: std::fmt::Display>(
     decoder.finish()?;
     let taking = taking.ok_or_else(|| Error::validation("nothing was sent"))?;
     let receiving = taking.end().await?;
-    tokio::task::block_in_place(|| receiving.finish())
+    block_in_place(|| receiving.finish())
 }

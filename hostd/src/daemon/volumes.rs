@@ -8,12 +8,14 @@ use axum::response::{IntoResponse, Response};
 use axum::routing::{delete, get, post, put};
 use flynn_api::host::{Job, label};
 use flynn_api::server::{Json, StrictJson};
-use flynn_api::volume::{Copy, Gc, NewProvider, NewVolume, Rollback};
+use flynn_api::volume::{Copy, Gc, NewProvider, NewVolume, Resize, Rollback};
 use flynn_api::{Error, Meta, Result};
 use serde::Serialize;
+use tokio::task::spawn_blocking;
 
 use super::api::answer;
 use super::{Daemon, transfer};
+use crate::volumes::{Users, Volumes};
 
 /// The labels of a job that its volumes carry as well.
 const LABELS: [&str; 3] = [label::APP_ID, label::APP_NAME, label::PROCESS_TYPE];
@@ -37,6 +39,7 @@ pub(super) fn router() -> Router<Arc<Daemon>> {
         .route("/storage/volumes/{id}/snapshot", put(snapshot))
         .route("/storage/volumes/{id}/fork", put(fork))
         .route("/storage/volumes/{id}/rollback", put(rollback))
+        .route("/storage/volumes/{id}/resize", put(resize))
         .route("/storage/volumes/{id}/decommission", put(decommission))
         .route("/storage/volumes/{id}/send", get(transfer::send))
         .route("/storage/providers/{id}/receive", post(transfer::receive))
@@ -55,15 +58,16 @@ impl Daemon {
     }
 }
 
-/// Answers with what `work` gives. It may wait for disks, and is done whether the caller waits or not.
+/// Answers with what `work` gives, which is told whose jobs use what. It may wait for disks, and is done whether the
+/// caller waits or not.
 async fn work<T: Serialize + Send + 'static>(
     daemon: Arc<Daemon>,
-    work: impl FnOnce(&Daemon) -> Result<T> + Send + 'static,
+    work: impl FnOnce(&Volumes, Users<'_>) -> Result<T> + Send + 'static,
 ) -> Result<Response> {
     let pass = daemon.gate.beside("work on a volume");
-    let done = tokio::task::spawn_blocking(move || {
+    let done = spawn_blocking(move || {
         let _pass = pass;
-        work(&daemon)
+        work(&daemon.volumes, &|id| daemon.users(id))
     });
     let done = done.await;
     let done =
@@ -76,19 +80,16 @@ fn nothing((): ()) -> serde_json::Value {
 }
 
 async fn providers(State(daemon): Shared) -> Result<Response> {
-    work(daemon, |daemon| Ok(daemon.volumes.providers())).await
+    work(daemon, |volumes, _| Ok(volumes.providers())).await
 }
 
 async fn add_provider(State(daemon): Shared, StrictJson(new): StrictJson<NewProvider>) -> Result<Response> {
-    work(daemon, move |daemon| {
-        daemon.volumes.add_provider(&new).map(nothing)
-    })
-    .await
+    work(daemon, move |volumes, _| volumes.add_provider(&new).map(nothing)).await
 }
 
 async fn remove_provider(State(daemon): Shared, Path(id): Path<String>) -> Result<Response> {
-    work(daemon, move |daemon| {
-        daemon.volumes.remove_provider(&id).map(nothing)
+    work(daemon, move |volumes, _| {
+        volumes.remove_provider(&id).map(nothing)
     })
     .await
 }
@@ -98,24 +99,20 @@ async fn create(
     Path(provider): Path<String>,
     StrictJson(new): StrictJson<NewVolume>,
 ) -> Result<Response> {
-    work(daemon, move |daemon| daemon.volumes.create(&provider, new)).await
+    work(daemon, move |volumes, _| volumes.create(&provider, new)).await
 }
 
 async fn list(State(daemon): Shared) -> Result<Response> {
-    work(daemon, |daemon| daemon.volumes.list(&|id| daemon.users(id))).await
+    work(daemon, |volumes, users| volumes.list(users)).await
 }
 
 async fn show(State(daemon): Shared, Path(id): Path<String>) -> Result<Response> {
-    work(daemon, move |daemon| {
-        daemon.volumes.get(&id, &|id| daemon.users(id))
-    })
-    .await
+    work(daemon, move |volumes, users| volumes.get(&id, users)).await
 }
 
 async fn remove(State(daemon): Shared, Path(id): Path<String>) -> Result<Response> {
-    work(daemon, move |daemon| {
-        let removed = daemon.volumes.remove(&id, &|id| daemon.users(id));
-        removed.map(nothing)
+    work(daemon, move |volumes, users| {
+        volumes.remove(&id, users).map(nothing)
     })
     .await
 }
@@ -125,7 +122,7 @@ async fn snapshot(
     Path(id): Path<String>,
     StrictJson(copy): StrictJson<Copy>,
 ) -> Result<Response> {
-    work(daemon, move |daemon| daemon.volumes.snapshot(&id, copy.id)).await
+    work(daemon, move |volumes, _| volumes.snapshot(&id, copy.id)).await
 }
 
 async fn fork(
@@ -133,7 +130,7 @@ async fn fork(
     Path(id): Path<String>,
     StrictJson(copy): StrictJson<Copy>,
 ) -> Result<Response> {
-    work(daemon, move |daemon| daemon.volumes.fork(&id, copy.id)).await
+    work(daemon, move |volumes, _| volumes.fork(&id, copy.id)).await
 }
 
 async fn rollback(
@@ -141,23 +138,24 @@ async fn rollback(
     Path(id): Path<String>,
     StrictJson(to): StrictJson<Rollback>,
 ) -> Result<Response> {
-    work(daemon, move |daemon| {
-        let rolled = daemon.volumes.rollback(&id, &to.snapshot, &|id| daemon.users(id));
-        rolled.map(nothing)
+    work(daemon, move |volumes, users| {
+        volumes.rollback(&id, &to.snapshot, users).map(nothing)
     })
     .await
+}
+
+async fn resize(
+    State(daemon): Shared,
+    Path(id): Path<String>,
+    StrictJson(to): StrictJson<Resize>,
+) -> Result<Response> {
+    work(daemon, move |volumes, users| volumes.resize(&id, to.limit, users)).await
 }
 
 async fn decommission(State(daemon): Shared, Path(id): Path<String>) -> Result<Response> {
-    work(daemon, move |daemon| {
-        daemon.volumes.decommission(&id, &|id| daemon.users(id))
-    })
-    .await
+    work(daemon, move |volumes, users| volumes.decommission(&id, users)).await
 }
 
 async fn gc(State(daemon): Shared, StrictJson(gc): StrictJson<Gc>) -> Result<Response> {
-    work(daemon, move |daemon| {
-        daemon.volumes.gc(&gc, &|id| daemon.users(id))
-    })
-    .await
+    work(daemon, move |volumes, users| volumes.gc(&gc, users)).await
 }

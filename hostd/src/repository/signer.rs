@@ -44,7 +44,7 @@ impl KeyFile {
         let made = made.ok().context("this machine gives no random numbers")?;
         let key = parse(made.as_ref())?.tuf_key();
         let id = key.key_id()?;
-        let short: String = id.iter().take(4).map(|byte| format!("{byte:02x}")).collect();
+        let short = super::hex(&id[..4]);
         let path = dir.join(format!("{role}-{short}.key"));
         let text = format!("{BEGIN}\n{}\n{END}\n", STANDARD.encode(made.as_ref()));
         files::write_atomic(&path, text.as_bytes()).with_context(|| path.display().to_string())?;

@@ -25,7 +25,7 @@ pub enum Source {
     /// A directory of this machine.
     Dir(PathBuf),
     /// A server, and a path there.
-    Http(Http),
+    Http(Box<Http>),
 }
 
 impl Source {
@@ -37,7 +37,8 @@ impl Source {
                 url.username().is_empty() && url.password().is_none() && url.query().is_none(),
                 "a repository's URL has neither a password nor a query: it is kept, and shown"
             );
-            return Ok(Self::Http(web::client(text.trim_end_matches('/'))?));
+            let http = web::client(text.trim_end_matches('/'))?;
+            return Ok(Self::Http(Box::new(http)));
         }
         anyhow::ensure!(
             !text.contains("://"),

@@ -188,7 +188,7 @@ fn images(state: &Path) -> Vec<String> {
 /// The newest file of a role in a repository.
 fn newest(repository: &Path, role: &str) -> PathBuf {
     let version = |version: &u32| repository.join(format!("metadata/{version}.{role}.json"));
-    (1..)
+    (1..1000)
         .map(|number| version(&number))
         .take_while(|path| path.exists())
         .last()

@@ -1,13 +1,18 @@
 //! Volumes as subvolumes of a btrfs, by its own program.
 
+use std::collections::BTreeMap;
 use std::ffi::OsStr;
-use std::fs;
+use std::fs::{self, File};
 use std::io;
 use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _, chown};
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
 
-use super::tool;
-use crate::files;
+use rustix::fs::{AtFlags, CWD, StatxFlags, statx};
+
+use super::QUICK;
+use super::tool::{SHORT, Tool};
+use crate::{files, sys};
 
 /// The kernel's mark of a btrfs.
 const MAGIC: i64 = 0x9123_683e;
@@ -15,23 +20,19 @@ const MAGIC: i64 = 0x9123_683e;
 /// The inode of every subvolume's root.
 const ROOT_INODE: u64 = 256;
 
-pub(super) const PROGRAM: &str = "btrfs";
-const PACKAGE: &str = "btrfs-progs";
+pub(super) const TOOL: Tool = Tool {
+    program: "btrfs",
+    package: "btrfs-progs",
+};
 
 fn btrfs(words: &[&str], paths: &[&Path]) -> io::Result<String> {
+    btrfs_within(words, paths, SHORT)
+}
+
+fn btrfs_within(words: &[&str], paths: &[&Path], limit: Duration) -> io::Result<String> {
     let words = words.iter().map(OsStr::new);
     let args: Vec<&OsStr> = words.chain(paths.iter().map(|path| path.as_os_str())).collect();
-    tool::run(PROGRAM, PACKAGE, &args)
-}
-
-/// The error of its program when that could not be started.
-pub(crate) fn tool_missing(error: &io::Error) -> io::Error {
-    tool::missing(PROGRAM, PACKAGE, error)
-}
-
-/// The error of its program when that has failed, of what it said.
-pub(crate) fn tool_failed(stderr: &[u8]) -> io::Error {
-    tool::failed(PROGRAM, stderr)
+    TOOL.run(&args, limit)
 }
 
 /// Whether a path is on a btrfs.
@@ -93,20 +94,55 @@ pub(super) fn remove(data: &Path) -> io::Result<()> {
     }
 }
 
-/// How many bytes a limited subvolume refers to; none where quotas are off.
-pub(super) fn used(data: &Path) -> Option<u64> {
-    let shown = btrfs(&["qgroup", "show", "--raw", "-f"], &[data]).ok()?;
-    referenced(&shown)
+/// Has a subvolume never change again.
+pub(super) fn set_read_only(data: &Path) -> io::Result<()> {
+    btrfs(
+        &["property", "set", "-ts"],
+        &[data, Path::new("ro"), Path::new("true")],
+    )
+    .map(drop)
 }
 
-/// The second column of the last line that begins with a subvolume's group.
-fn referenced(shown: &str) -> Option<u64> {
-    let group = |line: &str| -> Option<u64> {
-        let mut columns = line.split_whitespace();
-        columns.next()?.strip_prefix("0/")?;
-        columns.next()?.parse().ok()
+/// Where the filesystem is mounted that a path is on.
+pub(super) fn mount_point(path: &Path) -> io::Result<PathBuf> {
+    let mount = |path: &Path| {
+        let stat = statx(CWD, path, AtFlags::empty(), StatxFlags::MNT_ID)?;
+        Ok::<_, io::Error>(stat.stx_mnt_id)
     };
-    shown.lines().filter_map(group).next_back()
+    let own = mount(path)?;
+    let mut top = path;
+    while let Some(above) = top.parent()
+        && mount(above)? == own
+    {
+        top = above;
+    }
+    Ok(top.to_owned())
+}
+
+/// How many bytes a limited subvolume refers to; none where quotas are off.
+pub(super) fn used(data: &Path) -> Option<u64> {
+    let shown = btrfs_within(&["qgroup", "show", "--raw", "-f"], &[data], QUICK).ok()?;
+    referenced(&shown).next_back().map(|(_, bytes)| bytes)
+}
+
+/// The same of all subvolumes of a filesystem, by their ids.
+pub(super) fn all_used(path: &Path) -> BTreeMap<u64, u64> {
+    let shown = btrfs_within(&["qgroup", "show", "--raw"], &[path], QUICK).unwrap_or_default();
+    referenced(&shown).collect()
+}
+
+/// The id of a subvolume in its filesystem.
+pub(super) fn id(data: &Path) -> io::Result<u64> {
+    sys::subvolume_id(&File::open(data)?)
+}
+
+/// The first two columns of the lines that begin with a subvolume's group.
+fn referenced(shown: &str) -> impl DoubleEndedIterator<Item = (u64, u64)> {
+    shown.lines().filter_map(|line| {
+        let mut columns = line.split_whitespace();
+        let id = columns.next()?.strip_prefix("0/")?.parse().ok()?;
+        Some((id, columns.next()?.parse().ok()?))
+    })
 }
 
 #[cfg(test)]
@@ -117,7 +153,8 @@ mod tests {
     fn old_and_new_tables_are_read() {
         let old = "qgroupid         rfer         excl \n--------         ----         ---- \n0/257           16384        16384 \n";
         let new = "Qgroupid    Referenced    Exclusive Path\n--------    ----------    --------- ----\n0/258           20480         4096 a/data\n";
-        assert_eq!((referenced(old), referenced(new)), (Some(16384), Some(20480)));
-        assert_eq!(referenced("ERROR: quotas not enabled"), None);
+        let all = |shown: &str| referenced(shown).collect::<Vec<_>>();
+        assert_eq!((all(old), all(new)), (vec![(257, 16384)], vec![(258, 20480)]));
+        assert_eq!(all("ERROR: quotas not enabled"), []);
     }
 }

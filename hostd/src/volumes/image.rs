@@ -13,13 +13,23 @@ use rustix::fs::{FallocateFlags, FlockOperation, fallocate, flock};
 use rustix::io::Errno;
 use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
 
-use super::tool;
+use super::tool::{Tool, long_for};
 use crate::{files, sys};
 
 const FILE: &str = "image.ext4";
 
 /// The data's directory in the filesystem: beside `lost+found`, which programs that want an empty one do not like.
 const DATA: &str = "data";
+
+const RESIZE: Tool = Tool {
+    program: "resize2fs",
+    package: "e2fsprogs",
+};
+
+const MKFS: Tool = Tool {
+    program: "mkfs.ext4",
+    package: "e2fsprogs",
+};
 
 /// Makes an empty one in `dir`.
 pub(super) fn make(dir: &Path, size: u64, (uid, gid): (u32, u32)) -> io::Result<()> {
@@ -36,7 +46,7 @@ pub(super) fn make(dir: &Path, size: u64, (uid, gid): (u32, u32)) -> io::Result<
     let extended = "nodiscard,lazy_itable_init=0,lazy_journal_init=0";
     let args = ["-q", "-F", "-m", "0", "-E", extended, "-d"].map(OsStr::new);
     let args = [&args[..], &[root.as_os_str(), image.as_os_str()]].concat();
-    tool::run("mkfs.ext4", "e2fsprogs", &args)?;
+    MKFS.run(&args, long_for(size))?;
     // And so does mkfs.
     reserve(&file, size)?;
     file.sync_all()?;
@@ -71,6 +81,39 @@ pub(super) fn open(dir: &Path, target: &Path) -> io::Result<PathBuf> {
     Ok(target.join(DATA))
 }
 
+/// Makes it larger, whether it is mounted or not. When there is no room it stays as it was; what was broken off can be
+/// done again.
+pub(super) fn grow(dir: &Path, target: &Path, size: u64) -> io::Result<()> {
+    let file = File::options().read(true).write(true).open(dir.join(FILE))?;
+    let before = file.metadata()?.len();
+    if before < size {
+        reserve(&file, size).inspect_err(|_| {
+            let _ = file.set_len(before);
+        })?;
+        file.sync_all()?;
+    }
+    let mounted = is_mounted(target)?;
+    open(dir, target)?;
+    // A mounted ext4 is made larger by the kernel, step by step: it is whole after each.
+    let grown = device_of(target).and_then(|device| {
+        sys::fit_loop_device(&File::open(&device)?)?;
+        RESIZE.run(&[device.as_os_str()], long_for(size))
+    });
+    if !mounted {
+        close(target)?;
+    }
+    grown.map(drop)
+}
+
+/// The block device of what is mounted there.
+fn device_of(target: &Path) -> io::Result<PathBuf> {
+    let device = fs::metadata(target)?.dev();
+    let (major, minor) = (rustix::fs::major(device), rustix::fs::minor(device));
+    let link = fs::read_link(format!("/sys/dev/block/{major}:{minor}"))?;
+    let name = link.file_name().ok_or(io::ErrorKind::NotFound)?;
+    Ok(Path::new("/dev").join(name))
+}
+
 /// Unmounts it, where it is mounted.
 pub(super) fn close(target: &Path) -> io::Result<()> {
     if is_mounted(target)? {
@@ -92,7 +135,8 @@ pub(super) fn used(target: &Path) -> io::Result<Option<u64>> {
     Ok(Some((stat.f_blocks - stat.f_bfree) * stat.f_frsize))
 }
 
-fn is_mounted(target: &Path) -> io::Result<bool> {
+/// Whether something is mounted there.
+pub(super) fn is_mounted(target: &Path) -> io::Result<bool> {
     let device = |path: &Path| fs::symlink_metadata(path).map(|metadata| metadata.dev());
     let above = target.parent().unwrap_or(Path::new("/"));
     match (device(target), device(above)) {

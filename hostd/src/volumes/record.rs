@@ -18,6 +18,9 @@ const VERSION: u32 = 2;
 /// What the names of directories begin with that are not volumes (yet, or any more).
 pub(super) const UNFINISHED: &str = ".unfinished-";
 
+/// The same, of an older release.
+pub(super) const REMOVED: &str = ".removed-";
+
 /// The longest id.
 const MAX_ID: usize = 100;
 
@@ -32,6 +35,8 @@ pub(super) enum Form {
     Image,
     /// A subvolume of a btrfs.
     Subvolume,
+    /// A dataset of a ZFS.
+    Dataset,
 }
 
 /// A volume's record.
@@ -46,8 +51,14 @@ pub(super) struct Record {
     pub(super) kind: VolumeType,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(super) limit: Option<u64>,
+    /// The limit that it is about to get.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(super) resizing: Option<u64>,
     #[serde(default, skip_serializing_if = "Meta::is_empty")]
     pub(super) meta: Meta,
+    /// Which of the provider's datasets it is: `name`, or of a snapshot `name@name`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(super) dataset: Option<String>,
     /// The volume of which this is a copy.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(super) source: Option<String>,

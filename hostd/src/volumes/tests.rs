@@ -1,5 +1,9 @@
 //! Volumes as plain directories, with every crash in between. The kernel tests do the same with real filesystems.
 
+use flynn_api::ErrorCode;
+use flynn_api::volume::Gc;
+
+use super::record::UNFINISHED;
 use super::*;
 
 fn host() -> (tempfile::TempDir, Paths, Volumes) {
@@ -35,6 +39,7 @@ fn names(paths: &Paths) -> Vec<String> {
     let entries = fs::read_dir(paths.volumes()).unwrap();
     let mut names: Vec<_> = entries
         .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+        .filter(|name| name != ".flynn-provider")
         .collect();
     names.sort();
     names
@@ -81,7 +86,10 @@ fn what_a_crash_leaves_is_no_volume_and_is_swept() {
             fs::create_dir_all(dir.join(upto)).unwrap();
         }
     }
-    let working = volumes.unfinished(&volumes.lock().default().unwrap().clone());
+    fs::create_dir(paths.volumes().join(".removed-of-an-older-release")).unwrap();
+    let working = volumes
+        .unfinished(volumes.pools().default().unwrap(), &[])
+        .unwrap();
     fs::create_dir(&working.path).unwrap();
     assert_eq!(ids(&volumes), ["kept"]);
     volumes.sweep();
@@ -177,6 +185,118 @@ fn a_missing_disk_is_no_empty_volume() {
 }
 
 #[test]
+fn the_own_disk_may_be_late_as_well() {
+    let (dir, paths, volumes) = host();
+    let data = volumes.ensure(&wanted("one")).unwrap();
+    fs::write(data.join("file"), "kept").unwrap();
+    let away = dir.path().join("away");
+    fs::rename(paths.volumes(), &away).unwrap();
+    fs::create_dir(paths.volumes()).unwrap();
+
+    let volumes = Volumes::open(&paths).unwrap();
+    let error = volumes.ensure(&wanted("one")).unwrap_err();
+    assert!(error.message.contains("mount its disk"), "{error}");
+    let new = NewVolume::default();
+    assert_eq!(
+        volumes.create("default", new).unwrap_err().code,
+        ErrorCode::Unavailable
+    );
+    assert!(names(&paths).is_empty() && ids(&volumes).is_empty());
+    // It comes while the daemon runs.
+    fs::remove_dir(paths.volumes()).unwrap();
+    fs::rename(&away, paths.volumes()).unwrap();
+    assert_eq!(volumes.ensure(&wanted("one")).unwrap(), data);
+    assert!(volumes.notices().is_empty());
+
+    // An empty disk takes its place, as the operator wishes.
+    fs::rename(paths.volumes(), &away).unwrap();
+    fs::create_dir(paths.volumes()).unwrap();
+    let again = NewProvider {
+        id: "default".into(),
+        path: paths.volumes().display().to_string(),
+        ..NewProvider::default()
+    };
+    volumes.add_provider(&again).unwrap();
+    assert!(!volumes.ensure(&wanted("one")).unwrap().join("file").exists());
+}
+
+#[test]
+fn a_list_of_the_first_form_is_read() {
+    let dir = tempfile::tempdir().unwrap();
+    let paths = Paths::at(dir.path());
+    for made in [paths.volumes(), dir.path().join("disk")] {
+        fs::create_dir(made).unwrap();
+    }
+    let disk = dir.path().join("disk");
+    fs::write(disk.join(".flynn-provider"), "{}").unwrap();
+    let list = |version: u32| {
+        let providers = serde_json::json!([{ "id": "disk", "kind": "dir", "path": disk }]);
+        let list = serde_json::json!({ "version": version, "default": "disk", "providers": providers });
+        fs::write(paths.providers(), list.to_string()).unwrap();
+    };
+    list(9);
+    assert!(
+        Volumes::open(&paths)
+            .unwrap_err()
+            .to_string()
+            .contains("later release")
+    );
+    list(1);
+    for _ in 0..2 {
+        let volumes = Volumes::open(&paths).unwrap();
+        assert_eq!(volumes.providers().len(), 2);
+        assert!(volumes.ensure(&wanted("one")).unwrap().starts_with(&disk));
+        assert!(paths.volumes().join(".flynn-provider").exists());
+    }
+}
+
+#[test]
+fn work_on_one_volume_holds_up_no_other() {
+    let (_dir, _paths, volumes) = host();
+    let busy = volumes.locks.lock(&["busy"]);
+    std::thread::scope(|scope| {
+        // For as long as that takes, a volume's own work waits, and nothing else does.
+        let own = scope.spawn(|| volumes.ensure(&wanted("busy")).unwrap());
+        volumes.ensure(&wanted("other")).unwrap();
+        assert_eq!(ids(&volumes), ["other"]);
+        volumes.remove("other", &nobody).unwrap();
+        assert!(volumes.get("busy", &nobody).is_err() && volumes.notices().is_empty());
+        assert!(volumes.metrics().contains("flynn_host_volume_provider_up"));
+        assert!(!own.is_finished());
+        drop(busy);
+        own.join().unwrap();
+    });
+    assert_eq!(ids(&volumes), ["busy"]);
+}
+
+#[test]
+fn what_cannot_be_removed_keeps_nothing_else() {
+    let (_dir, paths, volumes) = host();
+    for id in ["one", "two", "three"] {
+        volumes.ensure(&wanted(id)).unwrap();
+        volumes.decommission(id, &nobody).unwrap();
+    }
+    let stuck = ids(&volumes)[1].clone();
+    // A job comes by it while the others go.
+    let looked = std::cell::Cell::new(false);
+    let users = |id: &str| {
+        if id == stuck && looked.replace(true) {
+            vec!["job".to_owned()]
+        } else {
+            Vec::new()
+        }
+    };
+    let error = volumes.gc(&Gc::default(), &users).unwrap_err();
+    assert!(
+        error.message.contains("2 volumes were removed") && error.message.contains(&stuck),
+        "{error}"
+    );
+    assert_eq!(ids(&volumes), std::slice::from_ref(&stuck));
+    assert_eq!(names(&paths), std::slice::from_ref(&stuck));
+    assert_eq!(volumes.gc(&Gc::default(), &nobody).unwrap(), [stuck]);
+}
+
+#[test]
 fn a_decommissioned_volume_makes_way_and_is_collected() {
     let (_dir, paths, volumes) = host();
     let data = volumes.ensure(&wanted("one")).unwrap();
@@ -229,15 +349,18 @@ fn what_cannot_be_is_refused_with_the_way_out() {
         (volumes.create("default", new(".x", None)), "no dot in front"),
         (volumes.create("default", new("one", None)), "another id"),
         (volumes.create("default", new("two", Some(1))), "at least 16 MiB"),
-        (
-            volumes.create("default", new("two", Some(1 << 62))),
-            "does not fit",
-        ),
+        (volumes.create("default", new("two", Some(1 << 62))), "do not fit"),
         (
             volumes.create("other", new("two", None)),
             "flynn-host volume providers",
         ),
         (volumes.snapshot("none", None), "there is no volume none"),
+        (
+            volumes.resize("none", MIN_LIMIT, &nobody),
+            "there is no volume none",
+        ),
+        (volumes.resize("one", 1, &nobody), "at least 16 MiB"),
+        (volumes.resize("one", MIN_LIMIT, &nobody), "plain directory"),
     ] {
         let error = result.unwrap_err();
         assert!(error.message.contains(wanted), "{error}");

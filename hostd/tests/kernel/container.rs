@@ -171,6 +171,7 @@ pub(crate) async fn mounts_volumes() {
         path: "/data".into(),
         volume_id: "v1".into(),
         delete_on_stop: false,
+        limit: None,
     }];
     host.run(&job).await;
     host.says(&job.id, "mknod").await;

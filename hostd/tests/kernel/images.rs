@@ -242,7 +242,7 @@ pub(crate) async fn layers_are_collected_before_the_disk_is_full() {
     host.put_layer(&host.layer_file).await.unwrap();
     let job = host.job("sleep 1000");
     let running = host.run(&job).await;
-    let hour = Duration::from_secs(3600);
+    let hour = Duration::from_hours(1);
     // Named by an image, so it stays, however old.
     let pinned = unused(&host, 1, 8 << 20, hour * 9).await;
     let manifest = flynn_api::image::ImageManifest::new(
@@ -288,7 +288,7 @@ pub(crate) async fn layers_are_collected_before_the_disk_is_full() {
     wanted.sort();
     assert_eq!(ids, wanted);
     let shown = left.iter().find(|layer| layer.id == host.layer.id).unwrap();
-    assert_eq!(shown.jobs, [job.id.clone()]);
+    assert_eq!(shown.jobs, std::slice::from_ref(&job.id));
     assert_eq!(
         left.iter().find(|layer| layer.id == pinned).unwrap().images,
         ["pinned"]
@@ -301,7 +301,7 @@ pub(crate) async fn layers_are_collected_before_the_disk_is_full() {
     let text = String::from_utf8(text.to_vec()).unwrap();
     let bytes: u64 = left.iter().map(|layer| layer.length).sum();
     assert_eq!(metric(&text, "flynn_host_layers_bytes"), bytes);
-    assert!(metric(&text, "flynn_host_layers_collected_total") >= done.layers.len() as u64 + 1);
+    assert!(metric(&text, "flynn_host_layers_collected_total") > done.layers.len() as u64);
     // Jobs that were there before the daemon keep theirs as well.
     host.kill_daemon();
     host.start().await;

@@ -17,6 +17,7 @@ mod host;
 mod images;
 mod life;
 mod network;
+mod streams;
 mod upgrade;
 mod user_namespaces;
 mod volumes;
@@ -25,6 +26,8 @@ use std::future::Future;
 use std::process::ExitCode;
 
 use libtest_mimic::{Arguments, Trial};
+
+use self::volumes::{crashes, destroy, limits, power, snapshots, transfer, zfs};
 
 /// Tests by their names.
 type Tests = Vec<(&'static str, fn())>;
@@ -74,18 +77,33 @@ fn main() -> ExitCode {
             other_hosts_are_encrypted_with_or_named;
         escape: our_program_is_read_only_for_containers images_grant_no_capabilities deep_directories_are_removed;
     ];
-    let of_volumes: Tests = tests![
-        disk: a_power_cut_loses_nothing_that_was_said;
-        volumes: a_full_image_is_contained a_full_subvolume_is_contained images_outlive_daemons_and_boots
-            snapshots_forks_and_rollbacks snapshots_are_sent_and_received volumes_survive_kills;
+    let on_ext4: Tests = tests![
+        limits: a_full_image_is_contained;
+        crashes: images_outlive_daemons_and_boots;
+        destroy: all_volumes_are_destroyed_or_none;
     ];
     let of_users: Tests = tests![
         user_namespaces: root_is_nobody_on_the_host volumes_are_handed_on some_jobs_have_none ranges_are_one_jobs_alone
             limits_of_users_are_each_jobs_own;
     ];
     let of_users_and_volumes: Tests = tests![user_namespaces: volumes_of_all_kinds_are_handed_on;];
-    let users_lack = lacks.clone().or_else(user_namespaces::lacks);
-    let volumes_lack = lacks.clone().or_else(volumes::lacks);
+    let on_ext4_that_grows: Tests = tests![
+        limits: images_grow releases_raise_limits;
+    ];
+    let on_btrfs: Tests = tests![
+        disk: a_power_cut_loses_nothing_that_was_said;
+        limits: a_full_subvolume_is_contained subvolumes_are_resized;
+        snapshots: snapshots_forks_and_rollbacks;
+        transfer: snapshots_are_sent_and_received streams_write_nowhere_else;
+        crashes: volumes_survive_kills;
+        power: subvolumes_survive_power_cuts images_survive_power_cuts;
+    ];
+    let on_zfs: Tests = tests![
+        zfs: a_full_dataset_is_contained datasets_have_snapshots datasets_are_sent_and_received datasets_survive_kills;
+    ];
+    let no_users = lacks.clone().or_else(user_namespaces::lacks);
+    let no_ext4 = lacks.clone().or_else(|| volumes::lacks("ext4", "e2fsprogs"));
+    let no_btrfs = lacks.clone().or_else(|| volumes::lacks("btrfs", "btrfs-progs"));
     let trial = |lacks: &Option<String>, (name, test): (&'static str, fn())| match lacks {
         None => Trial::test(name, move || {
             test();
@@ -95,16 +113,23 @@ fn main() -> ExitCode {
             .with_kind(format!("skipped: {why}"))
             .with_ignored_flag(true),
     };
-    let tests = tests.into_iter().map(|test| trial(&lacks, test));
-    let of_volumes = of_volumes.into_iter().map(|test| trial(&volumes_lack, test));
-    let of_users = of_users.into_iter().map(|test| trial(&users_lack, test));
-    let both_lack = users_lack.clone().or_else(|| volumes_lack.clone());
-    let of_users_and_volumes = of_users_and_volumes
+    let no_growth = no_ext4.clone().or_else(volumes::cannot_grow);
+    let no_zfs = lacks.clone().or_else(zfs::lacks);
+    let neither = no_users
+        .clone()
+        .or_else(|| no_ext4.clone())
+        .or_else(|| no_btrfs.clone());
+    let all = [
+        (tests, lacks),
+        (of_users, no_users),
+        (of_users_and_volumes, neither),
+        (on_ext4, no_ext4),
+        (on_ext4_that_grows, no_growth),
+        (on_btrfs, no_btrfs),
+        (on_zfs, no_zfs),
+    ];
+    let trials = all
         .into_iter()
-        .map(|test| trial(&both_lack, test));
-    let all = tests
-        .chain(of_volumes)
-        .chain(of_users)
-        .chain(of_users_and_volumes);
-    libtest_mimic::run(&arguments, all.collect()).exit_code()
+        .flat_map(|(tests, lacks)| tests.into_iter().map(move |test| trial(&lacks, test)));
+    libtest_mimic::run(&arguments, trials.collect()).exit_code()
 }

@@ -50,6 +50,7 @@ fn with_volume(mut job: Job, volume: &str) -> Job {
         path: "/data".into(),
         volume_id: volume.into(),
         delete_on_stop: false,
+        limit: None,
     }];
     job
 }
@@ -254,6 +255,9 @@ pub(crate) async fn some_jobs_have_none() {
         id: "over".into(),
         kind: ProviderKind::Dir,
         path: over.join("merged").display().to_string(),
+        dataset: None,
+        device: None,
+        size: None,
         default: false,
     };
     host.api.add_provider(&new).await.unwrap();

@@ -100,6 +100,12 @@ const PACKAGES: &[(&str, &str, Need)] = &[
     ("btrfs-progs", "makes volumes with snapshots in them", Need::Vm),
 ];
 
+/// Those of Debian alone: Ubuntu's kernel has a ZFS, whose programs do not go with these.
+const DEBIAN: &[(&str, &str, Need)] = &[
+    ("zfs-fuse", "the ZFS that volumes are tested on", Need::Test),
+    ("zfs-fuse", "the ZFS that snapshots are measured on", Need::Bench),
+];
+
 /// The packages that are needed and not installed, with what they are for.
 pub(super) fn missing(system: System, needs: &[Need]) -> Result<Vec<(String, &'static str)>> {
     let postgres = (
@@ -110,6 +116,7 @@ pub(super) fn missing(system: System, needs: &[Need]) -> Result<Vec<(String, &'s
     let wanted: Vec<_> = PACKAGES
         .iter()
         .chain([&postgres])
+        .chain(DEBIAN.iter().filter(|_| system == System::Debian))
         .filter(|(_, _, need)| needs.contains(need))
         .collect();
     let names: Vec<&str> = wanted.iter().map(|(name, _, _)| *name).collect();

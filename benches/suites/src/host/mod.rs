@@ -1,5 +1,6 @@
 //! The suite `host`: what the daemon, its supervisors and containers cost: starts beside runc on the same root file
-//! system, many starts at once, cycles that may leave nothing, idle containers, logs, attached terminals.
+//! system, many starts at once, cycles that may leave nothing, idle containers, logs, attached terminals, snapshots of
+//! volumes.
 //!
 //! Each part has a host of its own ([`ours`]): namespaces, cgroups and a state directory made here, `flynn-host` as it
 //! is shipped, and containers as apps' jobs have them, with an address of their own. A process counts as running when it
@@ -13,6 +14,7 @@ mod idle;
 mod logs;
 mod ours;
 mod runc;
+mod snapshots;
 mod starts;
 
 use std::path::{Path, PathBuf};
@@ -37,13 +39,15 @@ const fn subject(name: &'static str, unit: &'static str, peer: Option<&'static s
 type Measure = fn(&Host, Thoroughness) -> Result<Vec<Row>>;
 
 /// The parts: what a person is told of each, the rows of one that cannot be taken, and how they are taken.
-const PARTS: [(&str, &[Subject], Measure); 6] = [
+const PARTS: [(&str, &[Subject], Measure); 8] = [
     ("starts, beside runc", &starts::SUBJECTS, starts::one_by_one),
     ("starts at once", &starts::AT_ONCE, starts::at_once),
     ("start/stop cycles", &cycles::SUBJECTS, cycles::measure),
     ("idle containers", &idle::SUBJECTS, idle::measure),
     ("logs", &logs::SUBJECTS, logs::measure),
     ("attached terminals", &attached::SUBJECTS, attached::measure),
+    ("snapshots on btrfs", &snapshots::BTRFS, snapshots::on_btrfs),
+    ("snapshots on ZFS", &snapshots::ZFS, snapshots::on_zfs),
 ];
 
 /// Takes all rows.

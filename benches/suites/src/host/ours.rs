@@ -202,6 +202,7 @@ impl Host {
                     path: PROBE.into(),
                     volume_id: "probe".into(),
                     delete_on_stop: false,
+                    limit: None,
                 }],
                 ..ContainerConfig::default()
             },
@@ -279,6 +280,11 @@ impl Host {
                 .count()
         })
         .sum()
+    }
+
+    /// A directory on a disk, which goes with the host.
+    pub(super) fn dir(&self) -> &Path {
+        self.dir.path()
     }
 
     pub(super) fn daemon_pid(&self) -> u32 {

@@ -11,7 +11,7 @@ use crate::host::{
     HostStatus, Job, JobEvent, LogLine, NetworkConfig, NetworkStatus, ServiceStatus, Update, Updated,
 };
 use crate::image::{CollectedLayers, LayerGc, StoredLayer, VerifiedLayers};
-use crate::volume::{Copy, Gc, NewProvider, NewVolume, Provider, Rollback, Volume};
+use crate::volume::{Copy, Gc, NewProvider, NewVolume, Provider, Resize, Rollback, Volume};
 use crate::{Meta, Result};
 
 /// How long a volume may be on its way, or all layers be read.
@@ -19,6 +19,10 @@ const LONG: Duration = Duration::from_hours(24);
 
 /// How long another program may take to go on with a daemon's work.
 const UPDATE: Duration = Duration::from_mins(5);
+
+/// How long work on a volume may take: making a large filesystem takes minutes, and so does waiting for what somebody
+/// else does with the same volume.
+const WORK: Duration = Duration::from_mins(30);
 
 /// Talks to one host.
 #[derive(Clone, Debug)]
@@ -202,37 +206,42 @@ impl HostClient {
     /// Makes a volume at one of the host's providers.
     pub async fn create_volume(&self, provider: &str, new: &NewVolume) -> Result<Volume> {
         let path = format!("/storage/providers/{}/volumes", encode(provider));
-        self.http.post(&path, new).await
+        self.working().post(&path, new).await
     }
 
     /// Removes a volume that no job uses, and its data.
     pub async fn delete_volume(&self, id: &str) -> Result<()> {
-        self.http.delete(&volume(id, "")).await
+        self.working().delete(&volume(id, "")).await
     }
 
     /// Makes a snapshot of a volume.
     pub async fn snapshot_volume(&self, id: &str, copy: &Copy) -> Result<Volume> {
-        self.http.put(&volume(id, "/snapshot"), copy).await
+        self.working().put(&volume(id, "/snapshot"), copy).await
     }
 
     /// Makes a volume that begins as a copy of a snapshot or of another volume.
     pub async fn fork_volume(&self, id: &str, copy: &Copy) -> Result<Volume> {
-        self.http.put(&volume(id, "/fork"), copy).await
+        self.working().put(&volume(id, "/fork"), copy).await
     }
 
     /// Makes a volume that no job uses what it was when a snapshot of it was made.
     pub async fn roll_volume_back(&self, id: &str, to: &Rollback) -> Result<()> {
-        self.http.put(&volume(id, "/rollback"), to).await
+        self.working().put(&volume(id, "/rollback"), to).await
+    }
+
+    /// Has a volume hold more from now on, or less.
+    pub async fn resize_volume(&self, id: &str, to: &Resize) -> Result<Volume> {
+        self.working().put(&volume(id, "/resize"), to).await
     }
 
     /// Sets a volume aside that no job uses. Gives it by its other id.
     pub async fn decommission_volume(&self, id: &str) -> Result<Volume> {
-        self.http.put(&volume(id, "/decommission"), &()).await
+        self.working().put(&volume(id, "/decommission"), &()).await
     }
 
     /// Removes decommissioned volumes; gives their ids.
     pub async fn collect_volumes(&self, gc: &Gc) -> Result<Vec<String>> {
-        self.http.post("/storage/gc", gc).await
+        self.working().post("/storage/gc", gc).await
     }
 
     /// A snapshot as a stream, or what differs from an earlier one.
@@ -264,6 +273,11 @@ impl HostClient {
     pub async fn remove_provider(&self, id: &str) -> Result<()> {
         let path = format!("/storage/providers/{}", encode(id));
         self.http.delete(&path).await
+    }
+
+    /// The transport, for what takes its time.
+    fn working(&self) -> Http {
+        self.http.clone().timeout(WORK)
     }
 
     /// The transport, for what has no method here.

@@ -4,9 +4,13 @@ use std::collections::BTreeSet;
 
 use flynn_api::controller::ProcessType;
 use flynn_api::host::{HealthCheck, Port, Resources};
+use flynn_api::volume::MIN_LIMIT;
 use flynn_api::{Error, Result};
 
 use super::name;
+
+/// The most that a volume can be limited to: what is meant for more is a mistake.
+const MAX_LIMIT: u64 = 1 << 50;
 
 /// Checks one process type. `system` says whether its app belongs to the platform.
 pub(crate) fn check(kind: &str, process: &ProcessType, system: bool) -> Result<()> {
@@ -21,13 +25,21 @@ pub(crate) fn check(kind: &str, process: &ProcessType, system: bool) -> Result<(
     resources(&format!("{field}.resources"), &process.resources)?;
     let mut paths = BTreeSet::new();
     for (at, volume) in process.volumes.iter().enumerate() {
-        let field = format!("{field}.volumes[{at}].path");
-        path(&field, &volume.path)?;
+        let field = format!("{field}.volumes[{at}]");
+        let of_path = format!("{field}.path");
+        path(&of_path, &volume.path)?;
         if !paths.insert(&volume.path) {
             return Err(Error::invalid_field(
-                &field,
+                &of_path,
                 "is used by another volume of this process type",
             ));
+        }
+        if volume
+            .limit
+            .is_some_and(|limit| !(MIN_LIMIT..=MAX_LIMIT).contains(&limit))
+        {
+            let rule = "is in bytes, from 16 MiB to 1 PiB";
+            return Err(Error::invalid_field(&format!("{field}.limit"), rule));
         }
     }
     for (at, mount) in process.mounts.iter().enumerate() {
@@ -281,12 +293,30 @@ mod tests {
             let volumes = vec![VolumeReq {
                 path: bad.into(),
                 delete_on_stop: false,
+                limit: None,
             }];
             let process = ProcessType {
                 volumes,
                 ..ProcessType::default()
             };
             assert_eq!(refused(&process, false), "processes.web.volumes[0].path", "{bad}");
+        }
+        let of_size = |limit| ProcessType {
+            volumes: vec![VolumeReq {
+                path: "/data".into(),
+                delete_on_stop: false,
+                limit,
+            }],
+            ..ProcessType::default()
+        };
+        for bad in [0, 500, MIN_LIMIT - 1, MAX_LIMIT + 1] {
+            assert_eq!(
+                refused(&of_size(Some(bad)), false),
+                "processes.web.volumes[0].limit"
+            );
+        }
+        for good in [None, Some(MIN_LIMIT), Some(MAX_LIMIT)] {
+            assert!(check("web", &of_size(good), false).is_ok());
         }
         let limited = |name: &str, limit| {
             let resource = Resource {

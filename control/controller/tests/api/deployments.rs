@@ -372,6 +372,7 @@ async fn hands_over() {
     release.processes.get_mut("web").unwrap().volumes = vec![VolumeReq {
         path: "/data".into(),
         delete_on_stop: false,
+        limit: None,
     }];
     let old = client.create_release(&release).await.unwrap();
     let new = client.create_release(&release).await.unwrap();

@@ -18,7 +18,8 @@ impl Daemon {
     pub(crate) async fn metrics(&self) -> Result<String> {
         let gone = self.network.peek().map(|up| up.gone()).unwrap_or_default();
         let network = metrics::text(&self.network_status().await?, &gone, &self.flows().await?);
-        Ok(network + &identities::metrics(self.paths.state()) + &self.layer_metrics())
+        let volumes = tokio::task::block_in_place(|| self.volumes.metrics());
+        Ok(network + &volumes + &identities::metrics(self.paths.state()) + &self.layer_metrics())
     }
 
     /// What `GET /host/network` shows.

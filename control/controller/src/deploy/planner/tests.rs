@@ -113,6 +113,7 @@ fn process(keeps_data: bool, omni: bool) -> ProcessType {
     let volumes = vec![VolumeReq {
         path: "/data".into(),
         delete_on_stop: !keeps_data,
+        limit: None,
     }];
     ProcessType {
         omni,
