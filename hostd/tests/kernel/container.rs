@@ -7,7 +7,7 @@ use crate::host::Host;
 pub(crate) async fn runs_a_program_in_its_own_world() {
     let host = Host::boot().await;
     let mut job =
-        host.job("echo $A $HOME; hostname; cat /etc/hostname; echo $$; ps | wc -l; echo oops >&2; exit 3");
+        host.job("echo $A $HOME; hostname; cat /etc/hostname; echo $$; ps > /list; wc -l < /list; echo oops >&2; exit 3");
     job.config.env.insert("A".into(), "b c".into());
     host.run(&job).await;
     let ended = host.end(&job.id).await;
@@ -18,8 +18,8 @@ pub(crate) async fn runs_a_program_in_its_own_world() {
         .into_iter()
         .partition(|line| line.stream == LogStream::Stdout);
     let out: Vec<_> = out.iter().map(|line| line.msg.as_str()).collect();
-    // Init is 1 and the program 2; ps and wc are all else that there is.
-    assert_eq!(out, ["b c /root", &job.id, &job.id, "2", "5"]);
+    // Init is 1 and the program 2; ps and its heading are all else that there is.
+    assert_eq!(out, ["b c /root", &job.id, &job.id, "2", "4"]);
     assert_eq!(
         err.iter().map(|line| line.msg.as_str()).collect::<Vec<_>>(),
         ["oops"]

@@ -95,9 +95,6 @@ const PACKAGES: &[(&str, &str, Need)] = &[
     ("busybox-static", "is their user space", Need::Vm),
     ("iproute2", "connects namespaces in them", Need::Vm),
     ("nftables", "masquerades in them", Need::Vm),
-    ("squashfs-tools", "makes image layers in them", Need::Vm),
-    ("e2fsprogs", "makes volumes with limits in them", Need::Vm),
-    ("btrfs-progs", "makes volumes with snapshots in them", Need::Vm),
 ];
 
 /// Those of Debian alone: Ubuntu's kernel has a ZFS, whose programs do not go with these.

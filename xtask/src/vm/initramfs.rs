@@ -10,16 +10,8 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 const INIT: &str = include_str!("init.sh");
-/// What tests and the host's daemon call, and the kernel for its modules.
-const TOOLS: [&str; 7] = [
-    "ip",
-    "nft",
-    "modprobe",
-    "mksquashfs",
-    "mkfs.ext4",
-    "mkfs.btrfs",
-    "btrfs",
-];
+/// What tests, and the kernel for its modules, call.
+const TOOLS: [&str; 3] = ["ip", "nft", "modprobe"];
 /// How long one test program may take, in seconds.
 const LIMIT: u32 = 480;
 const LIMIT_LONG: u32 = 1200;
@@ -29,7 +21,6 @@ pub(super) fn make(
     directory: &Path,
     kernel: &Kernel,
     tests: &[&Test],
-    own_programs: &[PathBuf],
     selection: &Selection<'_>,
 ) -> Result<PathBuf> {
     let root = directory.join("root");
@@ -42,7 +33,6 @@ pub(super) fn make(
         std::fs::create_dir_all(root.join(path))?;
     }
     put(INIT.as_bytes(), &root.join("init"))?;
-    let settings = settings(tests, selection);
     let busybox = exec::find("busybox").context("no busybox; `cargo xtask setup` installs it")?;
     let mut programs = vec![(busybox, PathBuf::from("bin/busybox"))];
     for tool in TOOLS {
@@ -56,24 +46,22 @@ pub(super) fn make(
         std::fs::copy(from, root.join(to)).with_context(|| format!("cannot copy {}", from.display()))?;
         libraries.extend(libraries_of(from));
     }
-    let below = |path: &Path| root.join(path.strip_prefix("/").unwrap_or(path));
-    let tests = tests
-        .iter()
-        .map(|test| (&test.path, root.join("tests").join(&test.name)));
-    let own = own_programs.iter().map(|path| (path, below(path)));
-    for (from, to) in tests.chain(own) {
-        parents(&to)?;
+    for test in tests {
         // Without what debuggers read, which is nine tenths of it.
-        exec::quiet(Command::new("strip").arg("-o").args([&to, from]))?;
-        libraries.extend(libraries_of(from));
+        let to = root.join("tests").join(&test.name);
+        exec::quiet(Command::new("strip").arg("-o").args([&to, &test.path]))?;
+        libraries.extend(libraries_of(&test.path));
     }
     for library in libraries {
-        let to = below(&library);
-        parents(&to)?;
+        let to = root.join(library.strip_prefix("/").unwrap_or(&library));
+        std::fs::create_dir_all(to.parent().context("a library is in a directory")?)?;
         std::fs::copy(&library, &to).with_context(|| format!("cannot copy {}", library.display()))?;
     }
     kernel::stage_modules(kernel, &root)?;
-    put(settings.as_bytes(), &root.join("tests/settings"))?;
+    put(
+        settings(tests, selection).as_bytes(),
+        &root.join("tests/settings"),
+    )?;
     pack(&root, &directory.join("initramfs"))
 }
 
@@ -101,11 +89,6 @@ fn libraries_of(program: &Path) -> Vec<PathBuf> {
             path.starts_with('/').then(|| PathBuf::from(path))
         })
         .collect()
-}
-
-fn parents(path: &Path) -> Result<()> {
-    std::fs::create_dir_all(path.parent().context("a file is in a directory")?)?;
-    Ok(())
 }
 
 fn put(content: &[u8], to: &Path) -> Result<()> {

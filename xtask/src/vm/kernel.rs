@@ -118,18 +118,12 @@ fn kernel_in(root: &Path) -> Option<Kernel> {
 /// Puts those modules into a tree that a machine may need, with the tables by which they are found: the kernel then
 /// loads them when they are first asked for, as on any host.
 pub(super) fn stage_modules(kernel: &Kernel, root: &Path) -> Result<()> {
-    const PARTS: [&str; 15] = [
+    const PARTS: [&str; 9] = [
         "kernel/net",
         "kernel/lib",
         "kernel/crypto",
         "kernel/arch/x86/crypto",
         "kernel/fs/overlayfs",
-        "kernel/fs/squashfs",
-        "kernel/fs/ext4",
-        "kernel/fs/jbd2",
-        "kernel/fs/mbcache.ko*",
-        "kernel/fs/btrfs",
-        "kernel/drivers/block/loop.ko*",
         "kernel/drivers/net/veth.ko*",
         "kernel/drivers/net/dummy.ko*",
         "kernel/drivers/net/vxlan",

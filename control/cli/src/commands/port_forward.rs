@@ -46,7 +46,7 @@ impl PortForward {
                 async move { controller.forward(&app, &job, &request).await }
             };
             serving.push(forward::serve(listener, connect, |error| {
-                output::note(error.to_string())
+                output::note(error.to_string());
             }));
         }
         let failed = |why| local("no more connections can be taken", &why);

@@ -163,7 +163,7 @@ pub(crate) async fn subvolumes_are_resized() {
                 .lines()
                 .find(|line| line.starts_with("flynn_host_volume_used_bytes{volume=\"one\""))?;
             let used: u64 = used.rsplit_once(' ')?.1.parse().ok()?;
-            (used >= 50 * MIB && used < 60 * MIB).then_some(metrics)
+            (50 * MIB..60 * MIB).contains(&used).then_some(metrics)
         })
         .await
         .unwrap();

@@ -83,11 +83,11 @@ impl Pool {
         let daemon = Daemon::start(host).await;
         Self {
             _daemon: Some(daemon),
-            ..Self::provide(host, "tank").await
+            ..Self::provide(host, "tank")
         }
     }
 
-    async fn provide(host: &Host, id: &str) -> Self {
+    fn provide(host: &Host, id: &str) -> Self {
         let path = host.state.with_file_name(id);
         fs::create_dir(&path).unwrap();
         let device = path.with_extension("img").display().to_string();
@@ -241,7 +241,7 @@ pub(crate) async fn datasets_are_sent_and_received() {
     let host = Host::boot().await;
     let pool = Pool::of(&host).await;
     // Stands for another host's.
-    let other = Pool::provide(&host, "other").await;
+    let other = Pool::provide(&host, "other");
     host.api.create_volume("tank", &new("one", None)).await.unwrap();
     let noise: Vec<u8> = (0..MIB)
         .map(|i| (i.wrapping_mul(2_654_435_761) >> 13).to_le_bytes()[0])
