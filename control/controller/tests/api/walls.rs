@@ -182,6 +182,9 @@ async fn input() {
         if template.contains("/release") || template.contains("/deploy") {
             with_unknown["id"] = json!(Uuid::nil().to_string());
         }
+        if template.ends_with("/forward") {
+            with_unknown["port"] = json!(80);
+        }
         if template.contains("/routes") {
             with_unknown["service"] = json!("shop-web");
         }
