@@ -338,6 +338,7 @@ pub fn launch(
         version: 1,
         job_id: job.id.clone(),
         process_type: label(label::PROCESS_TYPE),
+        app_id: label(label::APP_ID),
         socket: Paths::socket(&job.id),
         host_ip: host.address,
         args: args.clone(),

@@ -14,7 +14,8 @@
 //! | `GET /host/network` | [`NetworkStatus`] |
 //! | `GET /host/network/flows` | `[`[`Flow`]`]`: the established TCP connections of this host's containers |
 //! | `GET /host/network/services` | `[`[`ServiceStatus`]`]`: which virtual addresses lead to which instances |
-//! | `GET /metrics` | counters and gauges of the network, in Prometheus' text format |
+//! | `GET /sinks`, `PUT` and `DELETE /sinks/{id}` | [`SinkStatus`](crate::sink::SinkStatus)es; has logs sent to a [`Sink`](crate::sink::Sink), or no more |
+//! | `GET /metrics` | counters and gauges of the network and of log sinks, in Prometheus' text format |
 //! | `PUT /host/layers/{digest}`, `GET` | puts a squashfs layer into the store; fetches it |
 //! | `GET /storage/providers`, `POST` | [`Provider`](crate::volume::Provider)s; adds a [`NewProvider`](crate::volume::NewProvider) |
 //! | `DELETE /storage/providers/{id}` | takes one without volumes off the list |

@@ -4,6 +4,7 @@ mod attach;
 pub mod ca;
 mod discoverd;
 mod exec;
+mod log_sink;
 pub mod members;
 mod network;
 mod port_forward;
@@ -57,6 +58,8 @@ pub enum Operator {
         #[arg(short = 'n', long)]
         lines: Option<u32>,
     },
+    /// Send the logs of this host's jobs to syslog servers and log aggregators
+    LogSink(log_sink::Args),
     /// Stop jobs
     Stop {
         /// Their ids, or the starts of them
@@ -180,6 +183,7 @@ pub async fn operate(command: Operator) -> anyhow::Result<ExitCode> {
             }
         }
         Operator::Network(args) => network::run(&host, &args).await?,
+        Operator::LogSink(args) => log_sink::run(&host, args).await?,
         Operator::Volume(args) => volume::run(&host, args).await?,
     }
     Ok(ExitCode::SUCCESS)

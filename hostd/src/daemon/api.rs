@@ -26,6 +26,7 @@ use super::table::Entry;
 use super::{Daemon, attached, disk_error};
 use crate::control::Request;
 use crate::logs::Follower;
+use crate::logs::sink::Sinks;
 
 /// The daemon, as handlers get it.
 pub(super) type Shared = State<Arc<Daemon>>;
@@ -50,6 +51,7 @@ pub(super) fn router(daemon: Arc<Daemon>) -> Router {
         .route("/host/network/services", get(services))
         .route("/metrics", get(metrics))
         .merge(super::volumes::router())
+        .merge(super::sinks::router())
         .fallback(|| async { Error::new(ErrorCode::NotFound, "there is no such call in the host API") })
         .layer(middleware::from_fn(authorize))
         .with_state(daemon)
@@ -203,9 +205,8 @@ fn log_lines(
     follower: Follower,
     follow: bool,
 ) -> impl Stream<Item = LogLine> {
-    let state = (daemon, id, follower, true);
-    let batches = futures::stream::unfold(state, move |(daemon, id, mut follower, first)| async move {
-        let mut first = first;
+    let state = (daemon, id, follower);
+    let batches = futures::stream::unfold(state, move |(daemon, id, mut follower)| async move {
         loop {
             // Before reading: what is over has written all.
             let over = daemon
@@ -213,14 +214,12 @@ fn log_lines(
                 .get(&id)
                 .is_none_or(|entry| entry.status.state.is_terminal());
             let lines = follower.read().ok()?;
-            let last = over || !follow;
-            if !lines.is_empty() || (last && first) {
-                return Some((lines, (daemon, id, follower, false)));
+            if !lines.is_empty() {
+                return Some((lines, (daemon, id, follower)));
             }
-            if last {
+            if over || !follow {
                 return None;
             }
-            first = false;
             // The end of a job does not show in its log: it is looked for now and then.
             let _ = timeout(Duration::from_secs(1), follower.changed()).await;
         }
@@ -243,7 +242,12 @@ async fn flows(State(daemon): Shared) -> Result<Response> {
 /// For Prometheus.
 async fn metrics(State(daemon): Shared) -> Result<Response> {
     let headers = [(CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")];
-    Ok((headers, daemon.metrics().await?).into_response())
+    let mut text = daemon.metrics().await?;
+    // It looks at disks.
+    let of_sinks =
+        spawn_blocking(move || daemon.sinks().map_or_else(|_| String::new(), Sinks::metrics)).await;
+    text += &of_sinks.unwrap_or_default();
+    Ok((headers, text).into_response())
 }
 
 async fn configure_network(

@@ -13,6 +13,7 @@ mod network;
 mod renewal;
 mod serve;
 mod services;
+mod sinks;
 mod start;
 mod store;
 mod table;
@@ -41,6 +42,7 @@ use crate::config::{HostConfig, Overrides};
 use crate::files::disk_error;
 use crate::identities;
 use crate::layers::{Mounts, Store};
+use crate::logs::sink::Sinks;
 use crate::paths::{Paths, RUN};
 use crate::prepare;
 use crate::status::boot_id;
@@ -71,6 +73,8 @@ struct Daemon {
     network: Networking,
     documents: Documents,
     services: services::Asking,
+    /// Once their list was read.
+    sinks: std::sync::OnceLock<Sinks>,
     /// Once the host has a certificate.
     discovery: Mutex<Option<DiscoveryClient>>,
     hierarchies: Hierarchies,
@@ -134,6 +138,7 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
         volumes: Volumes::open(&paths).context("cannot use the volumes")?,
         network: Networking::default(),
         services: services::Asking::default(),
+        sinks: std::sync::OnceLock::new(),
         discovery: Mutex::default(),
         documents: Documents::open(&paths.network()).context("cannot use the cluster network's documents")?,
         hierarchies,
@@ -152,6 +157,7 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
     });
     daemon.restore_network(&stored).await;
     daemon.adopt(stored);
+    daemon.start_sinks();
     daemon
         .mounts
         .lock()

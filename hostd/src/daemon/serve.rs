@@ -44,6 +44,9 @@ pub(super) async fn run(daemon: Arc<Daemon>) -> anyhow::Result<()> {
     services.abort();
     renewal.abort();
     let _ = tokio::join!(tls, registration);
+    if let Ok(sinks) = daemon.sinks() {
+        sinks.shut_down().await;
+    }
     let _ = std::fs::remove_file(host::SOCKET);
     tracing::info!("stopped; jobs go on");
     Ok(())

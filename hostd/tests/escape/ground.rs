@@ -86,6 +86,7 @@ impl Ground {
             version: 1,
             job_id: "escape".into(),
             process_type: String::new(),
+            app_id: String::new(),
             socket: dir.path().join("socket"),
             host_ip: std::net::Ipv4Addr::LOCALHOST,
             args: std::iter::once(PROGRAM)

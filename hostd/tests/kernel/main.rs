@@ -13,7 +13,10 @@ mod escape;
 mod faults;
 mod host;
 mod life;
+mod logs;
 mod network;
+#[path = "../sinks/receiver.rs"]
+mod receiver;
 mod user_namespaces;
 mod volumes;
 
@@ -49,6 +52,7 @@ fn main() -> ExitCode {
             gives_the_router_its_pins names_what_cannot_be_started;
         life: signals_and_stops kills_who_does_not_stop restarts_what_is_to_be_kept rotates_logs follows_logs
             refuses_bad_jobs reports_events checks_ports pauses_and_resumes commands_check_health commands_that_fail_are_explained;
+        logs: sinks_get_each_line_once;
         attached: pipes_lose_nothing terminals_have_sizes_and_signals attaches_before_and_after programs_run_beside_the_job_s
             programs_end_with_their_client_or_their_job ports_of_jobs_are_reached;
         faults: containers_outlive_the_daemon an_end_without_a_daemon_is_kept

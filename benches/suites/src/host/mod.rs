@@ -12,6 +12,7 @@ mod expected;
 mod idle;
 mod logs;
 mod ours;
+mod receiver;
 mod runc;
 mod starts;
 

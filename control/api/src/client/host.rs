@@ -11,6 +11,7 @@ use crate::host::{
     ATTACH_PROTOCOL, ActiveJob, AttachRequest, ExecRequest, FORWARD_PROTOCOL, Flow, ForwardRequest,
     HostStatus, Job, JobEvent, LogLine, NetworkConfig, NetworkStatus, ServiceStatus,
 };
+use crate::sink::{Sink, SinkStatus};
 use crate::volume::{Copy, Gc, NewProvider, NewVolume, Provider, Rollback, Volume};
 
 /// How long a volume may be on its way.
@@ -141,6 +142,21 @@ impl HostClient {
     /// Brings the host's network up.
     pub async fn configure_network(&self, config: &NetworkConfig) -> Result<()> {
         self.http.put("/host/network", config).await
+    }
+
+    /// Where the host's jobs' logs are sent.
+    pub async fn sinks(&self) -> Result<Vec<SinkStatus>> {
+        self.http.get("/sinks").await
+    }
+
+    /// Has logs sent to a sink, or changes how. Repeated it does nothing.
+    pub async fn put_sink(&self, sink: &Sink) -> Result<Sink> {
+        self.http.put(&format!("/sinks/{}", encode(&sink.id)), sink).await
+    }
+
+    /// Has logs sent to a sink no more.
+    pub async fn remove_sink(&self, id: &str) -> Result<()> {
+        self.http.delete(&format!("/sinks/{}", encode(id))).await
     }
 
     /// The host's volumes.
