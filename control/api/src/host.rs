@@ -8,6 +8,7 @@
 //! | `PUT /host/jobs/{id}` | starts a [`Job`]; answers when its supervisor has taken it |
 //! | `DELETE /host/jobs/{id}` | stops it; answers when it is stopping |
 //! | `PUT /host/jobs/{id}/signal/{n}` | sends signal `n` to its process |
+//! | `PUT /host/jobs/{id}/limits` | changes limits of the running job, [`Resources`] with those of [`Resources::LIVE`] |
 //! | `PUT /host/jobs/{id}/discoverd-deregister` | takes its instances out of discoverd, ahead of a stop |
 //! | `GET /host/jobs/{id}/log?lines=n&follow=true` | a stream of [`LogLine`] |
 //! | `POST /attach` | upgrade `flynn-attach/0` after an [`AttachRequest`]; frames of [`attach`] |
@@ -15,7 +16,7 @@
 //! | `GET /host/network/flows` | `[`[`Flow`]`]`: the established TCP connections of this host's containers |
 //! | `GET /host/network/services` | `[`[`ServiceStatus`]`]`: which virtual addresses lead to which instances |
 //! | `GET /sinks`, `PUT` and `DELETE /sinks/{id}` | [`SinkStatus`](crate::sink::SinkStatus)es; has logs sent to a [`Sink`](crate::sink::Sink), or no more |
-//! | `GET /metrics` | counters and gauges of the network and of log sinks, in Prometheus' text format |
+//! | `GET /metrics` | counters and gauges of jobs, of the network and of log sinks, in Prometheus' text format |
 //! | `PUT /host/layers/{digest}`, `GET` | puts a squashfs layer into the store; fetches it |
 //! | `GET /storage/providers`, `POST` | [`Provider`](crate::volume::Provider)s; adds a [`NewProvider`](crate::volume::NewProvider) |
 //! | `DELETE /storage/providers/{id}` | takes one without volumes off the list |
@@ -151,6 +152,9 @@ pub struct ContainerConfig {
     /// Keep no log.
     #[serde(default)]
     pub disable_log: bool,
+    /// The cores that it runs on, `0-3,6`; all when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cpuset: Option<String>,
     /// Capabilities, instead of the default set.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub linux_capabilities: Option<Vec<String>>,
@@ -263,8 +267,10 @@ pub struct Mount {
     pub writeable: bool,
 }
 
-/// Limits by name: `memory` (bytes), `cpu` (thousandths of a core), `max_pids`, `max_fd`, `temp_disk` (bytes),
-/// `network_out` and `network_in` (bytes a second that the container may send and receive; 0 for no limit).
+/// Limits by name: `memory` (bytes), `swap` (bytes beside it), `cpu` (thousandths of a core), `cpu_weight` (1 to 10,000; 100 is
+/// usual), `max_pids`, `max_fd`, `temp_disk` (bytes), `network_out` and `network_in` (bytes a second that the container may
+/// send and receive; 0 for no limit), `io_weight` (1 to 1,000; 100 is usual), `io_read` and `io_write` (bytes a second
+/// from and to the host's disk; 0 for no limit).
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct Resources(pub BTreeMap<String, Resource>);
@@ -282,14 +288,34 @@ pub struct Resource {
 
 impl Resources {
     /// Names that mean something.
-    pub const NAMES: [&'static str; 7] = [
+    pub const NAMES: [&'static str; 12] = [
         "memory",
+        "swap",
         "cpu",
+        "cpu_weight",
         "max_pids",
         "max_fd",
         "temp_disk",
         "network_out",
         "network_in",
+        "io_weight",
+        "io_read",
+        "io_write",
+    ];
+
+    /// Names of which 0 is a limit, or means that there is none.
+    pub const OR_ZERO: [&'static str; 5] = ["swap", "network_out", "network_in", "io_read", "io_write"];
+
+    /// Names of what can be changed while a job runs.
+    pub const LIVE: [&'static str; 8] = [
+        "memory",
+        "swap",
+        "cpu",
+        "cpu_weight",
+        "max_pids",
+        "io_weight",
+        "io_read",
+        "io_write",
     ];
 
     /// Whether nothing is set.
@@ -308,6 +334,7 @@ impl Resources {
                 "max_pids" => 4096,
                 "max_fd" => 10_000,
                 "temp_disk" => 100 << 20,
+                "cpu_weight" | "io_weight" => 100,
                 _ => 0,
             })
     }
@@ -422,6 +449,12 @@ pub enum JobEventKind {
     Start,
     /// Health changed, or the supervisor restarted it.
     Update,
+    /// Processes of it were killed for want of memory.
+    Oom,
+    /// Its quota keeps it from cores for more than a quarter of the time. Said once, until that ends.
+    Throttled,
+    /// Its processes wait for memory for more than a tenth of the time. Said once, until that ends.
+    Pressure,
     /// It is over.
     Stop,
     /// It could not be started.

@@ -11,7 +11,7 @@ use axum::http::{HeaderMap, Method, StatusCode};
 use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post, put};
-use flynn_api::host::{Job, JobEvent, LogLine, NetworkConfig};
+use flynn_api::host::{Job, JobEvent, LogLine, NetworkConfig, Resources};
 use flynn_api::server::{Json, Peer, StrictJson, disk, events, wants_events};
 use flynn_api::tls::PeerIdentity;
 use flynn_api::{Digest, Error, ErrorCode, Result};
@@ -42,6 +42,7 @@ pub(super) fn router(daemon: Arc<Daemon>) -> Router {
         .route("/host/jobs/{id}/log", get(log))
         .route("/host/jobs/{id}/exec", post(attached::exec))
         .route("/host/jobs/{id}/forward", post(attached::forward))
+        .route("/host/jobs/{id}/limits", put(update_limits))
         .route("/host/jobs/{id}/pause", put(pause))
         .route("/host/jobs/{id}/resume", put(resume))
         .route("/attach", post(attached::attach))
@@ -174,6 +175,14 @@ async fn resume(State(daemon): Shared, Path(id): Path<String>) -> Result<Respons
     done(daemon.tell(&id, &Request::Pause { paused: false }).await)
 }
 
+async fn update_limits(
+    State(daemon): Shared,
+    Path(id): Path<String>,
+    StrictJson(limits): StrictJson<Resources>,
+) -> Result<Response> {
+    done(daemon.update_limits(id, limits).await)
+}
+
 async fn deregister_job(State(daemon): Shared, Path(id): Path<String>) -> Result<Response> {
     done(daemon.tell(&id, &Request::Deregister).await)
 }
@@ -244,9 +253,10 @@ async fn metrics(State(daemon): Shared) -> Result<Response> {
     let headers = [(CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")];
     let mut text = daemon.metrics().await?;
     // It looks at disks.
-    let of_sinks =
-        spawn_blocking(move || daemon.sinks().map_or_else(|_| String::new(), Sinks::metrics)).await;
-    text += &of_sinks.unwrap_or_default();
+    let others = spawn_blocking(move || {
+        daemon.usage_metrics() + &daemon.sinks().map_or_else(|_| String::new(), Sinks::metrics)
+    });
+    text += &others.await.unwrap_or_default();
     Ok((headers, text).into_response())
 }
 

@@ -9,6 +9,7 @@ mod exe;
 mod ids;
 mod images;
 mod keep;
+mod limits;
 mod network;
 mod renewal;
 mod serve;
@@ -18,6 +19,7 @@ mod start;
 mod store;
 mod table;
 mod transfer;
+mod usage;
 mod volumes;
 
 use std::collections::BTreeMap;

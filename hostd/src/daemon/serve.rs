@@ -14,7 +14,7 @@ use flynn_api::tls::{ClientAuth, Identity, Live};
 use tokio::time::sleep;
 
 use super::network::follow;
-use super::{Daemon, api, renewal, services};
+use super::{Daemon, api, renewal, services, usage};
 use crate::{floating, identities, leases};
 
 /// Between looks at the certificate.
@@ -35,6 +35,7 @@ pub(super) async fn run(daemon: Arc<Daemon>) -> anyhow::Result<()> {
     let floating = tokio::spawn(keep_floating(Arc::clone(&daemon)));
     let services = tokio::spawn(services::run(Arc::clone(&daemon)));
     let renewal = tokio::spawn(renewal::keep(Arc::clone(&daemon)));
+    let usage = tokio::spawn(usage::watch(Arc::clone(&daemon)));
     serve(socket, api::router(Arc::clone(&daemon)), stop.cancelled()).await?;
     network.abort();
     documents.abort();
@@ -43,6 +44,7 @@ pub(super) async fn run(daemon: Arc<Daemon>) -> anyhow::Result<()> {
     daemon.floating_settings.send_replace(None);
     services.abort();
     renewal.abort();
+    usage.abort();
     let _ = tokio::join!(tls, registration);
     if let Ok(sinks) = daemon.sinks() {
         sinks.shut_down().await;

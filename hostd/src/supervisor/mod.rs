@@ -121,7 +121,13 @@ fn make_network() -> io::Result<()> {
 }
 
 fn run(launch: Launch, job_dir: &Path, listener: UnixListener, hierarchies: &Hierarchies) -> io::Result<()> {
-    let group = Group::create(hierarchies, launch.partition, &launch.job_id, launch.limits)?;
+    let group = Group::create(
+        hierarchies,
+        launch.partition,
+        &launch.job_id,
+        &launch.limits,
+        job_dir,
+    )?;
     // What goes wrong is said when it is needed, and tried again.
     let users = launch
         .first_id()

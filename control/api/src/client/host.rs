@@ -9,7 +9,7 @@ use super::{Body, EventStream, Http, Upgraded, encode};
 use crate::Result;
 use crate::host::{
     ATTACH_PROTOCOL, ActiveJob, AttachRequest, ExecRequest, FORWARD_PROTOCOL, Flow, ForwardRequest,
-    HostStatus, Job, JobEvent, LogLine, NetworkConfig, NetworkStatus, ServiceStatus,
+    HostStatus, Job, JobEvent, LogLine, NetworkConfig, NetworkStatus, Resources, ServiceStatus,
 };
 use crate::sink::{Sink, SinkStatus};
 use crate::volume::{Copy, Gc, NewProvider, NewVolume, Provider, Rollback, Volume};
@@ -79,6 +79,13 @@ impl HostClient {
     pub async fn resume_job(&self, id: &str) -> Result<()> {
         self.http
             .put(&format!("/host/jobs/{}/resume", encode(id)), &())
+            .await
+    }
+
+    /// Changes limits of a running job, those that are named.
+    pub async fn update_limits(&self, id: &str, limits: &Resources) -> Result<()> {
+        self.http
+            .put(&format!("/host/jobs/{}/limits", encode(id)), limits)
             .await
     }
 

@@ -137,8 +137,7 @@ pub(crate) fn resources(field: &str, resources: &Resources) -> Result<()> {
                 format!("is not a resource; there are {known}"),
             ));
         }
-        // Of what goes over the network, 0 means that there is no limit.
-        if resource.limit == Some(0) && !name.starts_with("network_") {
+        if resource.limit == Some(0) && !Resources::OR_ZERO.contains(&name.as_str()) {
             return Err(Error::invalid_field(&field, "a limit of 0 lets nothing run"));
         }
         if let (Some(request), Some(limit)) = (resource.request, resource.limit)
