@@ -7,7 +7,8 @@
 //! volumes, an address. One **supervisor** per job ([`supervisor`]), this same binary executed anew, makes the
 //! [`container`], holds its pipes, registers its services and notes its end.
 //!
-//! [`floating`] keeps addresses at a host that is well.
+//! [`download`] brings files here whole or not at all, [`repository`] says which of them are a release. [`confine`] is where
+//! programs run that read what strangers made. [`floating`] keeps addresses at a host that is well.
 //!
 //! Invariants:
 //! - The daemon can be killed at any moment: no container notices, no log line and no exit status is lost. A daemon
