@@ -5,7 +5,7 @@
 //! works alike on every host.
 
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
@@ -37,6 +37,7 @@ const MAX_LOG_BYTES: u64 = 32 << 20;
 /// A member this many entries behind has caught up.
 const CAUGHT_UP: u64 = 100;
 /// A leader whom no majority has answered for this long leads nobody: it cannot write, and others may have elected another.
+/// Nor does one that a follower has not heard for this long.
 const UNANSWERED: Duration = Duration::from_secs(2);
 
 /// A member of the cluster. Cheap to clone.
@@ -62,6 +63,8 @@ pub struct Node {
     began: Instant,
     /// Told from those of other starts.
     session: u64,
+    /// When a leader was heard last, by [`Node::now`]; 0 before the first.
+    heard_leader: Arc<AtomicU64>,
     // Held until the last clone is gone: one process alone may use the directory.
     _lock: Arc<std::fs::File>,
 }
@@ -89,8 +92,6 @@ pub(crate) struct Orders {
     pub(crate) anew: CancellationToken,
     /// It looks into whether it must follow a recovered cluster.
     pub(crate) following: AtomicBool,
-    /// It has heard a leader, or has led, since its start.
-    pub(crate) led: AtomicBool,
 }
 
 /// Since when the leader has seen what it sees.
@@ -156,11 +157,11 @@ impl Node {
                 given: AtomicBool::new(false),
                 anew: CancellationToken::new(),
                 following: AtomicBool::new(false),
-                led: AtomicBool::new(false),
             }),
             ca_settle: timing.ca_settle,
             began: Instant::now(),
             session: rand::random_range(1..1_u64 << 48),
+            heard_leader: Arc::default(),
             _lock: Arc::new(lock),
         })
     }
@@ -197,13 +198,33 @@ impl Node {
         self.raft.is_initialized().await.unwrap_or(false)
     }
 
-    /// The leader, as far as it is known here.
+    /// The leader, as far as it is known here: a follower knows of none once it has not heard it for [`UNANSWERED`]. Raft
+    /// itself goes on naming the last one, for as long as no other can be elected.
     pub fn leader(&self) -> Option<(u64, Member)> {
         let metrics = self.raft.server_metrics();
         let metrics = metrics.borrow_watched();
         let id = metrics.current_leader?;
+        if id != self.id {
+            let silent = Duration::from_millis(
+                self.now()
+                    .saturating_sub(self.heard_leader.load(Ordering::Relaxed)),
+            );
+            if silent > UNANSWERED {
+                return None;
+            }
+        }
         let member = metrics.membership_config.membership().get_node(&id)?;
         Some((id, member.clone()))
+    }
+
+    /// This member hears the leader.
+    pub(crate) fn hear_leader(&self) {
+        self.heard_leader.store(self.now().max(1), Ordering::Relaxed);
+    }
+
+    /// Whether it has heard a leader since its start.
+    pub(crate) fn has_heard_leader(&self) -> bool {
+        self.heard_leader.load(Ordering::Relaxed) > 0
     }
 
     /// The term that this member leads in, if it leads.
@@ -215,6 +236,7 @@ impl Node {
 
     /// The members.
     pub fn peers(&self) -> Vec<Peer> {
+        let leader = self.leader().map(|(id, _)| id);
         let metrics = self.raft.server_metrics();
         let metrics = metrics.borrow_watched();
         let membership = metrics.membership_config.membership();
@@ -223,7 +245,7 @@ impl Node {
             id: *id,
             addr: member.addr.clone(),
             voter: voters.contains(id),
-            leader: metrics.current_leader == Some(*id),
+            leader: leader == Some(*id),
         };
         membership.nodes().map(peer).collect()
     }
@@ -398,6 +420,7 @@ impl Node {
 
     /// How this member does.
     pub fn own_status(&self) -> OwnStatus {
+        let leader = self.leader();
         let metrics = self.raft.metrics();
         let metrics = metrics.borrow_watched();
         let index = |id: Option<crate::raft::LogId>| id.map_or(0, |id| id.index);
@@ -409,7 +432,7 @@ impl Node {
             id: self.id,
             state: format!("{:?}", metrics.state).to_lowercase(),
             term: metrics.current_term,
-            leader: self.leader().filter(|_| !is_alone).map(|(_, member)| member.addr),
+            leader: leader.filter(|_| !is_alone).map(|(_, member)| member.addr),
             last_log: metrics.last_log_index.unwrap_or(0),
             last_term: self.log.last().map_or(0, |last| last.leader_id.term),
             committed: index(metrics.cluster_committed),

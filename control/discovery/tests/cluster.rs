@@ -126,6 +126,46 @@ fn three_members_elect_another_leader() {
     });
 }
 
+/// Raft itself goes on naming the last one where none can be elected.
+#[test]
+fn who_is_left_of_three_names_no_leader() {
+    block_on(async {
+        let mut cluster = Cluster::three().await;
+        let leader = cluster.ready(0).await;
+        let (left, other) = ((leader + 1) % 3, (leader + 2) % 3);
+        eventually("all three vote", async || {
+            let peers = cluster.client(left).peers().await.ok()?;
+            (peers.iter().filter(|peer| peer.voter).count() == 3).then_some(())
+        })
+        .await;
+        eventually("a follower that knows the leader", async || {
+            cluster.leader(left).await
+        })
+        .await;
+        // It is not asked for its vote any more.
+        cluster.members[other].kill();
+        cluster.members[leader].kill();
+        let client = cluster.client(left);
+        let status = eventually("no leader", async || {
+            let status = client.own_status().await.ok()?;
+            status.leader.is_none().then_some(status)
+        })
+        .await;
+        assert_ne!(status.state, "leader");
+        assert!(client.peers().await.unwrap().iter().all(|peer| !peer.leader));
+        assert!(cluster.leader(left).await.is_none());
+        let refused = client
+            .create_service("web", &ServiceConfig::default())
+            .await
+            .unwrap_err();
+        assert_eq!(refused.code, ErrorCode::Unavailable, "{refused}");
+
+        cluster.members[other].start();
+        let next = eventually("another leader", async || cluster.leader(left).await).await;
+        assert_ne!(next, leader);
+    });
+}
+
 #[test]
 fn a_newcomer_gets_a_snapshot_and_answers_alone() {
     block_on(async {

@@ -90,11 +90,11 @@ async fn status(
     Extension(peer): Extension<Peer>,
 ) -> Result<Response, Error> {
     door.check(&peer, &Action::Status)?;
-    let leader = node.leader();
+    let leader = node.own_status().leader;
     let healthy = leader.is_some();
     let status = discovery::Status {
         status: if healthy { "healthy" } else { "unhealthy" }.to_owned(),
-        leader: leader.map(|(_, member)| member.addr),
+        leader,
         index: node.view.applied(),
     };
     let code = if healthy {

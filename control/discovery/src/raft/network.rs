@@ -44,6 +44,11 @@ type Clients = (Option<Arc<rustls::ClientConfig>>, HashMap<String, Http>);
 /// nearly all of a leader's work would be handshakes.
 const MAX_CLIENTS: usize = 4096;
 
+/// How long a member may take to append entries. openraft gives them no longer than a heartbeat: then a member with a slow
+/// disk, or too little of a CPU, never gets through a thousand entries that it has to catch up with, and a call that is
+/// given up takes its connection with it.
+const APPEND: Duration = Duration::from_secs(2);
+
 impl std::fmt::Debug for Dialer {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Dialer").finish_non_exhaustive()
@@ -160,7 +165,12 @@ impl RaftNetworkV2<TypeConfig> for Link {
         rpc: AppendEntriesRequest<TypeConfig>,
         option: RPCOption,
     ) -> Result<AppendEntriesResponse<TypeConfig>, RPCError<TypeConfig>> {
-        self.call("append", &rpc, option.soft_ttl())
+        let patience = if rpc.entries.is_empty() {
+            option.soft_ttl()
+        } else {
+            APPEND.max(option.soft_ttl())
+        };
+        self.call("append", &rpc, patience)
             .await
             .map_err(|error| failed(&error))
     }

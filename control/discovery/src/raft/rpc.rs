@@ -1,7 +1,5 @@
 //! The receiving end of calls between members: `/raft/{id}/…` on the cluster listener.
 
-use std::sync::atomic::Ordering;
-
 use axum::extract::{Path, Request, State};
 use axum::response::{IntoResponse as _, Response};
 use axum::routing::post;
@@ -70,7 +68,7 @@ async fn call(
             let rpc: AppendEntriesRequest<TypeConfig> = parse(&body)?;
             let answered = node.raft.append_entries(rpc).await;
             if matches!(&answered, Ok(taken) if !matches!(taken, AppendEntriesResponse::HigherVote(_))) {
-                node.orders.led.store(true, Ordering::Relaxed);
+                node.hear_leader();
             }
             answer(answered)
         }

@@ -241,7 +241,7 @@ pub fn follow(node: &Node, addr: &str) {
     }
     let (node, addr) = (node.clone(), addr.to_owned());
     tokio::spawn(async move {
-        let led = node.orders.led.load(Ordering::Relaxed) || node.leads().is_some();
+        let led = node.has_heard_leader() || node.leads().is_some();
         if led && works(&node).await {
             tracing::error!(
                 addr,
