@@ -80,6 +80,8 @@ const PACKAGES: &[(&str, &str, Need)] = &[
     ("busybox-static", "what test containers run", Need::Test),
     ("docker.io", "what images are pushed from", Need::Test),
     ("procps", "finds processes in the lab", Need::Test),
+    ("rsyslog", "takes logs", Need::Test),
+    ("syslog-ng-core", "takes logs", Need::Test),
     ("runc", "a peer of the benchmarks", Need::Bench),
     ("nginx", "a peer of the benchmarks", Need::Bench),
     ("haproxy", "a peer of the benchmarks", Need::Bench),
@@ -95,6 +97,9 @@ const PACKAGES: &[(&str, &str, Need)] = &[
     ("busybox-static", "is their user space", Need::Vm),
     ("iproute2", "connects namespaces in them", Need::Vm),
     ("nftables", "masquerades in them", Need::Vm),
+    ("squashfs-tools", "makes image layers in them", Need::Vm),
+    ("e2fsprogs", "makes volumes with limits in them", Need::Vm),
+    ("btrfs-progs", "makes volumes with snapshots in them", Need::Vm),
 ];
 
 /// Those of Debian alone: Ubuntu's kernel has a ZFS, whose programs do not go with these.

@@ -19,6 +19,8 @@ mount -t tmpfs -o mode=1777 tmp /tmp
 mount -t tmpfs run /run
 mount -t bpf bpf /sys/fs/bpf
 mount -t cgroup2 cgroup /sys/fs/cgroup
+# What tests look for before the kernel would load it: not each kernel has all of them as modules.
+modprobe -aq overlay squashfs loop ext4 btrfs
 stty -F /dev/ttyS1 raw -echo 115200
 exec >/dev/ttyS1 2>&1 </dev/null
 ip link set lo up

@@ -1,6 +1,6 @@
 //! The file system of a machine: test programs, what they call, and the libraries of both.
 
-use super::{Kernel, Selection, Test, kernel};
+use super::{Kernel, SLOW, Selection, Test, kernel};
 use crate::exec;
 use anyhow::{Context, Result};
 use std::collections::BTreeSet;
@@ -10,8 +10,16 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 const INIT: &str = include_str!("init.sh");
-/// What tests, and the kernel for its modules, call.
-const TOOLS: [&str; 3] = ["ip", "nft", "modprobe"];
+/// What tests and the host's daemon call, and the kernel for its modules.
+const TOOLS: [&str; 7] = [
+    "ip",
+    "nft",
+    "modprobe",
+    "mksquashfs",
+    "mkfs.ext4",
+    "mkfs.btrfs",
+    "btrfs",
+];
 /// How long one test program may take, in seconds.
 const LIMIT: u32 = 480;
 const LIMIT_LONG: u32 = 1200;
@@ -21,6 +29,7 @@ pub(super) fn make(
     directory: &Path,
     kernel: &Kernel,
     tests: &[&Test],
+    own_programs: &[PathBuf],
     selection: &Selection<'_>,
 ) -> Result<PathBuf> {
     let root = directory.join("root");
@@ -33,6 +42,7 @@ pub(super) fn make(
         std::fs::create_dir_all(root.join(path))?;
     }
     put(INIT.as_bytes(), &root.join("init"))?;
+    let settings = settings(tests, selection);
     let busybox = exec::find("busybox").context("no busybox; `cargo xtask setup` installs it")?;
     let mut programs = vec![(busybox, PathBuf::from("bin/busybox"))];
     for tool in TOOLS {
@@ -46,22 +56,24 @@ pub(super) fn make(
         std::fs::copy(from, root.join(to)).with_context(|| format!("cannot copy {}", from.display()))?;
         libraries.extend(libraries_of(from));
     }
-    for test in tests {
+    let below = |path: &Path| root.join(path.strip_prefix("/").unwrap_or(path));
+    let tests = tests
+        .iter()
+        .map(|test| (&test.path, root.join("tests").join(&test.name)));
+    let own = own_programs.iter().map(|path| (path, below(path)));
+    for (from, to) in tests.chain(own) {
+        parents(&to)?;
         // Without what debuggers read, which is nine tenths of it.
-        let to = root.join("tests").join(&test.name);
-        exec::quiet(Command::new("strip").arg("-o").args([&to, &test.path]))?;
-        libraries.extend(libraries_of(&test.path));
+        exec::quiet(Command::new("strip").arg("-o").args([&to, from]))?;
+        libraries.extend(libraries_of(from));
     }
     for library in libraries {
-        let to = root.join(library.strip_prefix("/").unwrap_or(&library));
-        std::fs::create_dir_all(to.parent().context("a library is in a directory")?)?;
+        let to = below(&library);
+        parents(&to)?;
         std::fs::copy(&library, &to).with_context(|| format!("cannot copy {}", library.display()))?;
     }
     kernel::stage_modules(kernel, &root)?;
-    put(
-        settings(tests, selection).as_bytes(),
-        &root.join("tests/settings"),
-    )?;
+    put(settings.as_bytes(), &root.join("tests/settings"))?;
     pack(&root, &directory.join("initramfs"))
 }
 
@@ -73,7 +85,11 @@ fn settings(tests: &[&Test], selection: &Selection<'_>) -> String {
     // Writing to a string does not fail.
     let _ = writeln!(text, "TESTS='{}'", names.join(" "));
     let _ = writeln!(text, "LIMIT={limit}");
-    let _ = writeln!(text, "ARGUMENTS='{}'", selection.filter.unwrap_or_default());
+    let mut arguments = selection.filter.unwrap_or_default().to_owned();
+    for slow in SLOW.iter().filter(|_| !selection.long) {
+        let _ = write!(arguments, " --skip {slow}");
+    }
+    let _ = writeln!(text, "ARGUMENTS='{arguments}'");
     let _ = writeln!(text, "export FLYNN_TEST_LONG={}", u8::from(selection.long));
     text
 }
@@ -89,6 +105,11 @@ fn libraries_of(program: &Path) -> Vec<PathBuf> {
             path.starts_with('/').then(|| PathBuf::from(path))
         })
         .collect()
+}
+
+fn parents(path: &Path) -> Result<()> {
+    std::fs::create_dir_all(path.parent().context("a file is in a directory")?)?;
+    Ok(())
 }
 
 fn put(content: &[u8], to: &Path) -> Result<()> {

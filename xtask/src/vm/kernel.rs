@@ -118,18 +118,25 @@ fn kernel_in(root: &Path) -> Option<Kernel> {
 /// Puts those modules into a tree that a machine may need, with the tables by which they are found: the kernel then
 /// loads them when they are first asked for, as on any host.
 pub(super) fn stage_modules(kernel: &Kernel, root: &Path) -> Result<()> {
-    const PARTS: [&str; 9] = [
+    const PARTS: [&str; 15] = [
         "kernel/net",
         "kernel/lib",
         "kernel/crypto",
         "kernel/arch/x86/crypto",
         "kernel/fs/overlayfs",
+        "kernel/fs/squashfs",
+        "kernel/fs/ext4",
+        "kernel/fs/jbd2",
+        "kernel/fs/mbcache.ko*",
+        "kernel/fs/btrfs",
+        "kernel/drivers/block/loop.ko*",
         "kernel/drivers/net/veth.ko*",
         "kernel/drivers/net/dummy.ko*",
         "kernel/drivers/net/vxlan",
         "kernel/drivers/net/wireguard",
     ];
     let to = root.join("lib/modules").join(&kernel.release);
+    let builtin = std::fs::read_to_string(kernel.modules.join("modules.builtin"))?;
     for part in PARTS {
         let (from, to) = (kernel.modules.join(part), to.join(part));
         let parent = to.parent().context("a part has a parent")?;
@@ -148,7 +155,8 @@ pub(super) fn stage_modules(kernel: &Kernel, root: &Path) -> Result<()> {
                     found = true;
                 }
             }
-            if !found {
+            // What one kernel has as a module, another has within.
+            if !found && !builtin.contains(prefix) {
                 bail!("Linux {} has no module {name}", kernel.release);
             }
         } else if from.is_dir() {
