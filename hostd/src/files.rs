@@ -14,6 +14,9 @@ use rustix::io::Errno;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
+/// The end of the name of a file that is being written.
+pub const UNFINISHED: &str = ".tmp";
+
 /// Makes a directory, and those above it, that only root can enter.
 pub fn private_dir(path: &Path) -> io::Result<()> {
     fs::DirBuilder::new().recursive(true).mode(0o700).create(path)
@@ -32,7 +35,7 @@ pub fn write_for_boot(path: &Path, bytes: &[u8]) -> io::Result<()> {
 
 fn write(path: &Path, bytes: &[u8], durable: bool) -> io::Result<()> {
     let mut temporary = path.as_os_str().to_owned();
-    temporary.push(".tmp");
+    temporary.push(UNFINISHED);
     let written = (|| {
         let mut file = File::options()
             .write(true)

@@ -22,6 +22,9 @@ pub struct Launch {
     pub job_id: String,
     /// The process type, for log lines.
     pub process_type: String,
+    /// The app's id, for log lines; empty for an operator's own job.
+    #[serde(default)]
+    pub app_id: String,
     /// Where its control socket is made.
     pub socket: PathBuf,
     /// Where the host is reached.

@@ -3,12 +3,13 @@
 use std::net::Ipv4Addr;
 use std::path::{Component, Path, PathBuf};
 
-use flynn_api::host::{ContainerConfig, HealthCheck, Job, Resources, UserNamespace, label};
+use flynn_api::host::{ContainerConfig, HealthCheck, Job, UserNamespace, label};
 use flynn_api::image::{Entrypoint, ImageManifest};
+use flynn_api::resources::Resources;
 use flynn_api::{Digest, Env, Error, Meta, Result};
 
 use crate::caps;
-use crate::cgroup::Limits;
+use crate::cgroup::{Limits, is_cpuset};
 use crate::launch::{Bind, Launch, Service};
 use crate::paths::Paths;
 use crate::volumes::is_volume_id;
@@ -54,6 +55,20 @@ pub fn check(job: &Job, host_id: &str) -> Result<()> {
         return Err(Error::invalid_field(
             "resources",
             format!("{name} is no resource; there are {known}"),
+        ));
+    }
+    for (name, most) in [("cpu_weight", 10_000), ("io_weight", 1000)] {
+        if !(1..=most).contains(&job.resources.limit(name)) {
+            return Err(Error::invalid_field(
+                &format!("resources.{name}"),
+                format!("a weight from 1 to {most} is wanted"),
+            ));
+        }
+    }
+    if config.cpuset.as_ref().is_some_and(|cores| !is_cpuset(cores)) {
+        return Err(Error::invalid_field(
+            "config.cpuset",
+            "numbers and ranges of cores are wanted: 0-3,6",
         ));
     }
     if job.resources.limit("memory") < MIN_MEMORY {
@@ -338,6 +353,7 @@ pub fn launch(
         version: 1,
         job_id: job.id.clone(),
         process_type: label(label::PROCESS_TYPE),
+        app_id: label(label::APP_ID),
         socket: Paths::socket(&job.id),
         host_ip: host.address,
         args: args.clone(),
@@ -360,11 +376,7 @@ pub fn launch(
         host_pid_namespace: config.host_pid_namespace,
         user_namespace: host_users(job, capabilities).map(UserNamespace::Without),
         partition: job.partition,
-        limits: Limits {
-            memory: job.resources.limit("memory"),
-            cpu: job.resources.limit("cpu"),
-            pids: job.resources.limit("max_pids"),
-        },
+        limits: limits(job),
         max_files: job.resources.limit("max_fd"),
         ports: ports.to_vec(),
         services: services(config, ports),
@@ -372,6 +384,22 @@ pub fn launch(
         stop_timeout: job.stop_timeout.unwrap_or(30),
         resurrect: job.resurrect,
     })
+}
+
+/// What the job's cgroups are told.
+pub fn limits(job: &Job) -> Limits {
+    let limit = |name| job.resources.limit(name);
+    Limits {
+        memory: limit("memory"),
+        swap: limit("swap"),
+        cpu: limit("cpu"),
+        cpu_weight: limit("cpu_weight"),
+        cpuset: job.config.cpuset.clone().unwrap_or_default(),
+        pids: limit("max_pids"),
+        io_weight: limit("io_weight"),
+        io_read: limit("io_read"),
+        io_write: limit("io_write"),
+    }
 }
 
 fn environment(job: &Job, host: &Host<'_>, entrypoint: &Entrypoint, ports: &[u16], hostname: &str) -> Env {
@@ -427,8 +455,9 @@ fn instance_meta(job: &Job, host: &Host<'_>) -> Meta {
 
 #[cfg(test)]
 mod tests {
-    use flynn_api::host::{Mount, Port, Resource, Service as PortService, VolumeBinding};
+    use flynn_api::host::{Mount, Port, Service as PortService, VolumeBinding};
     use flynn_api::image::{Artifact, Layer};
+    use flynn_api::resources::Resource;
 
     use super::*;
 

@@ -413,6 +413,27 @@ pub(crate) fn polled(fd: OwnedFd) -> io::Result<Polled> {
     Ok(unsafe { AsyncFd::register(Arc::new(fd)) }?)
 }
 
+/// Bytes of a TCP connection that the other host has not acknowledged. None once the connection is over.
+pub(crate) fn tcp_unacknowledged(socket: impl AsFd) -> io::Result<Option<u64>> {
+    const ESTABLISHED: u8 = 1;
+    const CLOSE_WAIT: u8 = 8;
+    let fd = socket.as_fd().as_raw_fd();
+    let mut waiting: libc::c_int = 0;
+    // SAFETY: SIOCOUTQ, which is TIOCOUTQ, writes one integer, which lives until the call returns.
+    check(unsafe { libc::ioctl(fd, libc::TIOCOUTQ, &raw mut waiting) }.into())?;
+    // The first byte of a tcp_info is the state. It is asked for last: what is over says that nothing waits.
+    let mut info = [0_u8; 8];
+    let mut length = libc::socklen_t::try_from(info.len()).map_err(io::Error::other)?;
+    // SAFETY: at most as many bytes are written as there are, and both live until the call returns.
+    let result = unsafe {
+        let info = (&raw mut info).cast();
+        libc::getsockopt(fd, libc::IPPROTO_TCP, libc::TCP_INFO, info, &raw mut length)
+    };
+    check(result.into())?;
+    let up = matches!(info[0], ESTABLISHED | CLOSE_WAIT);
+    Ok(u64::try_from(waiting).ok().filter(|_| up))
+}
+
 /// Sends a frame as it is from the interface with this index.
 pub(crate) fn send_frame(index: u32, frame: &[u8]) -> io::Result<()> {
     let family = libc::AF_PACKET;

@@ -25,8 +25,9 @@ use std::collections::BTreeMap;
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
-use crate::host::{Mount, Partition, Port, Resources, TtySize};
+use crate::host::{Mount, Partition, Port, TtySize};
 use crate::image::Artifact;
+use crate::resources::Resources;
 use crate::{Env, Meta};
 
 /// Meta key of apps that belong to the platform.

@@ -8,6 +8,7 @@
 //! | `PUT /host/jobs/{id}` | starts a [`Job`]; answers when its supervisor has taken it |
 //! | `DELETE /host/jobs/{id}` | stops it; answers when it is stopping |
 //! | `PUT /host/jobs/{id}/signal/{n}` | sends signal `n` to its process |
+//! | `PUT /host/jobs/{id}/limits` | changes limits of the running job, [`Resources`] with some of [`Resources::LIVE`] |
 //! | `PUT /host/jobs/{id}/discoverd-deregister` | takes its instances out of discoverd, ahead of a stop |
 //! | `GET /host/jobs/{id}/log?lines=n&follow=true` | a stream of [`LogLine`] |
 //! | `POST /attach` | upgrade `flynn-attach/0` after an [`AttachRequest`]; frames of [`attach`] |
@@ -17,8 +18,9 @@
 //! | `PUT /host/tags` | sets the tags for placement, all of them |
 //! | `PUT /host/drain`, `DELETE` | has the host's jobs go to other hosts; no longer |
 //! | `POST /host/update` | has another program go on with the daemon's work ([`Update`], [`Updated`]) |
-//! | `GET /metrics` | counters and gauges of the network, in Prometheus' text format |
 //! | `GET /host/layers` | `[`[`StoredLayer`](crate::image::StoredLayer)`]` |
+//! | `GET /sinks`, `PUT` and `DELETE /sinks/{id}` | [`SinkStatus`](crate::sink::SinkStatus)es; has logs sent to a [`Sink`](crate::sink::Sink), or no more |
+//! | `GET /metrics` | counters and gauges of jobs, of the network and of log sinks, in Prometheus' text format |
 //! | `PUT /host/layers/{digest}`, `GET` | puts a squashfs layer into the store; fetches it |
 //! | `POST /host/layers/gc` | removes layers that nobody needs ([`LayerGc`](crate::image::LayerGc)) |
 //! | `POST /host/layers/verify` | reads all layers, sets damaged ones aside ([`VerifiedLayers`](crate::image::VerifiedLayers)) |
@@ -41,6 +43,7 @@ use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
 use crate::image::Artifact;
+use crate::resources::Resources;
 use crate::{Env, Meta};
 
 /// The port of the host API.
@@ -179,6 +182,9 @@ pub struct ContainerConfig {
     /// Keep no log.
     #[serde(default)]
     pub disable_log: bool,
+    /// The cores that it runs on, `0-3,6`; all when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cpuset: Option<String>,
     /// Capabilities, instead of the default set.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub linux_capabilities: Option<Vec<String>>,
@@ -295,56 +301,6 @@ pub struct Mount {
     pub writeable: bool,
 }
 
-/// Limits by name: `memory` (bytes), `cpu` (thousandths of a core), `max_pids`, `max_fd`, `temp_disk` (bytes),
-/// `network_out` and `network_in` (bytes a second that the container may send and receive; 0 for no limit).
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(transparent)]
-pub struct Resources(pub BTreeMap<String, Resource>);
-
-/// What a job asks for and may at most have.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Resource {
-    /// Reserved.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub request: Option<u64>,
-    /// At most.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub limit: Option<u64>,
-}
-
-impl Resources {
-    /// Names that mean something.
-    pub const NAMES: [&'static str; 7] = [
-        "memory",
-        "cpu",
-        "max_pids",
-        "max_fd",
-        "temp_disk",
-        "network_out",
-        "network_in",
-    ];
-
-    /// Whether nothing is set.
-    pub fn is_empty(&self) -> bool {
-        self.0.is_empty()
-    }
-
-    /// The limit of this name, or Flynn's default for it.
-    pub fn limit(&self, name: &str) -> u64 {
-        self.0
-            .get(name)
-            .and_then(|resource| resource.limit)
-            .unwrap_or(match name {
-                "memory" => 1 << 30,
-                "cpu" => 1000,
-                "max_pids" => 4096,
-                "max_fd" => 10_000,
-                "temp_disk" => 100 << 20,
-                _ => 0,
-            })
-    }
-}
-
 /// Where a job stands.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -454,6 +410,12 @@ pub enum JobEventKind {
     Start,
     /// Health changed, or the supervisor restarted it.
     Update,
+    /// Processes of it were killed for want of memory.
+    Oom,
+    /// Its quota keeps it from cores for more than a quarter of the time. Said once, until that ends.
+    Throttled,
+    /// Its processes wait for memory for more than a tenth of the time. Said once, until that ends.
+    Pressure,
     /// It is over.
     Stop,
     /// It could not be started.

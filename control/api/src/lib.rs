@@ -5,8 +5,8 @@
 //! reads another's answer (clusters of mixed versions), and refused where a person's input arrives
 //! (`server::StrictJson`). For the same reason no event ends the stream of a reader that does not know its kind.
 //!
-//! - [`controller`], [`discovery`], [`host`], [`image`], [`network`], [`receive`], [`route`], [`sirenia`]: the types, one module per API.
-//! - [`error`]: the one error body; [`spec`]: the jobs of a formation; [`virtual_address`]: what a service's number comes to.
+//! - [`controller`], [`discovery`], [`host`], [`image`], [`network`], [`receive`], [`route`], [`sink`], [`sirenia`]: the types, one module per API.
+//! - [`error`]: the one error body; [`spec`]: the jobs of a formation; [`resources`]: limits; [`virtual_address`]: what a service's number comes to.
 //! - `tls` (feature `tls`): the cluster CA and the identities that it signs.
 //! - `client` (feature `client`): transport over TCP, mutual TLS and Unix sockets, and a client per API.
 //! - `server` (feature `server`): listeners, extractors, event streams, logging and shutdown.
@@ -20,7 +20,9 @@ pub mod image;
 pub mod network;
 pub mod receive;
 pub mod redact;
+pub mod resources;
 pub mod route;
+pub mod sink;
 pub mod sirenia;
 pub mod spec;
 pub mod virtual_address;

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use flynn_api::Meta;
-use flynn_api::host::Resources;
+use flynn_api::resources::Resources;
 
 use crate::view::{Facts, Host, Key};
 
@@ -88,7 +88,7 @@ pub fn best<'a>(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use flynn_api::host::Resource;
+    use flynn_api::resources::Resource;
 
     fn key(release: &str) -> Key {
         Key {

@@ -13,7 +13,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use flynn_api::Meta;
 use flynn_api::controller::{ExpandedFormation, ProcessType, SYSTEM_CRITICAL};
-use flynn_api::host::Resources;
+use flynn_api::resources::Resources;
 use flynn_api::spec::volume_id;
 use jiff::{SignedDuration, Timestamp};
 use serde::Serialize;

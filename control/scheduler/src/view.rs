@@ -6,7 +6,8 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use flynn_api::Meta;
-use flynn_api::host::{ActiveJob, HostStatus, Job as Spec, JobState as HostJobState, Resources, label};
+use flynn_api::host::{ActiveJob, HostStatus, Job as Spec, JobState as HostJobState, label};
+use flynn_api::resources::Resources;
 use jiff::{SignedDuration, Timestamp};
 use serde::Serialize;
 

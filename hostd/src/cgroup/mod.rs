@@ -8,6 +8,8 @@
 //! its limits in the one and its kill switch in the other.
 
 mod hierarchy;
+mod limits;
+mod usage;
 
 use std::fs;
 use std::io;
@@ -19,6 +21,8 @@ use flynn_api::host::Partition;
 use flynn_dataplane::{Device, allow_devices};
 
 pub use hierarchy::{Hierarchies, Hierarchy};
+pub use limits::{Limits, is_cpuset};
+pub use usage::Usage;
 
 /// The group below which the supervisors themselves live.
 const SUPERVISORS: &str = "flynn/supervisor";
@@ -37,17 +41,6 @@ const DEVICES: [(u32, Option<u32>); 8] = [
 
 /// How long processes may take to stand still: one that waits for a disk does not before it is served.
 const FREEZING: Duration = Duration::from_secs(1);
-
-/// What a job may have at most.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
-pub struct Limits {
-    /// Bytes of memory, swap included.
-    pub memory: u64,
-    /// Thousandths of a core.
-    pub cpu: u64,
-    /// Processes and threads.
-    pub pids: u64,
-}
 
 /// The name of a partition's group.
 pub fn partition_name(partition: Partition) -> &'static str {
@@ -74,15 +67,21 @@ pub struct Group {
 }
 
 impl Group {
-    /// Makes the groups of a job, with its limits.
-    pub fn create(all: &Hierarchies, partition: Partition, id: &str, limits: Limits) -> io::Result<Self> {
+    /// Makes the groups of a job, with its limits; `disk` is on the disk whose bandwidth is limited.
+    pub fn create(
+        all: &Hierarchies,
+        partition: Partition,
+        id: &str,
+        limits: &Limits,
+        disk: &Path,
+    ) -> io::Result<Self> {
         let group = Self::of(all, partition, id);
         for (hierarchy, dir) in &group.dirs {
             create_path(hierarchy, dir)?;
             if let Some(partition_dir) = dir.parent() {
                 set_weight(hierarchy, partition_dir, weight(partition));
             }
-            apply(hierarchy, dir, limits)?;
+            limits::apply(hierarchy, dir, limits, disk)?;
         }
         Ok(group)
     }
@@ -302,12 +301,14 @@ fn create_path(hierarchy: &Hierarchy, dir: &Path) -> io::Result<()> {
 /// Hands the controllers that limits need down to the children of a v2 group. A group that has processes of its own
 /// cannot do that: then those, the daemon's own, move to a leaf.
 fn enable_controllers(hierarchy: &Hierarchy, dir: &Path) {
-    let available = fs::read_to_string(dir.join("cgroup.controllers")).unwrap_or_default();
-    for controller in ["cpu", "memory", "pids"] {
-        if !available.split_whitespace().any(|name| name == controller) {
+    let file = dir.join("cgroup.subtree_control");
+    let listed = |file: &Path| fs::read_to_string(file).unwrap_or_default();
+    let (available, enabled) = (listed(&dir.join("cgroup.controllers")), listed(&file));
+    let has = |list: &str, controller| list.split_whitespace().any(|name| name == controller);
+    for controller in ["cpu", "cpuset", "io", "memory", "pids"] {
+        if !has(&available, controller) || has(&enabled, controller) {
             continue;
         }
-        let file = dir.join("cgroup.subtree_control");
         let enable = || write(&file, &format!("+{controller}"));
         if enable().is_err_and(|error| error.raw_os_error() == Some(libc::EBUSY)) && dir == hierarchy.base {
             let leaf = dir.join(hierarchy::DAEMON_LEAF);
@@ -327,41 +328,6 @@ fn set_weight(hierarchy: &Hierarchy, dir: &Path, weight: u64) {
     } else if hierarchy.has("cpu") {
         let _ = write(&dir.join("cpu.shares"), &(weight * 1024 / 100).to_string());
     }
-}
-
-/// Sets the limits that this hierarchy has the controllers for.
-fn apply(hierarchy: &Hierarchy, dir: &Path, limits: Limits) -> io::Result<()> {
-    const PERIOD: u64 = 100_000;
-    let set = |file: &str, value: String| write(&dir.join(file), &value);
-    // Where the kernel does not count swap the file is missing; then there is nothing to limit.
-    let set_if_there = |file: &str, value: String| {
-        if dir.join(file).exists() {
-            set(file, value)
-        } else {
-            Ok(())
-        }
-    };
-    let quota = (limits.cpu * PERIOD / 1000).max(1000);
-    if hierarchy.is_v2() {
-        set_if_there("memory.max", limits.memory.to_string())?;
-        set_if_there("memory.swap.max", "0".into())?;
-        set_if_there("cpu.max", format!("{quota} {PERIOD}"))?;
-        return set_if_there("pids.max", limits.pids.to_string());
-    }
-    if hierarchy.has("memory") {
-        // The sum of memory and swap may never be below memory: it is lifted first and set last.
-        let _ = set("memory.memsw.limit_in_bytes", "-1".into());
-        set("memory.limit_in_bytes", limits.memory.to_string())?;
-        set_if_there("memory.memsw.limit_in_bytes", limits.memory.to_string())?;
-    }
-    if hierarchy.has("cpu") && dir.join("cpu.cfs_quota_us").exists() {
-        set("cpu.cfs_period_us", PERIOD.to_string())?;
-        set("cpu.cfs_quota_us", quota.to_string())?;
-    }
-    if hierarchy.has("pids") {
-        set("pids.max", limits.pids.to_string())?;
-    }
-    Ok(())
 }
 
 fn write(path: &Path, value: &str) -> io::Result<()> {

@@ -11,6 +11,8 @@ mod exec;
 mod fix;
 mod image;
 pub mod install;
+mod limit;
+mod log_sink;
 pub mod members;
 mod network;
 mod port_forward;
@@ -67,6 +69,8 @@ pub enum Operator {
         #[arg(short = 'n', long)]
         lines: Option<u32>,
     },
+    /// Send the logs of this host's jobs to syslog servers and log aggregators
+    LogSink(log_sink::Args),
     /// Stop jobs
     Stop {
         /// Their ids, or the starts of them
@@ -92,6 +96,8 @@ pub enum Operator {
         #[arg(required = true)]
         jobs: Vec<String>,
     },
+    /// Show or change the limits of a running job
+    Limit(limit::Args),
     /// Start a job from an image and stay attached to it
     Run(RunArgs),
     /// Start another program in a job's container
@@ -186,6 +192,7 @@ pub async fn operate(command: Operator) -> anyhow::Result<ExitCode> {
                 host.resume_job(&find(&host, &job).await?).await?;
             }
         }
+        Operator::Limit(args) => limit::run(&host, args).await?,
         Operator::Run(args) => return run::run(&host, args).await,
         Operator::Exec(args) => {
             let job = find(&host, &args.job).await?;
@@ -204,6 +211,7 @@ pub async fn operate(command: Operator) -> anyhow::Result<ExitCode> {
             }
         }
         Operator::Network(args) => network::run(&host, &args).await?,
+        Operator::LogSink(args) => log_sink::run(&host, args).await?,
         Operator::Volume(args) => volume::run(&host, args).await?,
         Operator::DestroyVolumes(args) => destroy::run(&host, &args).await?,
         Operator::Image(args) => image::run(&host, args).await?,

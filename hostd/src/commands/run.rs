@@ -6,8 +6,9 @@ use std::process::ExitCode;
 
 use anyhow::Context as _;
 use flynn_api::client::host::HostClient;
-use flynn_api::host::{AttachRequest, ContainerConfig, Job, Resource, Resources, VolumeBinding};
+use flynn_api::host::{AttachRequest, ContainerConfig, Job, VolumeBinding};
 use flynn_api::image::{Artifact, ImageManifest};
+use flynn_api::resources::Resources;
 
 use super::{attach, reach};
 
@@ -20,8 +21,8 @@ pub struct RunArgs {
     /// A variable of its environment
     #[arg(long = "env", short, value_name = "NAME=VALUE")]
     env: Vec<String>,
-    /// Limits, such as memory=1073741824 (bytes), cpu=1000 (thousandths of a core), `max_pids`, `max_fd`
-    #[arg(long = "limit", value_name = "NAME=N")]
+    /// Limits, such as memory=512MB, cpu=1000 (thousandths of a core), `max_pids`, `max_fd`
+    #[arg(long = "limit", value_name = "NAME=VALUE")]
     limits: Vec<String>,
     /// The directory to begin in
     #[arg(long)]
@@ -77,23 +78,12 @@ impl RunArgs {
                 .with_context(|| format!("--env {text}: NAME=VALUE is wanted"))?;
             Ok((name.to_owned(), value.to_owned()))
         };
-        let limit = |text: &String| {
-            let pair = text
-                .split_once('=')
-                .and_then(|(name, value)| Some((name.to_owned(), value.parse().ok()?)));
-            let (name, value) = pair.with_context(|| format!("--limit {text}: NAME=N is wanted"))?;
-            Ok((
-                name,
-                Resource {
-                    request: None,
-                    limit: Some(value),
-                },
-            ))
-        };
         Ok(Job {
             id: format!("{host_id}-{}", uuid::Uuid::new_v4()),
             artifacts: vec![self.artifact()?],
-            resources: Resources(self.limits.iter().map(limit).collect::<anyhow::Result<_>>()?),
+            resources: Resources::parse(self.limits.iter().map(String::as_str))
+                .map_err(anyhow::Error::msg)
+                .context("--limit")?,
             config: ContainerConfig {
                 args: self.command.clone(),
                 env: self.env.iter().map(variable).collect::<anyhow::Result<_>>()?,

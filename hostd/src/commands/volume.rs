@@ -161,22 +161,9 @@ fn label(text: &str) -> Result<(String, String), String> {
     Ok((name.into(), value.into()))
 }
 
-/// `500MB`, `2GiB`, `1073741824`. Letters count by 1024, with or without the `i`, as in `flynn limit`.
 fn size(text: &str) -> Result<u64, String> {
-    let wrong = || format!("{text:?} is no size: 500MB, 2GiB or a number of bytes is wanted");
-    let digits = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
-    let (number, unit) = text.split_at(digits);
-    let unit = unit.to_ascii_uppercase();
-    let shift = match unit.trim_end_matches('B').trim_end_matches('I') {
-        "" if unit != "I" => 0,
-        "K" => 10,
-        "M" => 20,
-        "G" => 30,
-        "T" => 40,
-        _ => return Err(wrong()),
-    };
-    let number: u64 = number.parse().map_err(|_| wrong())?;
-    number.checked_mul(1 << shift).ok_or_else(wrong)
+    flynn_api::resources::amount(text)
+        .ok_or_else(|| format!("{text:?} is no size: 500MB, 2GiB or a number of bytes is wanted"))
 }
 
 /// Does it.
@@ -392,25 +379,4 @@ fn providers(providers: &[Provider]) -> String {
         ]);
     }
     table.trim_fmt()
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn sizes_have_units() {
-        for (text, bytes) in [
-            ("16777216", 16 << 20),
-            ("500MB", 500 << 20),
-            ("2GiB", 2 << 30),
-            ("1k", 1 << 10),
-            ("3t", 3 << 40),
-        ] {
-            assert_eq!(size(text), Ok(bytes));
-        }
-        for text in ["", "MB", "1X", "-1", "1.5G", "99999999999T", "1I", "5 MB"] {
-            assert!(size(text).is_err(), "{text}");
-        }
-    }
 }

@@ -11,6 +11,7 @@ use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post, put};
 use flynn_api::host::{Job, JobEvent, LogLine, NetworkConfig};
+use flynn_api::resources::Resources;
 use flynn_api::server::{Json, Peer, StrictJson, disk, events, wants_events};
 use flynn_api::tls::PeerIdentity;
 use flynn_api::{Error, ErrorCode, Meta, Result};
@@ -25,6 +26,7 @@ use super::{Daemon, attached, disk_error, pass_on, update};
 use crate::control::Request;
 use crate::floating;
 use crate::logs::Follower;
+use crate::logs::sink::Sinks;
 
 /// The daemon, as handlers get it.
 pub(super) type Shared = State<Arc<Daemon>>;
@@ -40,6 +42,7 @@ pub(super) fn router(daemon: Arc<Daemon>) -> Router {
         .route("/host/jobs/{id}/log", get(log))
         .route("/host/jobs/{id}/exec", post(attached::exec))
         .route("/host/jobs/{id}/forward", post(attached::forward))
+        .route("/host/jobs/{id}/limits", put(update_limits))
         .route("/host/jobs/{id}/pause", put(pause))
         .route("/host/jobs/{id}/resume", put(resume))
         .route("/attach", post(attached::attach))
@@ -52,6 +55,7 @@ pub(super) fn router(daemon: Arc<Daemon>) -> Router {
         .route("/host/drain", put(drain).delete(drain_no_more))
         .merge(super::layers::router())
         .merge(super::volumes::router())
+        .merge(super::sinks::router())
         .fallback(|| async { Error::new(ErrorCode::NotFound, "there is no such call in the host API") })
         .layer(middleware::from_fn_with_state(
             Arc::clone(&daemon),
@@ -186,6 +190,14 @@ async fn resume(State(daemon): Shared, Path(id): Path<String>) -> Result<Respons
     done(daemon.tell(&id, &Request::Pause { paused: false }).await)
 }
 
+async fn update_limits(
+    State(daemon): Shared,
+    Path(id): Path<String>,
+    StrictJson(limits): StrictJson<Resources>,
+) -> Result<Response> {
+    done(daemon.update_limits(id, limits).await)
+}
+
 async fn deregister_job(State(daemon): Shared, Path(id): Path<String>) -> Result<Response> {
     done(daemon.tell(&id, &Request::Deregister).await)
 }
@@ -217,21 +229,18 @@ fn log_lines(
     follower: Follower,
     follow: bool,
 ) -> impl Stream<Item = LogLine> {
-    let state = (daemon, id, follower, true);
-    let batches = futures::stream::unfold(state, move |(daemon, id, mut follower, first)| async move {
-        let mut first = first;
+    let state = (daemon, id, follower);
+    let batches = futures::stream::unfold(state, move |(daemon, id, mut follower)| async move {
         loop {
             // Before reading: what is over has written all.
             let over = daemon.is_over(&id);
             let lines = follower.read().ok()?;
-            let last = over || !follow;
-            if !lines.is_empty() || (last && first) {
-                return Some((lines, (daemon, id, follower, false)));
+            if !lines.is_empty() {
+                return Some((lines, (daemon, id, follower)));
             }
-            if last {
+            if over || !follow {
                 return None;
             }
-            first = false;
             // The end of a job does not show in its log: it is looked for now and then.
             let _ = timeout(Duration::from_secs(1), follower.changed()).await;
         }
@@ -303,7 +312,13 @@ async fn flows(State(daemon): Shared) -> Result<Response> {
 /// For Prometheus.
 async fn metrics(State(daemon): Shared) -> Result<Response> {
     let headers = [(CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")];
-    Ok((headers, daemon.metrics().await?).into_response())
+    let mut text = daemon.metrics().await?;
+    // It looks at disks.
+    let others = spawn_blocking(move || {
+        daemon.usage_metrics() + &daemon.sinks().map_or_else(|_| String::new(), Sinks::metrics)
+    });
+    text += &others.await.unwrap_or_default();
+    Ok((headers, text).into_response())
 }
 
 async fn configure_network(

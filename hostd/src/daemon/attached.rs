@@ -234,7 +234,7 @@ async fn replay(
 ) -> io::Result<()> {
     if wish.lines > 0 {
         let last = usize::try_from(wish.lines).ok();
-        let lines = Follower::open(&daemon.paths.job(&wish.job_id).join("log"), last)?.read()?;
+        let lines = Follower::open(&daemon.paths.job(&wish.job_id).join("log"), last)?.read_all()?;
         for frame in lines.iter().filter_map(|line| frame_of(line, streams)) {
             write_frame(client, frame.kind, &frame.payload).await?;
         }

@@ -9,7 +9,7 @@ use tokio::time::sleep;
 use tokio_util::sync::CancellationToken;
 
 use super::network::follow;
-use super::{Daemon, layers, register, renewal, services};
+use super::{Daemon, layers, register, renewal, services, usage};
 use crate::floating;
 
 /// Between attempts to bring the network up.
@@ -33,6 +33,7 @@ impl Background {
         tasks.spawn(services::run(Arc::clone(daemon)));
         tasks.spawn(renewal::keep(Arc::clone(daemon)));
         tasks.spawn(layers::keep_room(Arc::clone(daemon)));
+        tasks.spawn(usage::watch(Arc::clone(daemon)));
         Self {
             tasks,
             floating: hold_floating(daemon),
@@ -43,6 +44,10 @@ impl Background {
     pub(super) async fn stop(mut self, daemon: &Daemon) {
         self.tasks.shutdown().await;
         daemon.services.end();
+        // A successor goes on from where each has got to.
+        if let Ok(sinks) = daemon.sinks() {
+            sinks.shut_down().await;
+        }
         let (leave, thread) = self.floating;
         leave.cancel();
         let ended = tokio::task::spawn_blocking(|| thread.join()).await;

@@ -32,6 +32,9 @@ const WRITE_AGAIN: Duration = Duration::from_secs(1);
 /// Jobs that are over and still shown.
 const ENDED_JOBS: usize = 256;
 
+/// More of them, for what sinks have yet to take of their logs.
+const AWAITED_JOBS: usize = 768;
+
 impl Daemon {
     /// Follows a supervisor to its end, and the job to the next start if there is to be one. Boxed, since a start
     /// follows and what is followed may start.
@@ -234,7 +237,13 @@ impl Daemon {
         ended.retain(|entry| entry.status.state.is_terminal() && !entry.attended);
         ended.sort_by_key(|entry| entry.status.ended_at);
         let surplus = ended.len().saturating_sub(ENDED_JOBS);
-        for entry in &ended[..surplus] {
+        let sinks = self.sinks().ok();
+        for (index, entry) in ended[..surplus].iter().enumerate() {
+            // What a sink has yet to take is kept, unless that has become too many.
+            let many = surplus - index > AWAITED_JOBS;
+            if !many && sinks.is_some_and(|sinks| sinks.awaited(&entry.job.id)) {
+                continue;
+            }
             match files::remove_all(&self.paths.job(&entry.job.id)) {
                 Ok(()) => self.table.remove(&entry.job.id),
                 Err(error) => tracing::warn!(job = entry.job.id, %error, "cannot forget"),

@@ -13,6 +13,7 @@ mod ids;
 mod images;
 mod keep;
 mod layers;
+mod limits;
 mod network;
 mod notify;
 mod pass_on;
@@ -20,11 +21,13 @@ mod register;
 mod renewal;
 mod serve;
 mod services;
+mod sinks;
 mod start;
 mod store;
 mod table;
 mod transfer;
 mod update;
+mod usage;
 mod volumes;
 
 use std::collections::BTreeMap;
@@ -53,6 +56,7 @@ use crate::config::{HostConfig, Overrides};
 use crate::files::disk_error;
 use crate::identities;
 use crate::layers::{Mounts, Store};
+use crate::logs::sink::Sinks;
 use crate::paths::Paths;
 use crate::prepare;
 use crate::status::boot_id;
@@ -86,6 +90,8 @@ struct Daemon {
     network: Networking,
     documents: Documents,
     services: services::Asking,
+    /// Once their list was read.
+    sinks: std::sync::OnceLock<Sinks>,
     /// Once the host has a certificate.
     discovery: Mutex<Option<DiscoveryClient>>,
     hierarchies: Hierarchies,
@@ -222,6 +228,7 @@ impl Daemon {
             volumes: Volumes::open(paths).context("cannot use the volumes")?,
             network: Networking::default(),
             services: services::Asking::default(),
+            sinks: std::sync::OnceLock::new(),
             discovery: Mutex::default(),
             documents: Documents::open(&paths.network())
                 .context("cannot use the cluster network's documents")?,
@@ -244,6 +251,7 @@ impl Daemon {
         });
         daemon.restore_network(&stored).await;
         daemon.adopt(stored);
+        daemon.start_sinks();
         daemon
             .mounts
             .lock()

@@ -42,6 +42,11 @@ pub(super) fn create(paths: &Paths, job: &Job, status: &Status) -> io::Result<()
     written
 }
 
+/// Writes a job's record anew.
+pub(super) fn update(paths: &Paths, job: &Job) -> io::Result<()> {
+    files::write_json(&paths.job(&job.id).join(JOB), job)
+}
+
 /// Reads all jobs. Those that cannot be read are set aside, each with a notice of what and why; one whose status alone
 /// cannot be read is taken for what a power cut leaves.
 pub(super) fn load(paths: &Paths) -> io::Result<(Vec<Stored>, Vec<String>)> {

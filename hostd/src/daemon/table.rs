@@ -103,6 +103,23 @@ impl Table {
         }
     }
 
+    /// Takes a job's changed description over and tells of it.
+    pub(super) fn replace(&self, id: &str, job: Arc<Job>) {
+        let mut entries = self.entries();
+        if let Some(entry) = entries.get_mut(id) {
+            entry.job = job;
+            self.announce(JobEventKind::Update, entry);
+        }
+    }
+
+    /// Tells of something that does not show in a job's status.
+    pub(super) fn tell(&self, id: &str, event: JobEventKind) {
+        let entries = self.entries();
+        if let Some(entry) = entries.get(id) {
+            self.announce(event, entry);
+        }
+    }
+
     /// Forgets a job.
     pub(super) fn remove(&self, id: &str) {
         let mut entries = self.entries();

@@ -1,26 +1,170 @@
-//! Reading a log, and waiting for more of it.
+//! Reading a log from some place on, and waiting for more of it.
 
-use std::fs::{self, File};
-use std::io::{self, Read, Seek, SeekFrom};
-use std::os::unix::fs::MetadataExt;
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
-use flynn_api::host::LogLine;
+use flynn_api::host::{LogLine, LogStream};
 use rustix::fs::inotify;
 
-use super::{CURRENT, PREVIOUS};
+use super::record::{Framed, Record, framed};
+use super::segment::{self, Position, Segment};
 
 /// How much is read at once.
-const CHUNK: usize = 64 << 10;
+const CHUNK: usize = 256 << 10;
 
-/// Reads a log from some point on. The files are small enough to be looked through from their start.
+/// The longest line that is put together from its pieces; a longer one is shown as several.
+const MAX_LINE: usize = 1 << 20;
+
+/// Reads whole records.
+#[derive(Debug)]
+pub struct Reader {
+    dir: PathBuf,
+    position: Option<Position>,
+    file: Option<File>,
+}
+
+/// What one [`Reader::read`] has come by.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Span {
+    /// Where it was; none: before the first record that there ever was.
+    pub from: Option<Position>,
+    /// Where it is.
+    pub to: Option<Position>,
+    /// How many records were read.
+    pub records: u64,
+    /// Records that were removed before they were read: at least so many.
+    pub lost: u64,
+}
+
+impl Reader {
+    /// From this position on, or from the first record that there ever was.
+    pub fn new(dir: &Path, position: Option<Position>) -> Self {
+        Self {
+            dir: dir.to_owned(),
+            position,
+            file: None,
+        }
+    }
+
+    /// Where it is.
+    pub fn position(&self) -> Option<Position> {
+        self.position
+    }
+
+    /// Goes on from elsewhere.
+    pub fn seek(&mut self, position: Option<Position>) {
+        self.position = position;
+        self.file = None;
+    }
+
+    /// Reads the records that follow, some hundred kilobytes at most, into `records`. Empty: there are none yet.
+    pub fn read(&mut self, records: &mut Vec<u8>) -> io::Result<Span> {
+        records.clear();
+        let mut span = Span {
+            from: self.position,
+            ..Span::default()
+        };
+        loop {
+            span.lost += self.open()?;
+            span.to = self.position;
+            let Some(position) = self.position else {
+                return Ok(span);
+            };
+            span.records = self.fill(position, records)?;
+            if span.records > 0 {
+                span.to = self.position;
+                return Ok(span);
+            }
+            let later = |segment: &Segment| *segment > position.segment;
+            let Some(next) = segment::list(&self.dir)?.into_iter().find(later) else {
+                return Ok(span);
+            };
+            // Nothing is added to a file that has a successor, but something may have been since it was read.
+            span.records = self.fill(position, records)?;
+            if span.records > 0 {
+                span.to = self.position;
+                return Ok(span);
+            }
+            self.seek(Some(Position::start(next)));
+        }
+    }
+
+    /// Opens the file of the position, or the one after it where that is gone; gives how many records are.
+    fn open(&mut self) -> io::Result<u64> {
+        let mut lost = 0;
+        while self.file.is_none() {
+            let wanted = self.position.map(|position| position.segment);
+            let there = |segment: &Segment| wanted.is_none_or(|wanted| *segment >= wanted);
+            let Some(found) = segment::list(&self.dir)?.into_iter().find(there) else {
+                break;
+            };
+            if wanted != Some(found) {
+                lost += match self.position {
+                    None => found.0.seq - 1,
+                    Some(before) if before == Position::default() => found.0.seq - 1,
+                    Some(before) if before.segment.0.run == found.0.run => {
+                        found.0.seq.saturating_sub(before.next)
+                    }
+                    // How many there were at the end of another run, nobody knows any more.
+                    Some(_) => found.0.seq,
+                };
+                self.position = Some(Position::start(found));
+            }
+            match File::open(found.path(&self.dir)) {
+                Ok(file) => self.file = Some(file),
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(lost)
+    }
+
+    /// Reads what the open file has from there on; gives how many records that is.
+    fn fill(&mut self, position: Position, records: &mut Vec<u8>) -> io::Result<u64> {
+        let Some(file) = &self.file else { return Ok(0) };
+        records.resize(CHUNK, 0);
+        let count = file.read_at(records, position.offset)?;
+        let (mut end, mut number) = (0, 0);
+        // What is broken or torn ends the file.
+        while let Framed::Whole { to, .. } = framed(&records[end..count]) {
+            end += to;
+            number += 1;
+        }
+        records.truncate(end);
+        self.position = Some(Position {
+            offset: position.offset + end as u64,
+            next: position.next + number,
+            ..position
+        });
+        Ok(number)
+    }
+}
+
+/// The records in some bytes that [`Reader::read`] gave.
+pub(super) fn records(mut bytes: &[u8]) -> impl Iterator<Item = (&[u8], Record<'_>)> {
+    std::iter::from_fn(move || {
+        while let Framed::Whole { from, to } = framed(bytes) {
+            let (whole, rest) = bytes.split_at(to);
+            bytes = rest;
+            if let Some(record) = Record::parse(&whole[from..]) {
+                return Some((whole, record));
+            }
+        }
+        None
+    })
+}
+
+/// Reads a log's lines, each put together from its pieces.
 #[derive(Debug)]
 pub struct Follower {
-    dir: PathBuf,
-    file: Option<File>,
-    partial: Vec<u8>,
-    /// Lines found when it was opened and not given out yet.
-    backlog: Vec<LogLine>,
+    reader: Reader,
+    records: Vec<u8>,
+    /// Lines that are older than those wanted.
+    surplus: usize,
+    /// By stream: the pieces of a line whose end has not come, and the run that they are of.
+    pieces: [(u64, Vec<u8>); 3],
     changes: crate::sys::Polled,
 }
 
@@ -34,39 +178,74 @@ impl Follower {
             dir,
             inotify::WatchFlags::MODIFY | inotify::WatchFlags::CREATE,
         )?;
-        let mut follower = Self {
-            dir: dir.to_owned(),
-            file: None,
-            partial: Vec::new(),
-            backlog: Vec::new(),
-            changes: crate::sys::polled(changes)?,
+        let (position, surplus) = match last {
+            Some(last) => tail(dir, last)?,
+            None => (None, 0),
         };
-        let mut lines = Vec::new();
-        if last == Some(0) {
-            follower.file = follower.current()?;
-            if let Some(file) = &mut follower.file {
-                file.seek(SeekFrom::End(0))?;
-            }
-        } else {
-            if let Some(previous) = open(&dir.join(PREVIOUS))? {
-                follower.file = Some(previous);
-                lines = follower.read_file()?;
-                follower.file = None;
-            }
-            lines.extend(follower.read_files()?);
-            if let Some(last) = last {
-                lines.drain(..lines.len().saturating_sub(last));
-            }
-        }
-        follower.backlog = lines;
-        Ok(follower)
+        Ok(Self {
+            reader: Reader::new(dir, position),
+            records: Vec::new(),
+            surplus,
+            pieces: Default::default(),
+            changes: crate::sys::polled(changes)?,
+        })
     }
 
-    /// The lines that are there now and have not been given out.
+    /// Lines that have not been given out; none when there are no more now.
     pub fn read(&mut self) -> io::Result<Vec<LogLine>> {
-        let mut lines = std::mem::take(&mut self.backlog);
-        lines.extend(self.read_files()?);
+        let mut lines = Vec::new();
+        let mut buffer = std::mem::take(&mut self.records);
+        loop {
+            self.reader.read(&mut buffer)?;
+            if buffer.is_empty() {
+                break;
+            }
+            for (_, record) in records(&buffer) {
+                lines.extend(self.line(&record));
+            }
+            if !lines.is_empty() {
+                self.records = buffer;
+                break;
+            }
+        }
         Ok(lines)
+    }
+
+    /// All lines that there are now.
+    pub fn read_all(&mut self) -> io::Result<Vec<LogLine>> {
+        let mut all = Vec::new();
+        loop {
+            let lines = self.read()?;
+            if lines.is_empty() {
+                return Ok(all);
+            }
+            all.extend(lines);
+        }
+    }
+
+    fn line(&mut self, record: &Record<'_>) -> Option<LogLine> {
+        let (run, pieces) = &mut self.pieces[index(record.stream())];
+        if *run != record.id.run {
+            // Its supervisor was killed before the line's end.
+            pieces.clear();
+            *run = record.id.run;
+        }
+        if record.more && pieces.len() < MAX_LINE {
+            pieces.extend_from_slice(record.text);
+            return None;
+        }
+        let line = if pieces.is_empty() {
+            record.line(record.text)
+        } else {
+            let mut text = std::mem::take(pieces);
+            text.extend_from_slice(record.text);
+            record.line(&text)
+        };
+        if self.surplus > 0 {
+            self.surplus -= 1;
+            return None;
+        }
+        line
     }
 
     /// Waits until the files change. Wakes at once for changes since the last call.
@@ -77,60 +256,46 @@ impl Follower {
         guard.clear_ready();
         Ok(())
     }
+}
 
-    /// Reads the open file to its end, and goes on with the next one if there is one.
-    fn read_files(&mut self) -> io::Result<Vec<LogLine>> {
-        let mut lines = Vec::new();
-        for _ in 0..3 {
-            lines.extend(self.read_file()?);
-            let Some(current) = self.current()? else { break };
-            let same = |open: &File| -> io::Result<bool> {
-                let (open, current) = (open.metadata()?, current.metadata()?);
-                Ok((open.dev(), open.ino()) == (current.dev(), current.ino()))
-            };
-            if self.file.as_ref().map_or(Ok(false), same)? {
-                break;
-            }
-            // Rotated: nothing is added to the old file, but something may have been since it was read.
-            lines.extend(self.read_file()?);
-            self.partial.clear();
-            self.file = Some(current);
-        }
-        Ok(lines)
-    }
-
-    fn current(&self) -> io::Result<Option<File>> {
-        open(&self.dir.join(CURRENT))
-    }
-
-    fn read_file(&mut self) -> io::Result<Vec<LogLine>> {
-        let Some(file) = &mut self.file else {
-            return Ok(Vec::new());
-        };
-        let mut lines = Vec::new();
-        let mut chunk = vec![0; CHUNK];
-        loop {
-            let count = file.read(&mut chunk)?;
-            if count == 0 {
-                return Ok(lines);
-            }
-            let mut rest = &chunk[..count];
-            while let Some(end) = rest.iter().position(|byte| *byte == b'\n') {
-                self.partial.extend_from_slice(&rest[..end]);
-                rest = &rest[end + 1..];
-                // A line that is none was torn by a crash.
-                lines.extend(serde_json::from_slice::<LogLine>(&self.partial).ok());
-                self.partial.clear();
-            }
-            self.partial.extend_from_slice(rest);
-        }
+fn index(stream: LogStream) -> usize {
+    match stream {
+        LogStream::Stdout => 0,
+        LogStream::Stderr => 1,
+        LogStream::Init => 2,
     }
 }
 
-fn open(path: &Path) -> io::Result<Option<File>> {
-    match fs::File::open(path) {
-        Ok(file) => Ok(Some(file)),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
-        Err(error) => Err(error),
+/// Where to begin for the last lines, and how many lines more there are from there on. Begins at the log's end for none.
+fn tail(dir: &Path, last: usize) -> io::Result<(Option<Position>, usize)> {
+    let mut buffer = Vec::new();
+    let mut found = 0;
+    let mut begin = None;
+    let segments = segment::list(dir)?;
+    for segment in segments.into_iter().rev() {
+        let start = Position::start(segment);
+        let mut reader = Reader::new(dir, Some(start));
+        let mut lines = 0;
+        reader.read(&mut buffer)?;
+        while !buffer.is_empty()
+            && reader
+                .position
+                .is_some_and(|position| position.segment == segment)
+        {
+            lines += records(&buffer).filter(|(_, record)| !record.more).count();
+            if last == 0 {
+                begin = reader.position;
+            }
+            reader.read(&mut buffer)?;
+        }
+        if last == 0 {
+            return Ok((begin.or(Some(start)), 0));
+        }
+        begin = Some(start);
+        found += lines;
+        if found >= last {
+            break;
+        }
     }
+    Ok((begin, found.saturating_sub(last)))
 }

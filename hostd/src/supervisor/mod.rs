@@ -157,7 +157,9 @@ fn make_network() -> io::Result<()> {
 
 fn run(job: Job, job_dir: &Path, hierarchies: &Hierarchies) -> io::Result<()> {
     let launch = &job.launch;
-    let group = Group::create(hierarchies, launch.partition, &launch.job_id, launch.limits)?;
+    let (partition, id) = (launch.partition, &launch.job_id);
+    let unlimited = Group::create(hierarchies, partition, id, &launch.limits, job_dir).err();
+    let group = Group::of(hierarchies, partition, id);
     // What goes wrong is said when it is needed, and tried again.
     let users = launch
         .first_id()
@@ -166,7 +168,7 @@ fn run(job: Job, job_dir: &Path, hierarchies: &Hierarchies) -> io::Result<()> {
         .enable_io()
         .enable_time()
         .build()?;
-    runtime.block_on(Supervisor::start(job, job_dir, group, users))
+    runtime.block_on(Supervisor::start(job, job_dir, (group, unlimited), users))
 }
 
 /// What the loop and the runs share.
@@ -174,6 +176,8 @@ struct Supervisor {
     launch: Launch,
     job_dir: Arc<Path>,
     group: Group,
+    /// Why the job's limits cannot be set: then it does not start.
+    unlimited: Option<io::Error>,
     /// Made before it is needed, and kept for all runs.
     users: Option<UserNamespace>,
     output: Arc<Output>,
@@ -189,7 +193,12 @@ struct Supervisor {
 }
 
 impl Supervisor {
-    async fn start(job: Job, job_dir: &Path, group: Group, users: Option<UserNamespace>) -> io::Result<()> {
+    async fn start(
+        job: Job,
+        job_dir: &Path,
+        (group, unlimited): (Group, Option<io::Error>),
+        users: Option<UserNamespace>,
+    ) -> io::Result<()> {
         let job_dir: Arc<Path> = job_dir.into();
         let Job {
             launch,
@@ -217,6 +226,7 @@ impl Supervisor {
             launch,
             job_dir,
             group,
+            unlimited,
             users,
             output,
             input: Arc::new(tokio::sync::Mutex::new(input)),
@@ -248,6 +258,9 @@ impl Supervisor {
     async fn keep(&mut self) -> End {
         if let Some(end) = self.wait_for_go().await {
             return end;
+        }
+        if let Some(why) = &self.unlimited {
+            return End::Failed(format!("its limits cannot be set: {why}"));
         }
         let mut backoff = Backoff::default();
         loop {

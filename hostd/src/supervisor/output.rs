@@ -7,18 +7,25 @@ use std::collections::VecDeque;
 use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use flynn_api::client::attach::Frame;
 use flynn_api::host::{LogLine, LogStream, TtySize, attach};
 use jiff::Timestamp;
 use tokio::sync::{Notify, mpsc};
+use tokio::task::yield_now;
+use tokio::time::sleep;
 
 use super::streams::set_size;
 use crate::launch::Launch;
+use crate::logs::record::Origin;
 use crate::logs::{Follower, Framer, Writer};
 
 /// Frames that wait for a client's connection.
 const QUEUE: usize = 32;
+
+/// The longest frame for clients.
+const FRAME: usize = 16 << 10;
 
 /// Bytes kept for a client that is yet to come.
 const BACKLOG: usize = 64 << 10;
@@ -26,8 +33,6 @@ const BACKLOG: usize = 64 << 10;
 /// The output and input of one job. Shared by the supervisor's tasks, which all run on one thread.
 #[derive(Debug)]
 pub(super) struct Output {
-    job_id: String,
-    process_type: String,
     waits: bool,
     state: Mutex<State>,
     changed: Notify,
@@ -63,10 +68,13 @@ pub(super) struct Subscription {
 impl Output {
     /// Of this job; input is sent into `stdin`.
     pub(super) fn new(launch: &Launch, job_dir: &Path, stdin: mpsc::Sender<Vec<u8>>) -> Self {
-        let log = (!launch.disable_log).then(|| Writer::new(&job_dir.join("log")));
-        Self {
+        let origin = Origin {
             job_id: launch.job_id.clone(),
+            app_id: launch.app_id.clone(),
             process_type: launch.process_type.clone(),
+        };
+        let log = (!launch.disable_log).then(|| Writer::new(&job_dir.join("log"), &origin));
+        Self {
             waits: launch.interactive(),
             state: Mutex::new(State {
                 log,
@@ -82,36 +90,53 @@ impl Output {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Logs a line in the supervisor's own name.
-    pub(super) fn say(&self, text: impl Into<String>) {
-        self.log(LogStream::Init, vec![text.into()]);
+    /// Logs in the supervisor's own name.
+    pub(super) fn say(&self, text: impl AsRef<[u8]>) {
+        let mut framer = Framer::default();
+        self.log(LogStream::Init, &mut framer, text.as_ref());
+        self.end_of(LogStream::Init, &mut framer);
     }
 
-    fn log(&self, stream: LogStream, lines: Vec<String>) {
-        if lines.is_empty() {
-            return;
-        }
-        let timestamp = Timestamp::now();
-        let line = |msg| LogLine {
-            timestamp,
-            stream,
-            msg,
-            job_id: self.job_id.clone(),
-            process_type: self.process_type.clone(),
+    /// Logs what the framer makes of some bytes; gives how long whoever wrote them should be kept waiting.
+    fn log(&self, stream: LogStream, framer: &mut Framer, bytes: &[u8]) -> Duration {
+        let mut state = self.state();
+        let Some(log) = &mut state.log else {
+            return Duration::ZERO;
         };
+        log.at(Timestamp::now());
+        framer.push(bytes, |text, more| log.add(stream, text, more));
+        log.flush()
+    }
+
+    /// Lets go of memory that is wanted for what comes in quick succession only.
+    pub(super) fn rest(&self) {
         if let Some(log) = &mut self.state().log {
-            log.append(&lines.into_iter().map(line).collect::<Vec<_>>());
+            log.rest();
         }
     }
 
     /// Takes what the program has written. Comes back when it is in the log and on its way to the clients.
     pub(super) async fn publish(&self, stream: LogStream, framer: &mut Framer, bytes: &[u8]) {
-        self.log(stream, framer.push(bytes));
+        let pause = self.log(stream, framer, bytes);
+        if !pause.is_zero() {
+            sleep(pause).await;
+        }
         let (kind, index) = match stream {
             LogStream::Stderr => (attach::STDERR, 1),
             LogStream::Stdout | LogStream::Init => (attach::STDOUT, 0),
         };
-        let frame = Frame::new(kind, bytes);
+        if !self.waits && self.state().clients.is_empty() {
+            return;
+        }
+        for part in bytes.chunks(FRAME) {
+            self.pass_on(Frame::new(kind, part), index).await;
+        }
+        // Connections are to have the time to take what they were given.
+        yield_now().await;
+    }
+
+    /// Hands a frame to the clients that want it.
+    async fn pass_on(&self, frame: Frame, index: usize) {
         if !self.waits {
             // A client whose queue is full is let go: the drop of its sender tells its connection.
             self.state()
@@ -124,7 +149,7 @@ impl Output {
             let queues = {
                 let mut state = self.state();
                 if !state.had_client && state.backlog_bytes < BACKLOG {
-                    state.backlog_bytes += bytes.len();
+                    state.backlog_bytes += frame.payload.len();
                     state.backlog.push_back(frame);
                     return;
                 }
@@ -147,7 +172,11 @@ impl Output {
 
     /// Logs what is left of a stream that has ended.
     pub(super) fn end_of(&self, stream: LogStream, framer: &mut Framer) {
-        self.log(stream, framer.finish().into_iter().collect());
+        if let Some(log) = &mut self.state().log {
+            log.at(Timestamp::now());
+            framer.finish(|text, more| log.add(stream, text, more));
+            log.flush();
+        }
     }
 
     /// Takes a client in.
@@ -233,7 +262,7 @@ fn apply_size(state: &State) {
 /// The last lines of the log as frames.
 fn past_lines(job_dir: &Path, lines: u32, wants: [bool; 2]) -> Vec<Frame> {
     let last = usize::try_from(lines).unwrap_or(usize::MAX).min(10_000);
-    let read = Follower::open(&job_dir.join("log"), Some(last)).and_then(|mut follower| follower.read());
+    let read = Follower::open(&job_dir.join("log"), Some(last)).and_then(|mut follower| follower.read_all());
     read.unwrap_or_default()
         .into_iter()
         .filter_map(|line| frame_of(&line, wants))

@@ -14,8 +14,8 @@ use crate::container::Pipes;
 use crate::logs::Framer;
 use crate::sys::{Polled, polled};
 
-/// What is read from the program at once.
-const CHUNK: usize = 16 << 10;
+/// What is read from the program at once: what a pipe holds.
+const CHUNK: usize = 64 << 10;
 
 /// Ctrl-D: the end of input, on a terminal.
 pub(super) const END_OF_TRANSMISSION: u8 = 4;
@@ -87,15 +87,21 @@ impl Drop for Streams {
 
 async fn carry(fd: Polled, stream: LogStream, output: Arc<Output>) {
     let mut framer = Framer::default();
-    // On the heap and only while there is something: supervisors are many, and mostly idle.
+    let mut chunk = Vec::new();
     loop {
         let Ok(mut guard) = fd.readable().await else { break };
-        let mut chunk = vec![0; CHUNK];
+        // Only while there is something: supervisors are many, and mostly idle.
+        if chunk.is_empty() {
+            chunk = vec![0; CHUNK];
+        }
         match guard.try_io(|fd| Ok(rustix::io::read(fd.get_ref(), &mut chunk)?)) {
             // A terminal whose other side is closed fails rather than ends.
             Ok(Ok(0) | Err(_)) => break,
             Ok(Ok(count)) => output.publish(stream, &mut framer, &chunk[..count]).await,
-            Err(_would_block) => {}
+            Err(_would_block) => {
+                chunk = Vec::new();
+                output.rest();
+            }
         }
     }
     output.end_of(stream, &mut framer);

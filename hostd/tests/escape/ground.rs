@@ -86,6 +86,7 @@ impl Ground {
             version: 1,
             job_id: "escape".into(),
             process_type: String::new(),
+            app_id: String::new(),
             socket: dir.path().join("socket"),
             host_ip: std::net::Ipv4Addr::LOCALHOST,
             args: std::iter::once(PROGRAM)
@@ -114,8 +115,14 @@ impl Ground {
             partition: Partition::User,
             limits: Limits {
                 memory: 256 << 20,
+                swap: 0,
                 cpu: 1000,
+                cpu_weight: 100,
+                cpuset: String::new(),
                 pids: 64,
+                io_weight: 100,
+                io_read: 0,
+                io_write: 0,
             },
             max_files: 1024,
             ports: Vec::new(),
@@ -387,7 +394,13 @@ fn contain(dir: &Path, executed: &[&str]) -> io::Result<()> {
     let launch = Launch::read(&job_dir)?;
     let hierarchies = Hierarchies::find()?;
     flynn_hostd::cgroup::prepare(&hierarchies)?;
-    let group = Group::create(&hierarchies, launch.partition, &launch.job_id, launch.limits)?;
+    let group = Group::create(
+        &hierarchies,
+        launch.partition,
+        &launch.job_id,
+        &launch.limits,
+        Path::new("/"),
+    )?;
     let place = Place::default();
     let users = launch
         .first_id()

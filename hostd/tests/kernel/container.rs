@@ -1,6 +1,7 @@
 //! What a container is.
 
-use flynn_api::host::{JobState, LogStream, Resource, VolumeBinding};
+use flynn_api::host::{JobState, LogStream, VolumeBinding};
+use flynn_api::resources::Resource;
 
 use crate::host::Host;
 

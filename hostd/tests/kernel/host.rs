@@ -18,8 +18,8 @@ use futures::StreamExt as _;
 use rustix::mount::{MountFlags, MountPropagationFlags, mount, mount_change};
 use rustix::thread::UnshareFlags;
 
-/// How long anything may take.
-pub(crate) const PATIENCE: Duration = Duration::from_secs(30);
+/// How long anything may take: it is a safety limit, for disks that others keep busy.
+pub(crate) const PATIENCE: Duration = Duration::from_mins(2);
 
 pub(crate) const BINARY: &str = env!("CARGO_BIN_EXE_flynn-host");
 
@@ -269,6 +269,15 @@ impl Host {
                 .map(|line| line.msg)
                 .collect(),
         )
+    }
+
+    /// What `GET /metrics` says.
+    pub(crate) async fn metrics(&self) -> String {
+        use http_body_util::BodyExt as _;
+        let request = http::Request::get("/metrics").body(flynn_api::client::full(""));
+        let answer = self.api.http().send(request.unwrap()).await.unwrap();
+        let bytes = answer.into_body().collect().await.unwrap().to_bytes();
+        String::from_utf8(bytes.to_vec()).unwrap()
     }
 
     /// All lines of a job's log.

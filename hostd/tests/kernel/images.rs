@@ -293,12 +293,7 @@ pub(crate) async fn layers_are_collected_before_the_disk_is_full() {
         left.iter().find(|layer| layer.id == pinned).unwrap().images,
         ["pinned"]
     );
-    let request = http::Request::get("/metrics")
-        .body(flynn_api::client::full(""))
-        .unwrap();
-    let body = host.api.http().send(request).await.unwrap().into_body();
-    let text = http_body_util::BodyExt::collect(body).await.unwrap().to_bytes();
-    let text = String::from_utf8(text.to_vec()).unwrap();
+    let text = host.metrics().await;
     let bytes: u64 = left.iter().map(|layer| layer.length).sum();
     assert_eq!(metric(&text, "flynn_host_layers_bytes"), bytes);
     assert!(metric(&text, "flynn_host_layers_collected_total") > done.layers.len() as u64);

@@ -15,8 +15,12 @@ mod escape;
 mod faults;
 mod host;
 mod images;
+mod job_limits;
 mod life;
+mod logs;
 mod network;
+#[path = "../sinks/receiver.rs"]
+mod receiver;
 mod streams;
 mod upgrade;
 mod user_namespaces;
@@ -56,6 +60,9 @@ fn main() -> ExitCode {
             gives_the_router_its_pins names_what_cannot_be_started;
         life: signals_and_stops kills_who_does_not_stop restarts_what_is_to_be_kept rotates_logs follows_logs
             refuses_bad_jobs reports_events checks_ports pauses_and_resumes commands_check_health commands_that_fail_are_explained;
+        job_limits: cores_weights_swap_and_disk_are_limited limits_change_while_a_job_runs
+            want_is_told_and_use_is_counted;
+        logs: sinks_get_each_line_once;
         attached: pipes_lose_nothing terminals_have_sizes_and_signals attaches_before_and_after programs_run_beside_the_job_s
             programs_end_with_their_client_or_their_job ports_of_jobs_are_reached;
         faults: containers_outlive_the_daemon an_end_without_a_daemon_is_kept

@@ -1,7 +1,9 @@
-//! How fast one job can write without losing a line.
+//! How fast one job can write without losing a line: to its log alone, and to a sink as well.
 //!
 //! It copies a file of numbered lines to its standard output, again and again. What is in its log at the end must be the
-//! last of them without a gap, and its supervisor must have written at least as much as the job has.
+//! last of them without a gap, and its supervisor must have written at least as much as the job has. The sink
+//! ([`Receiver`]) must have got each line once, in order; it acknowledges what it has, as a log aggregator does, and the
+//! time counts until it has all.
 
 use std::fmt::Write as _;
 use std::fs;
@@ -13,6 +15,7 @@ use futures::TryStreamExt as _;
 use tokio::time::timeout;
 
 use super::ours::{FIFO, Host, PATIENCE, PROBE};
+use super::receiver::Receiver;
 use super::subject;
 use crate::row::{Goal, Row, Subject};
 use crate::suites::Thoroughness;
@@ -21,10 +24,10 @@ use crate::suites::Thoroughness;
 const FILE: usize = 64 << 20;
 
 /// The digits of a line's number.
-const DIGITS: usize = 9;
+pub(super) const DIGITS: usize = 9;
 
 /// The rows of [`measure`].
-pub(super) const SUBJECTS: [Subject; 4] = [
+pub(super) const SUBJECTS: [Subject; 8] = [
     subject(
         "one job's log in lines of 1 KiB",
         "MB/s",
@@ -39,25 +42,43 @@ pub(super) const SUBJECTS: [Subject; 4] = [
         Goal::AtLeast(60.0),
     ),
     subject("  cores of its supervisor", "", None, Goal::AtMost(1.0)),
+    subject(
+        "one job's log to disk and sink in lines of 1 KiB",
+        "MB/s",
+        None,
+        Goal::AtLeast(200.0),
+    ),
+    subject("  cores of supervisor and daemon", "", None, Goal::AtMost(1.0)),
+    subject(
+        "one job's log to disk and sink in lines of 100 bytes",
+        "MB/s",
+        None,
+        Goal::AtLeast(60.0),
+    ),
+    subject("  cores of supervisor and daemon", "", None, Goal::AtMost(1.0)),
 ];
 
 /// Takes the rows.
 pub(super) fn measure(host: &Host, thoroughness: Thoroughness) -> Result<Vec<Row>> {
     let (copies, rounds) = thoroughness.pick((4, 3), (16, 7));
     let mut rows = Vec::new();
-    for (length, subjects) in [(1024, &SUBJECTS[..2]), (100, &SUBJECTS[2..])] {
-        let lines = FILE / length;
-        fs::write(host.probe().join("lines"), numbered(lines, length)?)?;
-        let mut rates = Vec::new();
-        let mut cores = Vec::new();
-        for _ in 0..rounds {
-            let (rate, core) = once(host, copies, lines, length)?;
-            eprintln!("    lines of {length}: {rate:.0} MB/s, {core:.2} cores of the supervisor");
-            rates.push(rate);
-            cores.push(core);
+    let (alone, with_sink) = SUBJECTS.split_at(4);
+    for (subjects, to_sink) in [(alone, false), (with_sink, true)] {
+        for (length, subjects) in [(1024, &subjects[..2]), (100, &subjects[2..])] {
+            let lines = FILE / length;
+            fs::write(host.probe().join("lines"), numbered(lines, length)?)?;
+            let mut rates = Vec::new();
+            let mut cores = Vec::new();
+            for _ in 0..rounds {
+                let (rate, core) = once(host, copies, lines, length, to_sink)?;
+                let what = if to_sink { ", with a sink" } else { "" };
+                eprintln!("    lines of {length}{what}: {rate:.0} MB/s, {core:.2} cores");
+                rates.push(rate);
+                cores.push(core);
+            }
+            rows.push(subjects[0].row(&rates, &[]));
+            rows.push(subjects[1].row(&cores, &[]));
         }
-        rows.push(subjects[0].row(&rates, &[]));
-        rows.push(subjects[1].row(&cores, &[]));
     }
     Ok(rows)
 }
@@ -72,26 +93,52 @@ fn numbered(lines: usize, length: usize) -> Result<String> {
     Ok(text)
 }
 
-/// One job; gives what it wrote in MB/s, and how many cores its supervisor took.
-fn once(host: &Host, copies: usize, lines: usize, length: usize) -> Result<(f64, f64)> {
+/// One job; gives what it wrote in MB/s, and how many cores that took: its supervisor's, and with a sink the daemon's.
+fn once(host: &Host, copies: usize, lines: usize, length: usize, to_sink: bool) -> Result<(f64, f64)> {
     // Once the last word is said, all but what a pipe holds has been read.
     let script = format!(
         "i=0; while [ $i -lt {copies} ]; do cat {PROBE}/lines || exit 1; i=$((i+1)); done; \
          echo written >{PROBE}/{FIFO}; sleep 1000 & wait"
     );
     let job = host.speaking(&host.image, &script);
+    let receiver = to_sink
+        .then(|| Receiver::start(&job.id, lines, lines * copies))
+        .transpose()?;
     host.runtime.block_on(async {
+        if let Some(receiver) = &receiver {
+            host.api.put_sink(&receiver.sink()?).await?;
+            // Logs of the jobs before.
+            let caught_up = async {
+                loop {
+                    let sinks = host.api.sinks().await?;
+                    if sinks.iter().all(|sink| sink.connected && sink.waiting_bytes == 0) {
+                        return anyhow::Ok(());
+                    }
+                    tokio::time::sleep(Duration::from_millis(10)).await;
+                }
+            };
+            timeout(PATIENCE, caught_up)
+                .await
+                .context("the sink does not catch up")??;
+        }
         let written = host.expect("written")?;
         let started = host.start(&job).await?;
         let begun = Instant::now();
         let supervisor = host.api.job(&job.id).await?.supervisor_pid;
         let supervisor = supervisor.context("the job has no supervisor")?;
-        let cpu_before = cpu(supervisor)?;
-        let written = timeout(10 * PATIENCE, written)
+        let used = || {
+            let daemon = if to_sink { cpu(host.daemon_pid())? } else { 0.0 };
+            anyhow::Ok(cpu(supervisor)? + daemon)
+        };
+        let before = used()?;
+        let mut end = timeout(10 * PATIENCE, written)
             .await
             .context("it is not written in time")??;
-        let took = written.duration_since(begun).as_secs_f64();
-        let cores = (cpu(supervisor)? - cpu_before) / took;
+        if let Some(receiver) = &receiver {
+            end = receiver.all().await?;
+        }
+        let took = end.duration_since(begun).as_secs_f64();
+        let cores = (used()? - before) / took;
         let bytes = lines * length * copies;
         let stored = async {
             while written_by(supervisor)? < bytes as u64 {
@@ -107,6 +154,17 @@ fn once(host: &Host, copies: usize, lines: usize, length: usize) -> Result<(f64,
         let log = host.api.log(&id, None, false).await?;
         let log: Vec<LogLine> = log.map_ok(|(_, line)| line).try_collect().await?;
         gapless(&log, lines)?;
+        if let Some(receiver) = &receiver {
+            let dropped = host
+                .api
+                .sinks()
+                .await?
+                .iter()
+                .map(|sink| sink.dropped_lines)
+                .sum::<u64>();
+            ensure!(dropped == 0, "{dropped} lines did not reach the sink");
+            host.api.remove_sink(&receiver.sink()?.id).await?;
+        }
         #[expect(clippy::cast_precision_loss, reason = "some gigabytes")]
         let megabytes = bytes as f64 / 1e6;
         Ok((megabytes / took, cores))

@@ -13,6 +13,7 @@ mod expected;
 mod idle;
 mod logs;
 mod ours;
+mod receiver;
 mod runc;
 mod snapshots;
 mod starts;

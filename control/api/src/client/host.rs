@@ -11,6 +11,8 @@ use crate::host::{
     HostStatus, Job, JobEvent, LogLine, NetworkConfig, NetworkStatus, ServiceStatus, Update, Updated,
 };
 use crate::image::{CollectedLayers, LayerGc, StoredLayer, VerifiedLayers};
+use crate::resources::Resources;
+use crate::sink::{Sink, SinkStatus};
 use crate::volume::{Copy, Gc, NewProvider, NewVolume, Provider, Resize, Rollback, Volume};
 use crate::{Meta, Result};
 
@@ -86,6 +88,13 @@ impl HostClient {
     pub async fn resume_job(&self, id: &str) -> Result<()> {
         self.http
             .put(&format!("/host/jobs/{}/resume", encode(id)), &())
+            .await
+    }
+
+    /// Changes limits of a running job, those that are named.
+    pub async fn update_limits(&self, id: &str, limits: &Resources) -> Result<()> {
+        self.http
+            .put(&format!("/host/jobs/{}/limits", encode(id)), limits)
             .await
     }
 
@@ -191,6 +200,21 @@ impl HostClient {
             .timeout(LONG)
             .post("/host/layers/verify", &())
             .await
+    }
+
+    /// Where the host's jobs' logs are sent.
+    pub async fn sinks(&self) -> Result<Vec<SinkStatus>> {
+        self.http.get("/sinks").await
+    }
+
+    /// Has logs sent to a sink, or changes how. Repeated it does nothing.
+    pub async fn put_sink(&self, sink: &Sink) -> Result<Sink> {
+        self.http.put(&format!("/sinks/{}", encode(&sink.id)), sink).await
+    }
+
+    /// Has logs sent to a sink no more.
+    pub async fn remove_sink(&self, id: &str) -> Result<()> {
+        self.http.delete(&format!("/sinks/{}", encode(id))).await
     }
 
     /// The host's volumes.

@@ -3,7 +3,8 @@
 use std::collections::BTreeSet;
 
 use flynn_api::controller::ProcessType;
-use flynn_api::host::{HealthCheck, Port, Resources};
+use flynn_api::host::{HealthCheck, Port};
+use flynn_api::resources::Resources;
 use flynn_api::volume::MIN_LIMIT;
 use flynn_api::{Error, Result};
 
@@ -149,8 +150,7 @@ pub(crate) fn resources(field: &str, resources: &Resources) -> Result<()> {
                 format!("is not a resource; there are {known}"),
             ));
         }
-        // Of what goes over the network, 0 means that there is no limit.
-        if resource.limit == Some(0) && !name.starts_with("network_") {
+        if resource.limit == Some(0) && !Resources::OR_ZERO.contains(&name.as_str()) {
             return Err(Error::invalid_field(&field, "a limit of 0 lets nothing run"));
         }
         if let (Some(request), Some(limit)) = (resource.request, resource.limit)
@@ -187,7 +187,8 @@ fn path(field: &str, path: &str) -> Result<()> {
 mod tests {
     use super::*;
     use flynn_api::controller::VolumeReq;
-    use flynn_api::host::{Mount, Resource, Service};
+    use flynn_api::host::{Mount, Service};
+    use flynn_api::resources::Resource;
 
     fn refused(process: &ProcessType, system: bool) -> String {
         check("web", process, system).unwrap_err().detail.unwrap()["field"]

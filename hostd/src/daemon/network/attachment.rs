@@ -63,7 +63,8 @@ impl Daemon {
 
 #[cfg(test)]
 mod tests {
-    use flynn_api::host::{Port as JobPort, Resource, Service};
+    use flynn_api::host::{Port as JobPort, Service};
+    use flynn_api::resources::Resource;
 
     use super::*;
 

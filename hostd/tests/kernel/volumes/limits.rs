@@ -158,7 +158,7 @@ pub(crate) async fn subvolumes_are_resized() {
     // What monitoring sees is what the filesystem counts, which it does now and then.
     let metrics = host
         .until(async || {
-            let metrics = metrics(&host).await;
+            let metrics = host.metrics().await;
             let used = metrics
                 .lines()
                 .find(|line| line.starts_with("flynn_host_volume_used_bytes{volume=\"one\""))?;
@@ -179,15 +179,6 @@ pub(crate) async fn subvolumes_are_resized() {
     host.api.snapshot_volume("one", &copy("then")).await.unwrap();
     let (ok, text) = cli(&["resize", "then", "200MB"]);
     assert!(!ok && text.contains("never changes"), "{text}");
-}
-
-/// What `GET /metrics` says.
-async fn metrics(host: &Host) -> String {
-    use http_body_util::BodyExt as _;
-    let request = http::Request::get("/metrics").body(flynn_api::client::full(""));
-    let answer = host.api.http().send(request.unwrap()).await.unwrap();
-    let bytes = answer.into_body().collect().await.unwrap().to_bytes();
-    String::from_utf8(bytes.to_vec()).unwrap()
 }
 
 pub(crate) async fn releases_raise_limits() {
