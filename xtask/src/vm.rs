@@ -23,12 +23,15 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-/// The crates whose integration tests run in every machine.
-const CRATES: [&str; 1] = ["flynn-dataplane"];
-/// Those which take long under emulation: they run under the oldest kernel only, unless there is time.
-const LONG_CRATES: [&str; 1] = ["flynn-overlay"];
-/// Of crates whose other tests want what a machine does not have; they take long, too.
-const LONG_TESTS: [&str; 2] = ["escape", "kernel"];
+/// The crates whose integration tests run under the oldest kernel, which has the least of what programs need.
+const CRATES: [&str; 2] = ["flynn-dataplane", "flynn-overlay"];
+/// Test programs that run elsewhere, or are of other crates: whether each kernel takes the data plane's programs; and the
+/// host's daemon under the newest kernel, which can do all that it asks for.
+const PROGRAMS: [(&str, Runs); 3] = [
+    ("flynn-dataplane_objects", Runs::Always),
+    ("flynn-hostd_escape", Runs::UnderOldest),
+    ("flynn-hostd_kernel", Runs::UnderNewest),
+];
 /// Tests that would take minutes each under emulation: without much time they run on this machine alone.
 const SLOW: [&str; 10] = [
     "updates_under_load",
@@ -52,9 +55,12 @@ pub(crate) struct Args {
     /// Boot this series of kernels only (6.1, 6.12); may be given several times
     #[arg(long = "kernel", value_parser = kernel::SERIES.map(|series| series.name))]
     kernels: Vec<String>,
-    /// Run all tests under each kernel; else those that take long run under the oldest only
+    /// Run all tests under each kernel; else most run under the oldest only, and those of the daemon under the newest
     #[arg(long)]
     long: bool,
+    /// Run only the test programs whose names contain this, wherever they usually run: flynn-hostd_kernel
+    #[arg(long)]
+    program: Option<String>,
     /// Run only tests whose names contain this
     #[arg(long)]
     filter: Option<String>,
@@ -69,6 +75,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     let (tally, _) = test(&Selection {
         kernels: &args.kernels,
         long: args.long,
+        program: args.program.as_deref(),
         filter: args.filter.as_deref(),
     })?;
     println!(
@@ -88,6 +95,8 @@ pub(crate) struct Selection<'s> {
     pub(crate) kernels: &'s [String],
     /// Also what takes long.
     pub(crate) long: bool,
+    /// Only test programs whose names contain this, all of them.
+    pub(crate) program: Option<&'s str>,
     /// Only tests whose names contain this.
     pub(crate) filter: Option<&'s str>,
 }
@@ -106,8 +115,15 @@ pub(crate) fn test(selection: &Selection<'_>) -> Result<(Tally, Tail)> {
             Ok(kernel) => {
                 let (counts, said) =
                     ui::timed(&format!("Kernel tests under Linux {}", kernel.release), || {
-                        let all = selection.long || index == 0;
-                        let tests = built.tests.iter().filter(|test| all || !test.long);
+                        let here = |runs| match runs {
+                            Runs::Always => true,
+                            Runs::UnderOldest => index == 0,
+                            Runs::UnderNewest => index + 1 == kernel::SERIES.len(),
+                        };
+                        let tests = built.tests.iter().filter(|test| match selection.program {
+                            Some(part) => test.name.contains(part),
+                            None => selection.long || here(test.runs),
+                        });
                         boot(&kernel, &tests.collect::<Vec<_>>(), &built.programs, selection)
                     })?;
                 tally += counts;
@@ -129,8 +145,15 @@ struct Test {
     name: String,
     package: String,
     path: PathBuf,
-    /// Whether it takes long.
-    long: bool,
+    runs: Runs,
+}
+
+/// Where a test program runs when there is not much time.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Runs {
+    Always,
+    UnderOldest,
+    UnderNewest,
 }
 
 /// What cargo has built.
@@ -182,17 +205,20 @@ fn build() -> Result<Built> {
         let Some(path) = message.executable else { continue };
         let (package, target) = (name_of(&message.package_id).to_owned(), message.target);
         let is = |kind: &str| target.kind.iter().any(|of| of == kind);
-        let long = LONG_CRATES.contains(&&*package) || LONG_TESTS.contains(&&*target.name);
+        // Two crates may have tests of one name.
+        let name = format!("{package}_{}", target.name);
+        let runs = match PROGRAMS.iter().find(|(program, _)| *program == name) {
+            Some((_, runs)) => Some(*runs),
+            None => CRATES.contains(&&*package).then_some(Runs::UnderOldest),
+        };
         if is("bin") && !message.profile.test {
             programs.push((package, path));
-        } else if is("test") && (long || CRATES.contains(&&*package)) {
-            // Two crates may have tests of one name.
-            let name = format!("{package}_{}", target.name);
+        } else if let Some(runs) = runs.filter(|_| is("test")) {
             built.tests.push(Test {
                 name,
                 package,
                 path,
-                long,
+                runs,
             });
         }
     }
@@ -224,7 +250,7 @@ fn boot(
     for path in [&report, &console] {
         std::fs::write(path, []).with_context(|| format!("cannot write {}", path.display()))?;
     }
-    let limit = Duration::from_mins(if selection.long { 30 } else { 15 });
+    let limit = Duration::from_mins(if selection.long { 60 } else { 30 });
     let machine = Machine::start(kernel, &initramfs, &console, &report)?;
     let ended = machine.wait(limit)?;
     let text = std::fs::read(&report).with_context(|| format!("cannot read {}", report.display()))?;

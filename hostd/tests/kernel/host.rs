@@ -385,6 +385,16 @@ fn remove_groups(group: &Path) {
 fn groups(name: &str) -> Vec<PathBuf> {
     let all = flynn_hostd::cgroup::Hierarchies::find().unwrap();
     let make = |hierarchy: &flynn_hostd::cgroup::Hierarchy| {
+        if hierarchy.is_v2() {
+            // What systemd does for a unit with `Delegate=yes`.
+            let there = fs::read_to_string(hierarchy.base.join("cgroup.controllers")).unwrap();
+            for controller in there.split_whitespace() {
+                let _ = fs::write(
+                    hierarchy.base.join("cgroup.subtree_control"),
+                    format!("+{controller}"),
+                );
+            }
+        }
         let group = hierarchy.base.join(name);
         fs::create_dir(&group).unwrap();
         for file in ["cpuset.cpus", "cpuset.mems"] {

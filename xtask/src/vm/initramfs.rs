@@ -21,8 +21,8 @@ const TOOLS: [&str; 7] = [
     "btrfs",
 ];
 /// How long one test program may take, in seconds.
-const LIMIT: u32 = 480;
-const LIMIT_LONG: u32 = 1200;
+const LIMIT: u32 = 900;
+const LIMIT_LONG: u32 = 2400;
 
 /// Makes the initramfs in a directory and returns its path.
 pub(super) fn make(
