@@ -185,7 +185,7 @@ fn build() -> Result<Built> {
     }
 
     let mut cargo = exec::cargo();
-    cargo.args(["test", "--locked", "--no-run", "--message-format=json"]);
+    cargo.args(["test", "--locked", "--no-run", "--message-format=json-render-diagnostics"]);
     cargo.args(["--workspace", "--exclude", crate::test::CLUSTER, "--tests"]);
     let output = cargo
         .stdin(Stdio::null())

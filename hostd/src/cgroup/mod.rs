@@ -304,21 +304,26 @@ fn enable_controllers(hierarchy: &Hierarchy, dir: &Path) {
     let file = dir.join("cgroup.subtree_control");
     let listed = |file: &Path| fs::read_to_string(file).unwrap_or_default();
     let (available, enabled) = (listed(&dir.join("cgroup.controllers")), listed(&file));
-    let has = |list: &str, controller| list.split_whitespace().any(|name| name == controller);
-    for controller in ["cpu", "cpuset", "io", "memory", "pids"] {
-        if !has(&available, controller) || has(&enabled, controller) {
-            continue;
+    let has = |list: &str, wanted: &str| list.split_whitespace().any(|name| name == wanted);
+    let wanted: Vec<String> = ["cpu", "cpuset", "io", "memory", "pids"]
+        .into_iter()
+        .filter(|controller| has(&available, controller) && !has(&enabled, controller))
+        .map(|controller| format!("+{controller}"))
+        .collect();
+    if wanted.is_empty() {
+        return;
+    }
+    // At once: with processes of its own a group can hand some of them down alone, but is the root of a threaded subtree
+    // from then on, in which there are no others.
+    let enable = || write(&file, &wanted.join(" "));
+    if enable().is_err_and(|error| error.raw_os_error() == Some(libc::EBUSY)) && dir == hierarchy.base {
+        let leaf = dir.join(hierarchy::DAEMON_LEAF);
+        let _ = fs::create_dir(&leaf);
+        let there = fs::read_to_string(dir.join("cgroup.procs")).unwrap_or_default();
+        for pid in there.lines() {
+            let _ = write(&leaf.join("cgroup.procs"), pid);
         }
-        let enable = || write(&file, &format!("+{controller}"));
-        if enable().is_err_and(|error| error.raw_os_error() == Some(libc::EBUSY)) && dir == hierarchy.base {
-            let leaf = dir.join(hierarchy::DAEMON_LEAF);
-            let _ = fs::create_dir(&leaf);
-            let there = fs::read_to_string(dir.join("cgroup.procs")).unwrap_or_default();
-            for pid in there.lines() {
-                let _ = write(&leaf.join("cgroup.procs"), pid);
-            }
-            let _ = enable();
-        }
+        let _ = enable();
     }
 }
 
