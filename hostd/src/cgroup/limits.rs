@@ -79,6 +79,15 @@ pub(super) fn apply(hierarchy: &Hierarchy, dir: &Path, limits: &Limits, disk: &P
     };
     let quota = (limits.cpu * PERIOD / 1000).max(1000);
     let bandwidth = limits.io_read > 0 || limits.io_write > 0;
+    let device = device(disk);
+    let has_io = hierarchy.has("blkio") || dir.join("io.max").exists();
+    if bandwidth && has_io && device.is_none() {
+        let disk = disk.display();
+        return Err(io::Error::new(
+            io::ErrorKind::Unsupported,
+            format!("io_read and io_write: {disk} is on no disk whose bandwidth can be limited"),
+        ));
+    }
     if hierarchy.is_v2() {
         set_if_there("memory.max", limits.memory.to_string())?;
         set_if_there("memory.swap.max", limits.swap.to_string())?;
@@ -88,15 +97,13 @@ pub(super) fn apply(hierarchy: &Hierarchy, dir: &Path, limits: &Limits, disk: &P
         set_if_there("cpuset.cpus", format!("{}\n", limits.cpuset))?;
         set_if_there("io.weight", format!("default {}", limits.io_weight))?;
         set_if_there("io.bfq.weight", format!("default {}", limits.io_weight))?;
-        if let Some(device) = device(disk).filter(|_| dir.join("io.max").exists()) {
-            let most = |bytes| {
-                if bytes == 0 {
-                    "max".into()
-                } else {
-                    format!("{bytes}")
-                }
+        if let Some(device) = device.filter(|_| has_io) {
+            let most = |bytes: u64| match bytes {
+                0 => "max".to_owned(),
+                bytes => bytes.to_string(),
             };
             let (read, written) = (most(limits.io_read), most(limits.io_write));
+            // Also takes back what was set.
             optional(
                 bandwidth,
                 set("io.max", format!("{device} rbps={read} wbps={written}")),
@@ -131,7 +138,7 @@ pub(super) fn apply(hierarchy: &Hierarchy, dir: &Path, limits: &Limits, disk: &P
     if hierarchy.has("blkio") {
         set_if_there("blkio.weight", limits.io_weight.max(10).to_string())?;
         set_if_there("blkio.bfq.weight", limits.io_weight.to_string())?;
-        if let Some(device) = device(disk) {
+        if let Some(device) = device {
             for (way, bytes) in [("read", limits.io_read), ("write", limits.io_write)] {
                 let file = format!("blkio.throttle.{way}_bps_device");
                 optional(bytes > 0, set_if_there(&file, format!("{device} {bytes}")))?;

@@ -122,7 +122,9 @@ impl Host {
             .open(self.dir.path().join("daemon.log"))
             .unwrap();
         // Into its cgroups first; the paths are arguments, not text of the script.
-        let enter = r#"while [ "$1" != -- ]; do echo $$ > "$1/cgroup.procs"; shift; done; shift; exec "$@""#;
+        // A daemon before may have made room for jobs, and a leaf for itself.
+        let enter = r#"while [ "$1" != -- ]; do echo $$ > "$1/cgroup.procs" || echo $$ > "$1/flynn-host/cgroup.procs"
+            shift; done; shift; exec "$@""#;
         let child = Command::new("sh")
             .args(["-euc", enter, "sh"])
             .args(&self.groups)
