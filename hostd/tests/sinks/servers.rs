@@ -22,7 +22,7 @@ pub(crate) fn lacks(server: &str) -> Option<String> {
     }
     let found = ["/usr/sbin", "/usr/bin", "/sbin"];
     let found = found.iter().any(|dir| Path::new(dir).join(server).exists());
-    (!found).then(|| format!("no {server} (Debian: rsyslog, syslog-ng-core)"))
+    (!found).then(|| format!("no {server}: rsyslog and syslog-ng cannot both be installed"))
 }
 
 /// A server that runs, until the end of the test at the latest.
@@ -111,7 +111,9 @@ fn written(dir: &Path, done: impl Fn(&[String]) -> bool) -> Vec<String> {
     loop {
         let text = fs::read_to_string(dir.join("out")).unwrap_or_default();
         let mut lines = BTreeMap::new();
-        for line in text.lines() {
+        // The server may be in the middle of a line.
+        let whole = text.rfind('\n').map_or("", |end| &text[..end]);
+        for line in whole.lines() {
             let Some(line) = line.strip_prefix("one - one-1 ID1 [flynn run=\"") else {
                 panic!("{line:?}");
             };

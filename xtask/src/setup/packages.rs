@@ -81,7 +81,6 @@ const PACKAGES: &[(&str, &str, Need)] = &[
     ("docker.io", "what images are pushed from", Need::Test),
     ("procps", "finds processes in the lab", Need::Test),
     ("rsyslog", "takes logs", Need::Test),
-    ("syslog-ng-core", "takes logs", Need::Test),
     ("runc", "a peer of the benchmarks", Need::Bench),
     ("nginx", "a peer of the benchmarks", Need::Bench),
     ("haproxy", "a peer of the benchmarks", Need::Bench),
