@@ -7,6 +7,7 @@
 //! volumes, an address. One **supervisor** per job ([`supervisor`]), this same binary executed anew, makes the
 //! [`container`], holds its pipes, registers its services and notes its end.
 //!
+//! [`logs`] are kept by the supervisor and sent to sinks by the daemon; [`cgroup`] has a job's limits and what it uses.
 //! [`download`] brings files here whole or not at all, [`repository`] says which of them are a release. [`confine`] is where
 //! programs run that read what strangers made. [`floating`] keeps addresses at a host that is well.
 //!
