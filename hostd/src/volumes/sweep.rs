@@ -55,6 +55,7 @@ fn discard(path: &Path) {
                 btrfs::remove(&entry)?;
             }
         }
+        btrfs::settle(path)?;
         files::remove_all(path)
     };
     if let Err(error) = remove() {
