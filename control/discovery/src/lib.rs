@@ -121,6 +121,7 @@ pub async fn run(mut options: Options, shutdown: CancellationToken) -> anyhow::R
     };
     members::hand_over(&node).await;
     node.view.disconnect();
+    node.closing.cancel();
     stop.cancel();
     if !served.is_finished() {
         let _ = served.await;
@@ -181,9 +182,12 @@ async fn chores(node: &Node, options: &Options, live: &Live) -> anyhow::Result<(
         round.tick().await;
         let running = node.raft.metrics().borrow_watched().running_state.clone();
         running.context("Raft has stopped: its disk has failed, most likely")?;
-        for peer in node.peers() {
+        let peers = node.peers();
+        for peer in &peers {
             node.dialer().learn(peer.id, &peer.addr);
         }
+        let learners = peers.iter().filter(|peer| !peer.voter);
+        node.dialer().set_learners(learners.map(|peer| peer.id).collect());
         match follow_certificate(node, live, options.host_ip) {
             Ok(()) => said = false,
             Err(error) if !std::mem::replace(&mut said, true) => {

@@ -63,6 +63,8 @@ pub struct Node {
     began: Instant,
     /// Told from those of other starts.
     session: u64,
+    /// It is about to end: lines to it end.
+    pub(crate) closing: CancellationToken,
     /// When a leader was heard last, by [`Node::now`]; 0 before the first.
     heard_leader: Arc<AtomicU64>,
     // Held until the last clone is gone: one process alone may use the directory.
@@ -161,6 +163,7 @@ impl Node {
             ca_settle: timing.ca_settle,
             began: Instant::now(),
             session: rand::random_range(1..1_u64 << 48),
+            closing: CancellationToken::new(),
             heard_leader: Arc::default(),
             _lock: Arc::new(lock),
         })
@@ -489,8 +492,9 @@ impl Node {
         what: &str,
         body: &impl Serialize,
     ) -> Result<T, Error> {
-        let http = self.dialer.dial(&member.addr)?.timeout(WRITE_TIMEOUT);
-        http.post(&format!("/raft/{id}/{what}"), body).await
+        self.dialer
+            .call((id, &member.addr), what, body, WRITE_TIMEOUT)
+            .await
     }
 
     /// Calls the leader, which is given up on when it is known to lead no more; `None` when no other member leads.

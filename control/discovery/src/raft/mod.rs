@@ -4,10 +4,11 @@
 //! - [`journal`]: the file that holds log and vote, written by one thread with one `fdatasync` per batch.
 //! - [`log`]: openraft's log storage on it.
 //! - [`machine`]: the state machine that keeps [`crate::view::View`] up to date, and [`snapshot`], its file.
-//! - [`network`], [`rpc`]: the two ends of the calls between members.
+//! - [`network`], [`rpc`]: the two ends of the calls between members; [`line`](mod@line): the connections that carry them.
 
 pub mod dir;
 pub mod journal;
+pub mod line;
 pub mod log;
 pub mod machine;
 pub mod network;

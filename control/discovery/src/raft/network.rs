@@ -1,13 +1,15 @@
 //! Calls from one member to another, over the cluster listener with mutual TLS.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::future::Future;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use flynn_api::ErrorCode;
 use flynn_api::client::{Http, full};
 use flynn_api::tls::{Live, Use};
+use flynn_api::{Error, ErrorCode};
+use futures::FutureExt as _;
+use futures::future::{BoxFuture, Shared};
 use openraft::OptionalSend;
 use openraft::errors::{NetworkError, RPCError, ReplicationClosed, StreamingError, Unreachable};
 use openraft::network::{RPCOption, RaftNetworkFactory, RaftNetworkV2};
@@ -17,16 +19,19 @@ use openraft::raft::{
 };
 use serde::Serialize;
 use serde::de::DeserializeOwned;
+use tokio::time::{Instant, sleep_until, timeout};
 
+use super::line::{self, caller::Line};
 use super::{Member, Snapshot, SnapshotMeta, TypeConfig, Vote, snapshot};
 
 /// How other members are reached. Clones share connections.
 #[derive(Clone)]
 pub struct Dialer {
     live: Arc<Live>,
-    clients: Arc<Mutex<Clients>>,
+    connections: Arc<Mutex<Connections>>,
     // openraft keeps the link that it made to a member when the member moves; the link asks here where it is now.
     places: Arc<Mutex<HashMap<u64, Place>>>,
+    learners: Arc<Mutex<BTreeSet<u64>>>,
 }
 
 /// Where a member is.
@@ -37,12 +42,33 @@ struct Place {
     addr: String,
 }
 
-/// Clients by address, and what they were made with.
-type Clients = (Option<Arc<rustls::ClientConfig>>, HashMap<String, Http>);
+/// What there is with one TLS configuration.
+#[derive(Default)]
+struct Connections {
+    made_with: Option<Arc<rustls::ClientConfig>>,
+    /// By address.
+    clients: HashMap<String, Http>,
+    /// By the member's id and address.
+    lines: HashMap<(u64, String), Opening>,
+}
 
-/// Clients that are kept: more than there are members. With fewer, each call to a member would be a new connection, and
-/// nearly all of a leader's work would be handshakes.
-const MAX_CLIENTS: usize = 4096;
+/// A line that is being opened, or open: whoever wants it meanwhile shares it, and none of them ends it by giving up.
+type Opening = Shared<BoxFuture<'static, Result<Arc<Line>, Error>>>;
+
+/// Clients, and lines, that are kept: more than there are members. With fewer, each call to a member would be a new
+/// connection, and nearly all of a leader's work would be handshakes.
+const MAX_CONNECTIONS: usize = 4096;
+
+/// How long a line may take to open.
+const OPEN: Duration = Duration::from_secs(5);
+
+/// Learners get what is new one after the other, each in its time: in a cluster of a hundred hosts the leader, and the
+/// hosts, would else be busy with nothing but telling it, entry by entry. So many learners times this passes between two
+/// appends to one of them; what comes first, and alone, goes at once.
+const TURN: Duration = Duration::from_micros(500);
+
+/// The most that passes.
+const MAX_TURN: Duration = Duration::from_millis(100);
 
 /// How long a member may take to append entries. openraft gives them no longer than a heartbeat: then a member with a slow
 /// disk, or too little of a CPU, never gets through a thousand entries that it has to catch up with, and a call that is
@@ -60,8 +86,9 @@ impl Dialer {
     pub fn new(live: Arc<Live>) -> Self {
         Self {
             live,
-            clients: Arc::default(),
+            connections: Arc::default(),
             places: Arc::default(),
+            learners: Arc::default(),
         }
     }
 
@@ -87,35 +114,139 @@ impl Dialer {
         }
     }
 
-    fn dial_member(&self, id: u64) -> flynn_api::Result<Http> {
-        let place = self
-            .places
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .get(&id)
-            .map(|place| place.addr.clone());
-        self.dial(&place.ok_or_else(|| flynn_api::Error::not_found("member", id))?)
+    /// These are the members that do not vote.
+    pub fn set_learners(&self, ids: BTreeSet<u64>) {
+        *self.learners.lock().unwrap_or_else(PoisonError::into_inner) = ids;
+    }
+
+    /// How much is to pass between two appends to the member `id`.
+    fn turn(&self, id: u64) -> Duration {
+        let learners = self.learners.lock().unwrap_or_else(PoisonError::into_inner);
+        if !learners.contains(&id) {
+            return Duration::ZERO;
+        }
+        let count = u32::try_from(learners.len()).unwrap_or(u32::MAX);
+        TURN.saturating_mul(count).min(MAX_TURN)
+    }
+
+    fn place(&self, id: u64) -> Result<String, Error> {
+        let places = self.places.lock().unwrap_or_else(PoisonError::into_inner);
+        let place = places.get(&id).ok_or_else(|| Error::not_found("member", id))?;
+        Ok(place.addr.clone())
+    }
+
+    /// Those of the TLS configuration that is in use.
+    fn connections(&self) -> MutexGuard<'_, Connections> {
+        let tls = &self.live.current().client;
+        let mut connections = self.connections.lock().unwrap_or_else(PoisonError::into_inner);
+        if connections
+            .made_with
+            .as_ref()
+            .is_none_or(|with| !Arc::ptr_eq(with, tls))
+        {
+            *connections = Connections {
+                made_with: Some(Arc::clone(tls)),
+                ..Connections::default()
+            };
+        }
+        connections
     }
 
     /// A client of the discoverd at `addr`.
     pub fn dial(&self, addr: &str) -> flynn_api::Result<Http> {
-        let tls = Arc::clone(&self.live.current().client);
-        let mut clients = self.clients.lock().unwrap_or_else(PoisonError::into_inner);
-        let (made_with, clients) = &mut *clients;
-        if made_with.as_ref().is_none_or(|with| !Arc::ptr_eq(with, &tls)) {
-            clients.clear();
-            *made_with = Some(Arc::clone(&tls));
-        }
-        if let Some(http) = clients.get(addr) {
+        let mut connections = self.connections();
+        if let Some(http) = connections.clients.get(addr) {
             return Ok(http.clone());
         }
-        let http = Http::new(&format!("https://{addr}"))?.tls(tls);
-        if clients.len() >= MAX_CLIENTS {
-            clients.clear();
+        let mut http = Http::new(&format!("https://{addr}"))?;
+        if let Some(tls) = &connections.made_with {
+            http = http.tls(Arc::clone(tls));
         }
-        clients.insert(addr.to_owned(), http.clone());
+        if connections.clients.len() >= MAX_CONNECTIONS {
+            connections.clients.clear();
+        }
+        connections.clients.insert(addr.to_owned(), http.clone());
         Ok(http)
     }
+
+    /// The line to the member `id` at `addr`.
+    async fn line(&self, id: u64, addr: &str) -> Result<Arc<Line>, Error> {
+        let http = self.dial(addr)?;
+        let opening = {
+            let mut connections = self.connections();
+            let lines = &mut connections.lines;
+            let key = (id, addr.to_owned());
+            match lines.get(&key).filter(|opening| is_of_use(opening)) {
+                Some(opening) => opening.clone(),
+                None => {
+                    let opening: Opening = open(http, id).boxed().shared();
+                    if lines.len() >= MAX_CONNECTIONS {
+                        lines.clear();
+                    }
+                    lines.insert(key, opening.clone());
+                    tokio::spawn(opening.clone());
+                    opening
+                }
+            }
+        };
+        opening.await
+    }
+
+    /// Calls the member `id`, whose discoverd is at `addr`.
+    ///
+    /// # Errors
+    ///
+    /// What it says, or that nothing came back in time: then the call may have been done.
+    pub async fn call<T: DeserializeOwned>(
+        &self,
+        (id, addr): (u64, &str),
+        name: &str,
+        body: &impl Serialize,
+        patience: Duration,
+    ) -> Result<T, Error> {
+        let broken = |what: &str, why: serde_json::Error| Error::internal(format!("{name}: {what}: {why}"));
+        let body = serde_json::to_vec(body).map_err(|why| broken("cannot be written", why))?;
+        let call = async {
+            match self.line(id, addr).await {
+                Ok(line) => line.call(name, &body).await,
+                // It is of an earlier release.
+                Err(error) if error.code == ErrorCode::NotFound => {
+                    let request = http::Request::post(format!("/raft/{id}/{name}")).body(full(body));
+                    let request = request.map_err(|why| Error::internal(format!("{name}: {why}")))?;
+                    answer_of(self.dial(addr)?.send(request).await?).await
+                }
+                Err(error) => Err(error),
+            }
+        };
+        let answer = timeout(patience, call).await.unwrap_or_else(|_| {
+            let message = format!("{name}: the discoverd at {addr} did not answer in time");
+            Err(Error::new(ErrorCode::Timeout, message))
+        })?;
+        serde_json::from_slice(&answer).map_err(|why| broken("the answer cannot be read", why))
+    }
+}
+
+/// Whether a line is open, or may be yet.
+fn is_of_use(opening: &Opening) -> bool {
+    match opening.peek() {
+        None => true,
+        Some(Ok(line)) => !line.is_over(),
+        Some(Err(_)) => false,
+    }
+}
+
+async fn open(http: Http, id: u64) -> Result<Arc<Line>, Error> {
+    let path = format!("/raft/{id}/{}", line::NAME);
+    let connection = timeout(OPEN, http.upgrade(&path, line::PROTOCOL, &())).await;
+    let late = |_| Error::unavailable(format!("{} did not answer within 5 s", http.base()));
+    Ok(Arc::new(Line::over(connection.map_err(late)??)))
+}
+
+/// What an answer over HTTP holds.
+async fn answer_of(response: http::Response<hyper::body::Incoming>) -> Result<bytes::Bytes, Error> {
+    let body = axum::body::Body::new(response.into_body());
+    let read = axum::body::to_bytes(body, line::MAX_FRAME).await;
+    read.map_err(|why| Error::unavailable(format!("the answer broke off: {why}")).or_done())
 }
 
 impl RaftNetworkFactory<TypeConfig> for Dialer {
@@ -126,6 +257,7 @@ impl RaftNetworkFactory<TypeConfig> for Dialer {
         Link {
             target,
             dialer: self.clone(),
+            next_append: Instant::now(),
         }
     }
 }
@@ -135,6 +267,8 @@ impl RaftNetworkFactory<TypeConfig> for Dialer {
 pub struct Link {
     target: u64,
     dialer: Dialer,
+    /// Not before, if it is a learner.
+    next_append: Instant,
 }
 
 impl Link {
@@ -144,13 +278,13 @@ impl Link {
         what: &str,
         body: &impl Serialize,
         timeout: Duration,
-    ) -> Result<T, flynn_api::Error> {
-        let http = self.dialer.dial_member(self.target)?.timeout(timeout);
-        http.post(&format!("/raft/{}/{what}", self.target), body).await
+    ) -> Result<T, Error> {
+        let addr = self.dialer.place(self.target)?;
+        self.dialer.call((self.target, &addr), what, body, timeout).await
     }
 }
 
-fn failed(error: &flynn_api::Error) -> RPCError<TypeConfig> {
+fn failed(error: &Error) -> RPCError<TypeConfig> {
     match error.code {
         ErrorCode::Timeout => RPCError::Network(NetworkError::new(error)),
         _ => RPCError::Unreachable(Unreachable::new(error)),
@@ -165,6 +299,11 @@ impl RaftNetworkV2<TypeConfig> for Link {
         rpc: AppendEntriesRequest<TypeConfig>,
         option: RPCOption,
     ) -> Result<AppendEntriesResponse<TypeConfig>, RPCError<TypeConfig>> {
+        let turn = self.dialer.turn(self.target);
+        if !turn.is_zero() {
+            sleep_until(self.next_append).await;
+            self.next_append = Instant::now() + turn;
+        }
         let patience = if rpc.entries.is_empty() {
             option.soft_ttl()
         } else {
@@ -203,21 +342,21 @@ impl RaftNetworkV2<TypeConfig> for Link {
         option: RPCOption,
     ) -> Result<SnapshotResponse<TypeConfig>, StreamingError<TypeConfig>> {
         let send = async {
-            let refuse = |error: &flynn_api::Error| StreamingError::from(failed(error));
+            let refuse = |error: &Error| StreamingError::from(failed(error));
             let header: (Vote, SnapshotMeta) = (vote, snapshot.meta);
             let body = snapshot::encode(&header, &snapshot.snapshot)
                 .map_err(|error| StreamingError::Network(NetworkError::new(&error)))?;
             let http = self
                 .dialer
-                .dial_member(self.target)
+                .place(self.target)
+                .and_then(|addr| self.dialer.dial(&addr))
                 .map_err(|error| refuse(&error))?;
             let request = http::Request::post(format!("/raft/{}/snapshot", self.target))
                 .body(full(body))
                 .map_err(|error| StreamingError::Network(NetworkError::new(&error)))?;
             let answer = tokio::time::timeout(option.soft_ttl(), async {
                 let response = http.send(request).await.map_err(|error| refuse(&error))?;
-                let body = axum::body::to_bytes(axum::body::Body::new(response.into_body()), 1 << 20).await;
-                let body = body.map_err(|error| StreamingError::Network(NetworkError::new(&error)))?;
+                let body = answer_of(response).await.map_err(|error| refuse(&error))?;
                 serde_json::from_slice(&body)
                     .map_err(|error| StreamingError::Network(NetworkError::new(&error)))
             });

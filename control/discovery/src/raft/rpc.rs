@@ -1,25 +1,28 @@
-//! The receiving end of calls between members: `/raft/{id}/…` on the cluster listener.
+//! The receiving end of calls between members: `/raft/{id}/…` on the cluster listener, one by one or over a line
+//! ([`line`](mod@line)).
 
 use axum::extract::{Path, Request, State};
+use axum::http::StatusCode;
+use axum::http::header::{CONNECTION, CONTENT_TYPE, UPGRADE};
 use axum::response::{IntoResponse as _, Response};
 use axum::routing::post;
 use axum::{Extension, Router};
+use bytes::Bytes;
 use flynn_api::discovery::Consistency;
 use flynn_api::server::{Json, Peer};
 use flynn_api::{Error, ErrorCode};
+use hyper_util::rt::TokioIo;
 use openraft::raft::{AppendEntriesRequest, AppendEntriesResponse, TransferLeaderRequest, VoteRequest};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
+use super::line::{self, answerer};
 use super::{Snapshot, SnapshotMeta, TypeConfig, Vote, snapshot};
 use crate::claims::Beat;
 use crate::command::Command;
 use crate::http::auth::{Action, Door};
 use crate::members::{self, MemberChange};
 use crate::node::{Forwarded, Node};
-
-/// The longest call between members: a snapshot.
-const MAX_CALL: usize = 1 << 30;
 
 /// The routes.
 pub fn routes() -> Router<(Node, Door)> {
@@ -60,29 +63,61 @@ async fn call(
         );
         return Err(Error::new(ErrorCode::Conflict, message));
     }
-    let body = axum::body::to_bytes(request.into_body(), MAX_CALL)
+    if call == line::NAME {
+        return take_line(node, request);
+    }
+    let body = axum::body::to_bytes(request.into_body(), line::MAX_FRAME)
         .await
         .map_err(|_| Error::validation("the call is cut short or too long"))?;
-    match call.as_str() {
+    let said = answer(&node, &call, &body).await?;
+    Ok(([(CONTENT_TYPE, "application/json")], said).into_response())
+}
+
+/// Has the connection of this request be a line from now on.
+fn take_line(node: Node, mut request: Request) -> Result<Response, Error> {
+    let asked = request.headers().get(UPGRADE);
+    if asked.is_none_or(|protocol| protocol != line::PROTOCOL) {
+        let message = format!("this call wants the header `Upgrade: {}`", line::PROTOCOL);
+        return Err(Error::validation(message));
+    }
+    let upgrade = hyper::upgrade::on(&mut request);
+    tokio::spawn(async move {
+        let closing = node.closing.clone();
+        let Some(Ok(connection)) = closing.run_until_cancelled(upgrade).await else {
+            return;
+        };
+        let handle = |name: String, body: Bytes| {
+            let node = node.clone();
+            async move { answer(&node, &name, &body).await }
+        };
+        answerer::answer(TokioIo::new(connection), node.closing.clone(), handle).await;
+    });
+    let headers = [(CONNECTION, "Upgrade"), (UPGRADE, line::PROTOCOL)];
+    Ok((StatusCode::SWITCHING_PROTOCOLS, headers).into_response())
+}
+
+/// Answers a call by its name.
+async fn answer(node: &Node, name: &str, body: &[u8]) -> Result<Vec<u8>, Error> {
+    match name {
         "append" => {
-            let rpc: AppendEntriesRequest<TypeConfig> = parse(&body)?;
+            let rpc: AppendEntriesRequest<TypeConfig> = parse(body)?;
             let answered = node.raft.append_entries(rpc).await;
             if matches!(&answered, Ok(taken) if !matches!(taken, AppendEntriesResponse::HigherVote(_))) {
                 node.hear_leader();
             }
-            answer(answered)
+            answered_by(answered)
         }
         "vote" => {
-            let rpc: VoteRequest<TypeConfig> = parse(&body)?;
-            answer(node.raft.vote(rpc).await)
+            let rpc: VoteRequest<TypeConfig> = parse(body)?;
+            answered_by(node.raft.vote(rpc).await)
         }
         "pre-vote" => {
-            let rpc: VoteRequest<TypeConfig> = parse(&body)?;
-            answer(node.raft.pre_vote(rpc).await)
+            let rpc: VoteRequest<TypeConfig> = parse(body)?;
+            answered_by(node.raft.pre_vote(rpc).await)
         }
         "transfer-leader" => {
-            let rpc: TransferLeaderRequest<TypeConfig> = parse(&body)?;
-            answer(node.raft.handle_transfer_leader(rpc).await)
+            let rpc: TransferLeaderRequest<TypeConfig> = parse(body)?;
+            answered_by(node.raft.handle_transfer_leader(rpc).await)
         }
         "snapshot" => {
             let ((vote, meta), data) = snapshot::decode::<(Vote, SnapshotMeta)>(&body)
@@ -91,41 +126,39 @@ async fn call(
                 meta,
                 snapshot: data.to_vec(),
             };
-            answer(node.raft.install_full_snapshot(vote, snapshot).await)
+            answered_by(node.raft.install_full_snapshot(vote, snapshot).await)
         }
         "write" => {
-            let command: Command = parse(&body)?;
-            Ok(Json(node.write_here(&command).await?).into_response())
+            let command: Command = parse(body)?;
+            written(&node.write_here(&command).await?)
         }
         "writes" => {
-            let commands: Vec<Command> = parse(&body)?;
-            Ok(Json(node.write_all_here(commands).await).into_response())
+            let commands: Vec<Command> = parse(body)?;
+            written(&node.write_all_here(commands).await)
         }
         "read-index" => {
             // Earlier releases say nothing, and want it linearizable.
-            let wanted: Option<Consistency> = parse(&body)?;
-            let index = node
-                .read_index(wanted.unwrap_or(Consistency::Linearizable))
-                .await?;
-            Ok(Json(index).into_response())
+            let wanted: Option<Consistency> = parse(body)?;
+            let wanted = wanted.unwrap_or(Consistency::Linearizable);
+            written(&node.read_index(wanted).await?)
         }
         "members" => {
-            let change: MemberChange = parse(&body)?;
-            Ok(Json(members::change_here(&node, &change).await?).into_response())
+            let change: MemberChange = parse(body)?;
+            written(&members::change_here(node, &change).await?)
         }
         "member-status" => {
-            let all = node.leads().map(|_| members::status_here(&node));
-            Ok(Json(all.map_or(Forwarded::NotLeader, Forwarded::Taken)).into_response())
+            let all = node.leads().map(|_| members::status_here(node));
+            written(&all.map_or(Forwarded::NotLeader, Forwarded::Taken))
         }
         "beat" => {
-            let beat: Beat = parse(&body)?;
-            Ok(Json(node.beat(beat)).into_response())
+            let beat: Beat = parse(body)?;
+            written(&node.beat(beat))
         }
         "ages" => {
-            let members: Vec<u64> = parse(&body)?;
-            Ok(Json(node.ages(&members)).into_response())
+            let members: Vec<u64> = parse(body)?;
+            written(&node.ages(&members))
         }
-        _ => Err(Error::not_found("call", call)),
+        _ => Err(Error::not_found("call", name)),
     }
 }
 
@@ -133,9 +166,13 @@ fn parse<T: DeserializeOwned>(body: &[u8]) -> Result<T, Error> {
     serde_json::from_slice(body).map_err(|why| Error::validation(format!("the call cannot be read: {why}")))
 }
 
-fn answer<T: Serialize, E: std::fmt::Display>(result: Result<T, E>) -> Result<Response, Error> {
+fn written(answer: &impl Serialize) -> Result<Vec<u8>, Error> {
+    serde_json::to_vec(answer).map_err(|why| Error::internal(format!("the answer cannot be written: {why}")))
+}
+
+fn answered_by<T: Serialize, E: std::fmt::Display>(result: Result<T, E>) -> Result<Vec<u8>, Error> {
     match result {
-        Ok(answer) => Ok(Json(answer).into_response()),
+        Ok(answer) => written(&answer),
         Err(error) => Err(Error::unavailable(format!(
             "this member cannot take the call: {error}"
         ))),
