@@ -13,6 +13,9 @@ pub(crate) struct Args {
     /// Fewer samples, five minutes at the most
     #[arg(long)]
     quick: bool,
+    /// Only the parts whose names contain this; of the suites discovery and host
+    #[arg(long)]
+    only: Option<String>,
     /// One JSON object per row
     #[arg(long)]
     json: bool,
@@ -49,6 +52,9 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     ]);
     if args.quick {
         cargo.arg("--quick");
+    }
+    if let Some(only) = &args.only {
+        cargo.args(["--only", only]);
     }
     if args.json {
         cargo.arg("--json");

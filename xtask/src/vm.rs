@@ -3,8 +3,9 @@
 //! Debian's cloud kernels are booted by qemu, which emulates the processor: that works wherever there is no KVM, and
 //! inside virtual machines. The machine is an initramfs that holds the tests of the data plane, of the overlay and of
 //! containers as they are built for this machine, and what they call (`ip`, `nft`). It writes what they say to its
-//! second serial port, where nothing of the kernel's own comes between. With `--program flynn-hostd_kernel` the host's
-//! daemon is driven there, too: on cgroups of version 2 alone, as users' hosts have them.
+//! second serial port, where nothing of the kernel's own comes between. The host's daemon is driven there, too, on cgroups
+//! of version 2 alone, as users' hosts have them: through the life of a container and all that has to do with cgroups,
+//! and with `--program flynn-hostd_kernel` through all of its tests.
 //!
 //! A machine that does not report, stops in the middle or leaves a test program out has failed.
 
@@ -19,6 +20,7 @@ use crate::{exec, ui, workspace};
 use anyhow::{Context, Result, bail};
 use kernel::Kernel;
 use serde::Deserialize;
+use std::fmt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -26,11 +28,28 @@ use std::time::{Duration, Instant};
 /// The crates whose integration tests run under the oldest kernel, which has the least of what programs need.
 const CRATES: [&str; 2] = ["flynn-dataplane", "flynn-overlay"];
 /// Test programs that run elsewhere, or are of other crates: whether each kernel takes the data plane's programs. The
-/// host's daemon under the newest kernel, which can do all that it asks for, takes half an hour.
+/// host's daemon is driven under the newest kernel, which can do all that it asks for; all of its tests take half an hour.
 const PROGRAMS: [(&str, Runs); 3] = [
     ("flynn-dataplane_objects", Runs::Always),
     ("flynn-hostd_escape", Runs::UnderOldest),
-    ("flynn-hostd_kernel", Runs::IfAsked),
+    ("flynn-hostd_kernel", Runs::UnderNewest(&DAEMON)),
+];
+/// Tests of the host's daemon that run there when there is not much time.
+const DAEMON: [&str; 14] = [
+    "a_kept_job_comes_back_after_a_shutdown",
+    "an_update_is_noticed_by_nobody",
+    "attaches_before_and_after",
+    "containers_outlive_the_daemon",
+    "cores_weights_swap_and_disk_are_limited",
+    "drops_capabilities_and_filters_calls",
+    "kills_who_does_not_stop",
+    "limits_change_while_a_job_runs",
+    "limits_memory",
+    "limits_processes",
+    "pauses_and_resumes",
+    "programs_run_beside_the_job_s",
+    "runs_a_program_in_its_own_world",
+    "want_is_told_and_use_is_counted",
 ];
 /// Tests that would take minutes each under emulation: without much time they run on this machine alone.
 const SLOW: [&str; 10] = [
@@ -115,16 +134,22 @@ pub(crate) fn test(selection: &Selection<'_>) -> Result<(Tally, Tail)> {
             Ok(kernel) => {
                 let (counts, said) =
                     ui::timed(&format!("Kernel tests under Linux {}", kernel.release), || {
-                        let here = |runs| match runs {
-                            Runs::Always => true,
-                            Runs::UnderOldest => index == 0,
-                            Runs::IfAsked => false,
-                        };
-                        let tests = built.tests.iter().filter(|test| match selection.program {
-                            Some(part) => test.name.contains(part),
-                            None => selection.long || here(test.runs),
+                        let last = index + 1 == kernel::SERIES.len();
+                        let runs = built.tests.iter().flat_map(|test| {
+                            let all = vec![Run { test, only: None }];
+                            match (selection.program, test.runs) {
+                                (Some(part), _) if test.name.contains(part) => all,
+                                (Some(_), _) => Vec::new(),
+                                (None, Runs::Always) => all,
+                                (None, Runs::UnderOldest) if index == 0 => all,
+                                _ if selection.long => all,
+                                (None, Runs::UnderNewest(names)) if last => {
+                                    test.only(names, selection.filter)
+                                }
+                                _ => Vec::new(),
+                            }
                         });
-                        boot(&kernel, &tests.collect::<Vec<_>>(), &built.programs, selection)
+                        boot(&kernel, &runs.collect::<Vec<_>>(), &built.programs, selection)
                     })?;
                 tally += counts;
                 if counts.failed > 0 {
@@ -153,7 +178,38 @@ struct Test {
 enum Runs {
     Always,
     UnderOldest,
-    IfAsked,
+    /// These of its tests.
+    UnderNewest(&'static [&'static str]),
+}
+
+/// A run of a test program in a machine.
+#[derive(Clone, Copy)]
+struct Run<'b> {
+    test: &'b Test,
+    /// This one of its tests alone.
+    only: Option<&'static str>,
+}
+
+impl Test {
+    /// A run for each of these whose name contains `filter`.
+    fn only(&self, names: &'static [&'static str], filter: Option<&str>) -> Vec<Run<'_>> {
+        let names = names
+            .iter()
+            .filter(|name| filter.is_none_or(|part| name.contains(part)));
+        let run = |name: &&'static str| Run {
+            test: self,
+            only: Some(name),
+        };
+        names.map(run).collect()
+    }
+}
+
+impl fmt::Display for Run<'_> {
+    /// As the machine's plan and its report have it.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.test.name)?;
+        self.only.map_or(Ok(()), |name| write!(f, " {name}"))
+    }
 }
 
 /// What cargo has built.
@@ -244,12 +300,12 @@ fn name_of(package_id: &str) -> &str {
 /// Boots one kernel, waits for its report and counts. With the counts comes the report's end.
 fn boot(
     kernel: &Kernel,
-    tests: &[&Test],
+    runs: &[Run<'_>],
     programs: &[PathBuf],
     selection: &Selection<'_>,
 ) -> Result<(Tally, Tail)> {
     let directory = workspace::target().join("vm").join(&kernel.release);
-    let initramfs = initramfs::make(&directory, kernel, tests, programs, selection)?;
+    let initramfs = initramfs::make(&directory, kernel, runs, programs, selection)?;
     let report = directory.join("report");
     let console = directory.join("console");
     for path in [&report, &console] {
@@ -260,7 +316,7 @@ fn boot(
     let ended = machine.wait(limit)?;
     let text = std::fs::read(&report).with_context(|| format!("cannot read {}", report.display()))?;
     let text = String::from_utf8_lossy(&text).replace('\r', "");
-    let names: Vec<&str> = tests.iter().map(|test| test.name.as_str()).collect();
+    let names: Vec<String> = runs.iter().map(Run::to_string).collect();
     match report::read(&text, &kernel.release, &names) {
         Ok(tally) if ended => {
             if tally.failed > 0 {

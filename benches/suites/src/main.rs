@@ -30,7 +30,7 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 
 use crate::inside::Inside;
-use crate::suites::{Suite, Thoroughness};
+use crate::suites::{Only, Suite, Thoroughness};
 
 /// Measures the platform beside its peers.
 #[derive(Parser)]
@@ -47,6 +47,9 @@ struct Cli {
     /// Fewer samples: within five minutes
     #[arg(long)]
     quick: bool,
+    /// Only the parts whose names contain this (of discovery: etcd, watchers, kills, hosts; of host: as it says)
+    #[arg(long)]
+    only: Option<String>,
     /// One JSON object per row on standard output
     #[arg(long)]
     json: bool,
@@ -78,11 +81,12 @@ fn run(cli: Cli) -> anyhow::Result<()> {
         return inside::run(&inside);
     }
     let Some(suite) = cli.suite else { return Ok(()) };
-    let rows = suite.run(if cli.quick {
+    let thoroughness = if cli.quick {
         Thoroughness::Quick
     } else {
         Thoroughness::Full
-    })?;
+    };
+    let rows = suite.run(thoroughness, Only(cli.only.as_deref()))?;
     eprintln!("\n{}", row::table(&rows));
     if cli.json {
         let mut stdout = std::io::stdout();

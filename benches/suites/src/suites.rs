@@ -41,17 +41,33 @@ impl Thoroughness {
     }
 }
 
+/// Which parts of a suite.
+#[derive(Clone, Copy)]
+pub(crate) struct Only<'o>(pub(crate) Option<&'o str>);
+
+impl Only<'_> {
+    /// Whether that part is to be taken.
+    pub(crate) fn takes(self, part: &str) -> bool {
+        self.0.is_none_or(|only| part.contains(only))
+    }
+}
+
 impl Suite {
-    /// Takes all its rows.
-    pub(crate) fn run(self, thoroughness: Thoroughness) -> anyhow::Result<Vec<Row>> {
+    /// Takes all its rows, or those of some of its parts.
+    pub(crate) fn run(self, thoroughness: Thoroughness, only: Only<'_>) -> anyhow::Result<Vec<Row>> {
+        let has_parts = matches!(self, Self::Discovery | Self::Host);
+        anyhow::ensure!(
+            has_parts || only.0.is_none(),
+            "this suite has no parts to choose from (--only): discovery and host have"
+        );
         match self {
             Self::Spine => spine::run(thoroughness),
             Self::Overlay => overlay::run(thoroughness),
             Self::Services => services::run(thoroughness),
-            Self::Discovery => discovery::run(thoroughness),
+            Self::Discovery => discovery::run(thoroughness, only),
             Self::Dns => dns::run(thoroughness),
             Self::L4 => l4::run(thoroughness),
-            Self::Host => host::run(thoroughness),
+            Self::Host => host::run(thoroughness, only),
         }
     }
 }

@@ -26,14 +26,15 @@ exec >/dev/ttyS1 2>&1 </dev/null
 ip link set lo up
 . /tests/settings
 echo "flynn-vm: booted $(uname -r)"
-for name in $TESTS; do
-    echo "flynn-vm: begin $name"
+while read -r name only; do
+    run="$name${only:+ $only}"
+    echo "flynn-vm: begin $run"
     # shellcheck disable=SC2086
-    timeout -k 5 "$LIMIT" "/tests/$name" --color=never $ARGUMENTS
+    timeout -k 5 "$LIMIT" "/tests/$name" --color=never ${only:+--exact} ${only:-$ARGUMENTS} </dev/null
     status=$?
     echo
-    echo "flynn-vm: end $name $status"
-done
+    echo "flynn-vm: end $run $status"
+done </tests/plan
 echo "flynn-vm: done"
 sync
 poweroff -f

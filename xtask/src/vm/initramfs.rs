@@ -1,9 +1,9 @@
 //! The file system of a machine: test programs, what they call, and the libraries of both.
 
-use super::{Kernel, SLOW, Selection, Test, kernel};
+use super::{Kernel, Run, SLOW, Selection, kernel};
 use crate::exec;
 use anyhow::{Context, Result};
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
 use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
@@ -28,7 +28,7 @@ const LIMIT_LONG: u32 = 2400;
 pub(super) fn make(
     directory: &Path,
     kernel: &Kernel,
-    tests: &[&Test],
+    runs: &[Run<'_>],
     own_programs: &[PathBuf],
     selection: &Selection<'_>,
 ) -> Result<PathBuf> {
@@ -42,7 +42,6 @@ pub(super) fn make(
         std::fs::create_dir_all(root.join(path))?;
     }
     put(INIT.as_bytes(), &root.join("init"))?;
-    let settings = settings(tests, selection);
     let busybox = exec::find("busybox").context("no busybox; `cargo xtask setup` installs it")?;
     let mut programs = vec![(busybox, PathBuf::from("bin/busybox"))];
     for tool in TOOLS {
@@ -57,11 +56,12 @@ pub(super) fn make(
         libraries.extend(libraries_of(from));
     }
     let below = |path: &Path| root.join(path.strip_prefix("/").unwrap_or(path));
-    let tests = tests
+    let tests: BTreeMap<&Path, PathBuf> = runs
         .iter()
-        .map(|test| (&test.path, root.join("tests").join(&test.name)));
-    let own = own_programs.iter().map(|path| (path, below(path)));
-    for (from, to) in tests.chain(own) {
+        .map(|run| (run.test.path.as_path(), root.join("tests").join(&run.test.name)))
+        .collect();
+    let own = own_programs.iter().map(|path| (path.as_path(), below(path)));
+    for (from, to) in tests.into_iter().chain(own) {
         parents(&to)?;
         // Without what debuggers read, which is nine tenths of it.
         exec::quiet(Command::new("strip").arg("-o").args([&to, from]))?;
@@ -73,17 +73,17 @@ pub(super) fn make(
         std::fs::copy(&library, &to).with_context(|| format!("cannot copy {}", library.display()))?;
     }
     kernel::stage_modules(kernel, &root)?;
-    put(settings.as_bytes(), &root.join("tests/settings"))?;
+    put(settings(selection).as_bytes(), &root.join("tests/settings"))?;
+    let plan: Vec<String> = runs.iter().map(Run::to_string).collect();
+    put((plan.join("\n") + "\n").as_bytes(), &root.join("tests/plan"))?;
     pack(&root, &directory.join("initramfs"))
 }
 
 /// What `init.sh` reads.
-fn settings(tests: &[&Test], selection: &Selection<'_>) -> String {
+fn settings(selection: &Selection<'_>) -> String {
     let mut text = String::new();
-    let names: Vec<&str> = tests.iter().map(|test| test.name.as_str()).collect();
     let limit = if selection.long { LIMIT_LONG } else { LIMIT };
     // Writing to a string does not fail.
-    let _ = writeln!(text, "TESTS='{}'", names.join(" "));
     let _ = writeln!(text, "LIMIT={limit}");
     let mut arguments = selection.filter.unwrap_or_default().to_owned();
     for slow in SLOW.iter().filter(|_| !selection.long) {

@@ -1,7 +1,8 @@
 //! What a machine says about its tests.
 //!
-//! Lines of its own begin with [`MARK`]: `booted RELEASE`, `begin TEST`, `end TEST STATUS`, `done`. Between the middle
-//! two is what the test wrote, with libtest's summary in it.
+//! Lines of its own begin with [`MARK`]: `booted RELEASE`, `begin RUN`, `end RUN STATUS`, `done`. Between the middle two
+//! is what the test program wrote, with libtest's summary in it. A run is a program's name, or that of one of its tests
+//! after it.
 
 use crate::tally::{Runner, Tally};
 
@@ -9,7 +10,7 @@ use crate::tally::{Runner, Tally};
 pub(super) const MARK: &str = "flynn-vm: ";
 
 /// The counts of a whole report, or why it is none.
-pub(super) fn read(text: &str, release: &str, tests: &[&str]) -> Result<Tally, &'static str> {
+pub(super) fn read(text: &str, release: &str, runs: &[String]) -> Result<Tally, &'static str> {
     let mut lines = text.lines();
     let mut own = |expected: &str| lines.by_ref().any(|line| line == format!("{MARK}{expected}"));
     if !own(&format!("booted {release}")) {
@@ -17,7 +18,7 @@ pub(super) fn read(text: &str, release: &str, tests: &[&str]) -> Result<Tally, &
     }
     let mut total = Tally::default();
     let mut lines = text.lines().peekable();
-    for test in tests {
+    for test in runs {
         if !lines.any(|line| line == format!("{MARK}begin {test}")) {
             return Err("it did not run every test program");
         }
@@ -35,8 +36,9 @@ pub(super) fn read(text: &str, release: &str, tests: &[&str]) -> Result<Tally, &
             }
         };
         let mut counts = summary.unwrap_or_default();
+        let is_missing = test.contains(' ') && counts == Tally::default();
         // A program that crashed, or hung until its time was over, has failed whatever it said before.
-        if counts.failed == 0 && (status != "0" || summary.is_none()) {
+        if counts.failed == 0 && (status != "0" || summary.is_none() || is_missing) {
             counts.failed = 1;
         }
         total += counts;
@@ -65,7 +67,11 @@ flynn-vm: done
 ";
 
     fn whole(text: &str) -> Result<Tally, &'static str> {
-        read(text, "6.1.0", &["pins", "programs"])
+        read(text, "6.1.0", &names(&["pins", "programs"]))
+    }
+
+    fn names(names: &[&str]) -> Vec<String> {
+        names.iter().map(ToString::to_string).collect()
     }
 
     fn tally(passed: u64, failed: u64, skipped: u64) -> Tally {
@@ -97,8 +103,23 @@ flynn-vm: done
     }
 
     #[test]
+    fn a_test_that_is_not_there_has_failed() {
+        let one = |counts: &str| {
+            format!(
+                "flynn-vm: booted 6.1.0\nflynn-vm: begin pins one\ntest result: ok. {counts}; finished in 0.1s\n\
+                 flynn-vm: end pins one 0\nflynn-vm: done\n"
+            )
+        };
+        let read = |text: &str| read(text, "6.1.0", &names(&["pins one"]));
+        let there = one("1 passed; 0 failed; 0 ignored; 0 measured; 9 filtered out");
+        assert_eq!(read(&there), Ok(tally(1, 0, 0)));
+        let missing = one("0 passed; 0 failed; 0 ignored; 0 measured; 10 filtered out");
+        assert_eq!(read(&missing), Ok(tally(0, 1, 0)));
+    }
+
+    #[test]
     fn another_kernel_or_another_set_of_tests_is_no_report() {
-        assert!(read(WHOLE, "6.1.1", &["pins", "programs"]).is_err());
-        assert!(read(WHOLE, "6.1.0", &["pins", "programs", "network"]).is_err());
+        assert!(read(WHOLE, "6.1.1", &names(&["pins", "programs"])).is_err());
+        assert!(read(WHOLE, "6.1.0", &names(&["pins", "programs", "network"])).is_err());
     }
 }

@@ -22,7 +22,7 @@ use rustix::thread::UnshareFlags;
 use self::cluster::{Cluster, Kind};
 use self::load::{Deed, Load, Sample};
 use crate::row::{Goal, Row, Subject};
-use crate::suites::Thoroughness;
+use crate::suites::{Only, Thoroughness};
 
 const fn beside_etcd(name: &'static str, unit: &'static str, goal: Goal) -> Subject {
     Subject {
@@ -74,7 +74,8 @@ const LOADS: [(usize, [Subject; 2], Subject); 3] = [
 ];
 
 /// Takes all rows.
-pub(crate) fn run(thoroughness: Thoroughness) -> Result<Vec<Row>> {
+pub(crate) fn run(thoroughness: Thoroughness, only: Only<'_>) -> Result<Vec<Row>> {
+    let only = only.0.map(str::to_owned);
     thread::spawn(move || {
         flynn_lab::unshare(UnshareFlags::NEWNET).context("cannot make a namespace; this needs root")?;
         let up = std::process::Command::new("ip")
@@ -87,7 +88,7 @@ pub(crate) fn run(thoroughness: Thoroughness) -> Result<Vec<Row>> {
             .worker_threads(2)
             .enable_all()
             .build()?
-            .block_on(measured(thoroughness))
+            .block_on(measured(thoroughness, Only(only.as_deref())))
     })
     .join()
     .map_err(|_| anyhow::anyhow!("the benchmark's thread has panicked"))?
@@ -105,11 +106,20 @@ pub(crate) fn disk() -> Result<tempfile::TempDir> {
     Ok(dir)
 }
 
-async fn measured(thoroughness: Thoroughness) -> Result<Vec<Row>> {
-    let mut rows = beside_peer(thoroughness).await?;
-    rows.push(watchers::measured(thoroughness).await);
-    rows.extend(kills::measured(thoroughness).await);
-    rows.extend(hosts::measured(thoroughness).await);
+async fn measured(thoroughness: Thoroughness, only: Only<'_>) -> Result<Vec<Row>> {
+    let mut rows = Vec::new();
+    if only.takes("etcd") {
+        rows.extend(beside_peer(thoroughness).await?);
+    }
+    if only.takes("watchers") {
+        rows.push(watchers::measured(thoroughness).await);
+    }
+    if only.takes("kills") {
+        rows.extend(kills::measured(thoroughness).await);
+    }
+    if only.takes("hosts") {
+        rows.extend(hosts::measured(thoroughness).await);
+    }
     Ok(rows)
 }
 

@@ -19,9 +19,16 @@ use tokio_rustls::rustls::pki_types::ServerName;
 
 type Body = Full<Bytes>;
 
-async fn tls(identity: &Identity, addr: SocketAddr, protocol: &str) -> Result<TokioIo<TlsStream<TcpStream>>> {
+async fn tls(
+    identity: &Identity,
+    addr: SocketAddr,
+    protocol: Option<&str>,
+) -> Result<TokioIo<TlsStream<TcpStream>>> {
     let mut config = (*identity.client_config()?).clone();
-    config.alpn_protocols = vec![protocol.as_bytes().to_vec()];
+    config.alpn_protocols = protocol
+        .map(|protocol| protocol.as_bytes().to_vec())
+        .into_iter()
+        .collect();
     let stream = TcpStream::connect(addr).await?;
     stream.set_nodelay(true)?;
     let name = ServerName::try_from(addr.ip().to_string())?;
@@ -37,7 +44,7 @@ pub(crate) struct Http1 {
 
 impl Http1 {
     pub(crate) async fn open(identity: &Identity, addr: SocketAddr) -> Result<Self> {
-        let io = tls(identity, addr, "http/1.1").await?;
+        let io = tls(identity, addr, Some("http/1.1")).await?;
         let (sender, connection) = http1::handshake(io).await?;
         tokio::spawn(connection);
         Ok(Self {
@@ -64,21 +71,62 @@ impl Http1 {
             .body(Full::new(body))?;
         self.sender.ready().await?;
         let response = self.sender.send_request(request).await?;
-        if !response.status().is_success() {
-            let status = response.status();
-            let body = response.into_body().collect().await?.to_bytes();
-            return match serde_json::from_slice::<flynn_api::Error>(&body) {
-                Ok(said) => Err(anyhow::Error::new(said).context(format!("{path}: {status}"))),
-                Err(_) => bail!("{path}: {status}: {}", String::from_utf8_lossy(&body)),
-            };
+        if response.status().is_success() {
+            return Ok(response);
         }
-        Ok(response)
+        match read(path, response).await {
+            Err(error) => Err(error),
+            Ok(_) => bail!("{path}: neither a success nor a failure"),
+        }
     }
 
     /// The answer's body.
     pub(crate) async fn call(&mut self, method: Method, path: &str, body: Bytes) -> Result<Bytes> {
         let response = self.send(method, path, body, "application/json").await?;
         Ok(response.into_body().collect().await?.to_bytes())
+    }
+}
+
+/// A connection to discoverd over which many call at once: HTTP/2, which it takes without being asked before.
+#[derive(Clone)]
+pub(crate) struct Http2 {
+    sender: http2::SendRequest<Body>,
+    base: String,
+}
+
+impl Http2 {
+    pub(crate) async fn open(identity: &Identity, addr: SocketAddr) -> Result<Self> {
+        let io = tls(identity, addr, None).await?;
+        let (sender, connection) = http2::handshake(TokioExecutor::new(), io).await?;
+        tokio::spawn(connection);
+        Ok(Self {
+            sender,
+            base: format!("https://{addr}"),
+        })
+    }
+
+    /// The answer's body; the error is what the other side said ([`flynn_api::Error`]).
+    pub(crate) async fn call(&mut self, method: Method, path: &str, body: Bytes) -> Result<Bytes> {
+        let request = Request::builder()
+            .method(method)
+            .uri(format!("{}{path}", self.base))
+            .header("content-type", "application/json")
+            .body(Full::new(body))?;
+        self.sender.ready().await?;
+        read(path, self.sender.send_request(request).await?).await
+    }
+}
+
+/// The body of an answer of success.
+async fn read(path: &str, response: Response<Incoming>) -> Result<Bytes> {
+    let status = response.status();
+    let body = response.into_body().collect().await?.to_bytes();
+    if status.is_success() {
+        return Ok(body);
+    }
+    match serde_json::from_slice::<flynn_api::Error>(&body) {
+        Ok(said) => Err(anyhow::Error::new(said).context(format!("{path}: {status}"))),
+        Err(_) => bail!("{path}: {status}: {}", String::from_utf8_lossy(&body)),
     }
 }
 
@@ -91,7 +139,7 @@ pub(crate) struct Grpc {
 
 impl Grpc {
     pub(crate) async fn open(identity: &Identity, addr: SocketAddr) -> Result<Self> {
-        let io = tls(identity, addr, "h2").await?;
+        let io = tls(identity, addr, Some("h2")).await?;
         let (sender, connection) = http2::handshake(TokioExecutor::new(), io).await?;
         tokio::spawn(connection);
         Ok(Self {

@@ -24,7 +24,7 @@ use anyhow::{Result, ensure};
 
 use self::ours::{Host, on_a_host};
 use crate::row::{Goal, Row, Subject};
-use crate::suites::Thoroughness;
+use crate::suites::{Only, Thoroughness};
 
 const fn subject(name: &'static str, unit: &'static str, peer: Option<&'static str>, goal: Goal) -> Subject {
     Subject {
@@ -52,10 +52,10 @@ const PARTS: [(&str, &[Subject], Measure); 8] = [
 ];
 
 /// Takes all rows.
-pub(crate) fn run(thoroughness: Thoroughness) -> Result<Vec<Row>> {
+pub(crate) fn run(thoroughness: Thoroughness, only: Only<'_>) -> Result<Vec<Row>> {
     let binary = binary()?;
     let mut rows = Vec::new();
-    for (what, subjects, measure) in PARTS {
+    for (what, subjects, measure) in PARTS.into_iter().filter(|(part, _, _)| only.takes(part)) {
         eprintln!("  {what}, load before it: {}", load());
         match on_a_host(&binary, |host| measure(host, thoroughness)) {
             Ok(taken) => rows.extend(taken),

@@ -3,10 +3,14 @@
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 
+/// What is logged by default. openraft warns of each heartbeat that has no answer, ten times a second: discoverd leaves
+/// some out, and says itself who is not heard.
+const FILTER: &str = "info,openraft::core::heartbeat=error";
+
 /// Logs to standard error: `RUST_LOG`'s filter, `info` without it. Repeated calls change nothing.
 pub fn init_logging(component: &'static str) {
     let filter = tracing_subscriber::EnvFilter::try_from_default_env()
-        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info"));
+        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new(FILTER));
     let logger = tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(std::io::stderr)

@@ -108,7 +108,8 @@ pub struct Timing {
 impl Default for Timing {
     fn default() -> Self {
         Self {
-            heartbeat: Duration::from_millis(100),
+            // Three of them in a lease. Each goes to every member: with a hundred of them it is most of what a leader does.
+            heartbeat: Duration::from_millis(130),
             // Writes go on within a second of a leader's death: a lease of 400 ms, then 250 to 400 ms. Two that call
             // at once do not stand in each other's way: the greater id wins.
             election: Duration::from_millis(250),

@@ -22,7 +22,7 @@ use serde::de::DeserializeOwned;
 use tokio::time::{Instant, sleep_until, timeout};
 
 use super::line::{self, caller::Line};
-use super::{Member, Snapshot, SnapshotMeta, TypeConfig, Vote, snapshot};
+use super::{LogId, Member, Snapshot, SnapshotMeta, TypeConfig, Vote, snapshot};
 
 /// How other members are reached. Clones share connections.
 #[derive(Clone)]
@@ -204,25 +204,26 @@ impl Dialer {
         body: &impl Serialize,
         patience: Duration,
     ) -> Result<T, Error> {
-        let broken = |what: &str, why: serde_json::Error| Error::internal(format!("{name}: {what}: {why}"));
-        let body = serde_json::to_vec(body).map_err(|why| broken("cannot be written", why))?;
         let call = async {
             match self.line(id, addr).await {
-                Ok(line) => line.call(name, &body).await,
+                Ok(line) => {
+                    let answer = line.call(name, body).await?;
+                    serde_json::from_slice(&answer).map_err(|why| {
+                        Error::internal(format!("the answer to {name} cannot be read: {why}")).or_done()
+                    })
+                }
                 // It is of an earlier release.
                 Err(error) if error.code == ErrorCode::NotFound => {
-                    let request = http::Request::post(format!("/raft/{id}/{name}")).body(full(body));
-                    let request = request.map_err(|why| Error::internal(format!("{name}: {why}")))?;
-                    answer_of(self.dial(addr)?.send(request).await?).await
+                    let http = self.dial(addr)?.timeout(patience);
+                    http.post(&format!("/raft/{id}/{name}"), body).await
                 }
                 Err(error) => Err(error),
             }
         };
-        let answer = timeout(patience, call).await.unwrap_or_else(|_| {
+        timeout(patience, call).await.unwrap_or_else(|_| {
             let message = format!("{name}: the discoverd at {addr} did not answer in time");
             Err(Error::new(ErrorCode::Timeout, message))
-        })?;
-        serde_json::from_slice(&answer).map_err(|why| broken("the answer cannot be read", why))
+        })
     }
 }
 
@@ -242,13 +243,6 @@ async fn open(http: Http, id: u64) -> Result<Arc<Line>, Error> {
     Ok(Arc::new(Line::over(connection.map_err(late)??)))
 }
 
-/// What an answer over HTTP holds.
-async fn answer_of(response: http::Response<hyper::body::Incoming>) -> Result<bytes::Bytes, Error> {
-    let body = axum::body::Body::new(response.into_body());
-    let read = axum::body::to_bytes(body, line::MAX_FRAME).await;
-    read.map_err(|why| Error::unavailable(format!("the answer broke off: {why}")).or_done())
-}
-
 impl RaftNetworkFactory<TypeConfig> for Dialer {
     type Network = Link;
 
@@ -258,6 +252,7 @@ impl RaftNetworkFactory<TypeConfig> for Dialer {
             target,
             dialer: self.clone(),
             next_append: Instant::now(),
+            taken: None,
         }
     }
 }
@@ -269,7 +264,29 @@ pub struct Link {
     dialer: Dialer,
     /// Not before, if it is a learner.
     next_append: Instant,
+    /// What the member has taken last that had no entries, and when.
+    taken: Option<(Instant, Heartbeat)>,
 }
+
+/// What an append without entries says.
+type Heartbeat = (Vote, Option<LogId>, Option<LogId>);
+
+/// A heartbeat that says to a learner what it knows is left out for so long: learners call no elections, and a hundred of
+/// them are most of what a leader that has nothing else to do does. It is less than after what they would, so that it does
+/// no harm either to one that votes since this moment.
+const LEFT_OUT: Duration = Duration::from_millis(350);
+
+/// Why there is no answer to such a heartbeat. openraft takes it as one that got lost, and learns nothing that is not so.
+#[derive(Debug)]
+struct LeftOut;
+
+impl std::fmt::Display for LeftOut {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("left out: the learner has heard this just now")
+    }
+}
+
+impl std::error::Error for LeftOut {}
 
 impl Link {
     /// Calls the member; the id in the path sees to it that it is the right one.
@@ -300,18 +317,29 @@ impl RaftNetworkV2<TypeConfig> for Link {
         option: RPCOption,
     ) -> Result<AppendEntriesResponse<TypeConfig>, RPCError<TypeConfig>> {
         let turn = self.dialer.turn(self.target);
+        let heartbeat: Heartbeat = (rpc.vote, rpc.prev_log_id, rpc.leader_commit);
+        let is_heartbeat = rpc.entries.is_empty();
         if !turn.is_zero() {
+            let is_known =
+                |(at, taken): &(Instant, Heartbeat)| at.elapsed() < LEFT_OUT && *taken == heartbeat;
+            if is_heartbeat && self.taken.as_ref().is_some_and(is_known) {
+                return Err(RPCError::Network(NetworkError::new(&LeftOut)));
+            }
             sleep_until(self.next_append).await;
             self.next_append = Instant::now() + turn;
         }
-        let patience = if rpc.entries.is_empty() {
+        let patience = if is_heartbeat {
             option.soft_ttl()
         } else {
             APPEND.max(option.soft_ttl())
         };
-        self.call("append", &rpc, patience)
-            .await
-            .map_err(|error| failed(&error))
+        let began = Instant::now();
+        let answer = self.call("append", &rpc, patience).await;
+        self.taken = match &answer {
+            Ok(AppendEntriesResponse::Success) if is_heartbeat => Some((began, heartbeat)),
+            _ => None,
+        };
+        answer.map_err(|error| failed(&error))
     }
 
     async fn vote(
@@ -356,7 +384,8 @@ impl RaftNetworkV2<TypeConfig> for Link {
                 .map_err(|error| StreamingError::Network(NetworkError::new(&error)))?;
             let answer = tokio::time::timeout(option.soft_ttl(), async {
                 let response = http.send(request).await.map_err(|error| refuse(&error))?;
-                let body = answer_of(response).await.map_err(|error| refuse(&error))?;
+                let body = axum::body::to_bytes(axum::body::Body::new(response.into_body()), 1 << 20).await;
+                let body = body.map_err(|error| StreamingError::Network(NetworkError::new(&error)))?;
                 serde_json::from_slice(&body)
                     .map_err(|error| StreamingError::Network(NetworkError::new(&error)))
             });

@@ -40,6 +40,7 @@ pub async fn answer<F>(
             && let Some(Ok(frame)) = frames.next().await
             && let Some(Call { number, name, body }) = Call::decode(frame.freeze())
         {
+            super::forget(frames.read_buffer_mut());
             let (said, answers) = (handle(name, body), answers.clone());
             tokio::spawn(async move {
                 let answer = Answer::encode(number, said.await);

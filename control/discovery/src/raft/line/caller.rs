@@ -7,6 +7,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use flynn_api::Error;
 use futures::StreamExt as _;
+use serde::Serialize;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::Instant;
@@ -89,6 +90,7 @@ impl Line {
                     break;
                 };
                 heard.hear(answer);
+                super::forget(frames.read_buffer_mut());
             }
             heard.end();
         });
@@ -112,7 +114,7 @@ impl Line {
     /// # Errors
     ///
     /// What the other end says, or that the connection broke off: the call may have been done then.
-    pub async fn call(&self, name: &str, body: &[u8]) -> Result<Bytes, Error> {
+    pub async fn call(&self, name: &str, body: &impl Serialize) -> Result<Bytes, Error> {
         let (answer, answered) = oneshot::channel();
         let asked = {
             let mut under_way = self.calls.lock();
@@ -128,7 +130,8 @@ impl Line {
                 number,
             }
         };
-        let frame = Call::encode(asked.number, name, body);
+        let frame = Call::encode(asked.number, name, body)
+            .map_err(|why| Error::internal(format!("{name} cannot be written: {why}")))?;
         self.outgoing.send(frame).await.map_err(|_| lost())?;
         answered.await.unwrap_or_else(|_| Err(lost()))
     }

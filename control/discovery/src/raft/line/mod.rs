@@ -13,10 +13,11 @@ pub mod frame;
 
 use std::io;
 
-use bytes::Bytes;
-use futures::{Sink, SinkExt as _};
+use bytes::{Bytes, BytesMut};
+use futures::SinkExt;
+use tokio::io::AsyncWrite;
 use tokio::sync::mpsc;
-use tokio_util::codec::LengthDelimitedCodec;
+use tokio_util::codec::{FramedWrite, LengthDelimitedCodec};
 
 /// The call over HTTP by which a line begins: `/raft/{id}/calls`.
 pub const NAME: &str = "calls";
@@ -37,19 +38,30 @@ fn codec() -> LengthDelimitedCodec {
         .new_codec()
 }
 
+/// A buffer that is larger is not kept for the next frame: a leader has a hundred lines.
+const KEPT: usize = 16 << 10;
+
+/// Gives a buffer's memory back once it is empty, if a long frame has made it large.
+fn forget(buffer: &mut BytesMut) {
+    if buffer.is_empty() && buffer.capacity() > KEPT {
+        *buffer = BytesMut::new();
+    }
+}
+
 /// Sends what waits, and what comes, until nobody is left who could send more. Frames that wait together go together.
 async fn send(
     mut waiting: mpsc::Receiver<Bytes>,
-    mut frames: impl Sink<Bytes, Error = io::Error> + Unpin,
+    mut frames: FramedWrite<impl AsyncWrite + Unpin, LengthDelimitedCodec>,
 ) -> io::Result<()> {
     while let Some(frame) = waiting.recv().await {
         frames.feed(frame).await?;
         while let Ok(frame) = waiting.try_recv() {
             frames.feed(frame).await?;
         }
-        frames.flush().await?;
+        SinkExt::<Bytes>::flush(&mut frames).await?;
+        forget(frames.write_buffer_mut());
     }
-    frames.close().await
+    SinkExt::<Bytes>::close(&mut frames).await
 }
 
 #[cfg(test)]
