@@ -32,6 +32,10 @@ use clap::{Parser, Subcommand};
 use crate::inside::Inside;
 use crate::suites::{Only, Suite, Thoroughness};
 
+/// As in the binaries that are measured.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 /// Measures the platform beside its peers.
 #[derive(Parser)]
 #[command(

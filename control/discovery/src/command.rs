@@ -4,6 +4,7 @@
 //! default), never changed or taken away.
 
 use std::fmt;
+use std::sync::Arc;
 
 use flynn_api::Error;
 use flynn_api::discovery::{Instance, LeaderType, ServiceMeta, VirtualNetworks};
@@ -34,8 +35,8 @@ pub enum Command {
     PutInstance {
         /// Its service.
         service: String,
-        /// The instance; its index is ignored.
-        instance: Instance,
+        /// The instance; its index is ignored. Shared: each entry of the log is cloned for each member that gets it.
+        instance: Arc<Instance>,
         /// The Raft id of the member that it registered at; 0: of an earlier release, which did not say.
         #[serde(default)]
         member: u64,

@@ -277,7 +277,7 @@ impl Node {
         }
         let command = Command::PutInstance {
             service: service.to_owned(),
-            instance,
+            instance: instance.into(),
             member: self.id,
         };
         let written = self.write(command).await;

@@ -23,7 +23,7 @@ use crate::metrics::Times;
 /// A journal longer than this is rewritten when entries are purged.
 const REWRITE_BYTES: u64 = 4 << 20;
 /// Bytes of the entries that go to another member with one call, about, unless it is one alone.
-const MAX_CALL: usize = 2 << 20;
+const MAX_CALL: usize = 256 << 10;
 
 /// Where the changes of a log go, in their order.
 pub trait Records: Debug + Send + Sync + 'static {

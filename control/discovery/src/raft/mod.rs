@@ -113,7 +113,7 @@ impl Default for Timing {
             // Writes go on within a second of a leader's death: a lease of 400 ms, then 250 to 400 ms. Two that call
             // at once do not stand in each other's way: the greater id wins.
             election: Duration::from_millis(250),
-            snapshot_after: 10_000,
+            snapshot_after: 5_000,
             lease: Duration::from_secs(TTL_SECS),
             beat: Duration::from_millis(300),
             silence: Duration::from_millis(1400),
@@ -124,8 +124,9 @@ impl Default for Timing {
     }
 }
 
-/// Log entries that stay behind a snapshot, for members that are a little late.
-const KEPT_LOGS: u64 = 500;
+/// Log entries that stay behind a snapshot, for members that are late: when all hosts register all that they have, as after
+/// a power cut, those at the end of the line are thousands behind, and snapshots for them would make them later still.
+const KEPT_LOGS: u64 = 2_500;
 
 impl Timing {
     /// openraft's settings.
