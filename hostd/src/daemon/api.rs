@@ -71,8 +71,7 @@ fn calls() -> Calls<Arc<Daemon>> {
 fn about() -> Value {
     let description = "Jobs, images, volumes, network and log sinks of one host. On port 1113 over mutual TLS with a \
         certificate of the cluster, where each component may look, and hosts, the controller and the scheduler may act; \
-        without TLS on /run/flynn/host.sock for root on the host. Fields of a body that are not known are refused; those \
-        of an answer may become more.";
+        without TLS on /run/flynn/host.sock for root on the host. Answers may come to have more fields.";
     json!({
         "info": { "title": "Flynn host API", "version": env!("CARGO_PKG_VERSION"), "description": description },
         "security": [{ "cluster": [] }, {}],

@@ -1,5 +1,6 @@
 //! What the host API's document says beside what the daemon does.
 
+use flynn_api::ErrorCode;
 use flynn_api::client::full;
 use flynn_api::server::openapi;
 use futures::StreamExt as _;
@@ -102,6 +103,13 @@ pub(crate) async fn calls_are_as_the_document_says() {
     let mut events = api.host.api.http().events::<Value>("/host/jobs").await.unwrap();
     let (_, event) = events.next().await.unwrap().unwrap();
     api.fits(&schema("JobEvent"), &event);
+
+    let wrong = format!("/host/jobs/{}/log?lines=many", job.id);
+    let refused = api.host.api.http().get::<Value>(&wrong).await.unwrap_err();
+    assert!(
+        refused.code == ErrorCode::Validation && refused.message.contains("lines"),
+        "{refused}"
+    );
 
     let mut done = Vec::new();
     for (path, calls) in api.document["paths"].as_object().unwrap() {
