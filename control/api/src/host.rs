@@ -20,6 +20,7 @@
 //! | `POST /host/update` | has another program go on with the daemon's work ([`Update`], [`Updated`]) |
 //! | `GET /host/layers` | `[`[`StoredLayer`](crate::image::StoredLayer)`]` |
 //! | `GET /sinks`, `PUT` and `DELETE /sinks/{id}` | [`SinkStatus`](crate::sink::SinkStatus)es; has logs sent to a [`Sink`](crate::sink::Sink), or no more |
+//! | `GET /openapi.json` | all of this as an OpenAPI document |
 //! | `GET /metrics` | counters and gauges of jobs, of the network and of log sinks, in Prometheus' text format |
 //! | `PUT /host/layers/{digest}`, `GET` | puts a squashfs layer into the store; fetches it |
 //! | `POST /host/layers/gc` | removes layers that nobody needs ([`LayerGc`](crate::image::LayerGc)) |
@@ -54,6 +55,7 @@ pub const SOCKET: &str = "/run/flynn/host.sock";
 
 /// A job as its maker describes it. It never changes; what happens to it is [`ActiveJob`].
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct Job {
     /// `<host id>-<uuid>`.
     pub id: String,
@@ -87,6 +89,7 @@ pub struct Job {
 
 /// What is to go on with the daemon's work.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct Update {
     /// A file on the host, by its absolute path, which is put in the place of the daemon's program if it can take over. When
     /// absent, what is in that place by now.
@@ -96,6 +99,7 @@ pub struct Update {
 
 /// Another daemon serves.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct Updated {
     /// The version of the one before.
     pub from: String,
@@ -123,6 +127,7 @@ pub mod label {
 
 /// The share of a host that a job belongs to, with the relative weight of its CPU.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "lowercase")]
 pub enum Partition {
     /// The platform.
@@ -136,6 +141,7 @@ pub enum Partition {
 
 /// How to run a container.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct ContainerConfig {
     /// Program and arguments; the image's when empty.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
@@ -192,6 +198,7 @@ pub struct ContainerConfig {
 
 /// Columns and rows of a terminal.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct TtySize {
     /// Columns.
     pub columns: u16,
@@ -201,6 +208,7 @@ pub struct TtySize {
 
 /// A port that a process listens on.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct Port {
     /// The number; given by the host when 0 (5000 + index in a container).
     #[serde(default)]
@@ -219,6 +227,7 @@ fn tcp() -> String {
 
 /// A service that a port is registered as in discoverd.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct Service {
     /// Lower-case letters, digits and dashes.
     pub name: String,
@@ -235,6 +244,7 @@ pub struct Service {
 
 /// A health check. Times are in nanoseconds, as Flynn writes them.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct HealthCheck {
     /// `tcp`, `http`, `https` or `command`.
     #[serde(rename = "type", default = "tcp")]
@@ -273,6 +283,7 @@ pub struct HealthCheck {
 
 /// A volume in a container.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct VolumeBinding {
     /// Where it is mounted.
     #[serde(rename = "target")]
@@ -291,6 +302,7 @@ pub struct VolumeBinding {
 
 /// A path of the host in a container.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct Mount {
     /// In the container.
     pub location: String,
@@ -303,6 +315,7 @@ pub struct Mount {
 
 /// Where a job stands.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "lowercase")]
 pub enum JobState {
     /// Being made.
@@ -327,6 +340,7 @@ impl JobState {
 
 /// Whose ids a job's users have.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "snake_case")]
 pub enum UserNamespace {
     /// Its own: 0 to 65,535 in the container are as many of the host's from this one on, which nobody else has.
@@ -337,6 +351,7 @@ pub enum UserNamespace {
 
 /// A job and what has happened to it.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct ActiveJob {
     /// The job. In answers of the API the secrets of its environment are redacted.
     pub job: Job,
@@ -389,6 +404,7 @@ pub struct ActiveJob {
 
 /// Something that happened to a job.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct JobEvent {
     /// What happened.
     pub event: JobEventKind,
@@ -400,6 +416,7 @@ pub struct JobEvent {
 
 /// Kinds of [`JobEvent`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "lowercase")]
 pub enum JobEventKind {
     /// Sent once for each job at the start of a stream.
@@ -429,6 +446,7 @@ pub enum JobEventKind {
 
 /// The stream that a line came from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "lowercase")]
 pub enum LogStream {
     /// Standard output.
@@ -441,6 +459,7 @@ pub enum LogStream {
 
 /// One line of a job's output.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct LogLine {
     /// When it was read.
     pub timestamp: Timestamp,
@@ -458,6 +477,7 @@ pub struct LogLine {
 
 /// Something that not every kernel has.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct KernelFeature {
     /// Its name in the kernel's own words.
     pub name: String,
@@ -469,6 +489,7 @@ pub struct KernelFeature {
 
 /// What a host is and how it does.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct HostStatus {
     /// Its id: letters, digits and underscores; no dash.
     pub id: String,
@@ -508,6 +529,7 @@ pub struct HostStatus {
 
 /// Asks to be attached to a job.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct AttachRequest {
     /// The job.
     pub job_id: String,
@@ -531,6 +553,7 @@ pub const FORWARD_PROTOCOL: &str = "flynn-forward/0";
 /// A connection to a port of a running job: body of `POST /host/jobs/{id}/forward`, which upgrades. It is made in the job's own
 /// network, and so reaches programs that listen on its loopback device alone, too.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct ForwardRequest {
     /// The TCP port.
     pub port: u16,
@@ -539,6 +562,7 @@ pub struct ForwardRequest {
 /// Another program in a running job's container: body of `POST /host/jobs/{id}/exec`, which upgrades as attaching does. It has
 /// the job's environment, limits and rights.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct ExecRequest {
     /// The program and its arguments.
     #[serde(default)]
@@ -585,6 +609,7 @@ pub mod attach {
 
 /// The network of a host. Counters are those since the data plane was begun.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct NetworkStatus {
     /// The host's subnet.
     pub subnet: String,
@@ -613,6 +638,7 @@ pub struct NetworkStatus {
 
 /// One container's address and counters.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct EndpointStatus {
     /// Its address.
     pub address: Ipv4Addr,
@@ -660,6 +686,7 @@ pub struct EndpointStatus {
 
 /// A host of the cluster, as another sees it.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct NetworkHost {
     /// Its id.
     pub id: String,
@@ -687,6 +714,7 @@ pub struct NetworkHost {
 
 /// A container of another host.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct RemoteEndpoint {
     /// Its address.
     pub address: Ipv4Addr,
@@ -698,6 +726,7 @@ pub struct RemoteEndpoint {
 
 /// A connection, or a flow of datagrams, of a container of this host.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct Flow {
     /// `tcp` or `udp`. Datagrams are seen where a socket is connected, or where they came by a route by port: as long as
     /// there was one within the last minute.
@@ -731,6 +760,7 @@ pub struct Flow {
 
 /// A service as sockets of this host's jobs find it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct ServiceStatus {
     /// Its name; empty where only the data plane still knows its number.
     pub service: String,
@@ -742,6 +772,7 @@ pub struct ServiceStatus {
 
 /// One instance of a service.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct ServiceInstance {
     /// The index of its registration.
     pub index: u64,
@@ -757,6 +788,7 @@ pub struct ServiceInstance {
 
 /// How full a map of the data plane is.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct MapFill {
     /// Its name.
     pub name: String,
@@ -768,6 +800,7 @@ pub struct MapFill {
 
 /// Tells the daemon about its network: sent by bootstrap once the host holds a subnet lease.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct NetworkConfig {
     /// The cluster's network, `100.100.0.0/16`.
     pub network: String,

@@ -15,8 +15,9 @@ pub const DEFAULT_ENTRYPOINT: &str = "_default";
 
 /// What an image consists of. Its id is the digest of its canonical JSON ([`ImageManifest::id`]).
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct ImageManifest {
-    /// [`MANIFEST_V1`].
+    /// `application/vnd.flynn.image.manifest.v1+json` ([`MANIFEST_V1`]).
     #[serde(rename = "_type")]
     pub kind: String,
     /// Labels.
@@ -31,6 +32,7 @@ pub struct ImageManifest {
 
 /// How an image wants to be started.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct Entrypoint {
     /// Environment beneath the app's own.
     #[serde(default, skip_serializing_if = "Env::is_empty")]
@@ -59,6 +61,7 @@ pub struct Entrypoint {
 
 /// The layers of one platform, lowest first.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct Rootfs {
     /// For which machines.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -69,6 +72,7 @@ pub struct Rootfs {
 
 /// A kind of machine.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct Platform {
     /// `amd64`.
     pub architecture: String,
@@ -78,10 +82,11 @@ pub struct Platform {
 
 /// One squashfs file.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct Layer {
     /// The digest of the squashfs file: its name everywhere.
     pub id: Digest,
-    /// [`LAYER_SQUASHFS`].
+    /// `application/vnd.flynn.image.squashfs.v1` ([`LAYER_SQUASHFS`]).
     #[serde(rename = "type")]
     pub kind: String,
     /// Bytes.
@@ -95,6 +100,7 @@ pub struct Layer {
 
 /// Digests by algorithm.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct Hashes {
     /// SHA-512/256.
     pub sha512_256: Digest,
@@ -159,6 +165,7 @@ impl ImageManifest {
 
 /// The kind of an artifact.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "lowercase")]
 pub enum ArtifactKind {
     /// An image: `raw_manifest` is an [`ImageManifest`].
@@ -172,6 +179,7 @@ pub enum ArtifactKind {
 
 /// Something that a release is made of. Immutable.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct Artifact {
     /// A UUID, given by the controller.
     #[serde(default, skip_serializing_if = "String::is_empty")]
@@ -225,6 +233,7 @@ impl Artifact {
 
 /// A layer in a host's store.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct StoredLayer {
     /// Its digest.
     pub id: Digest,
@@ -242,6 +251,7 @@ pub struct StoredLayer {
 
 /// Which layers that nobody needs shall be removed from a host's store.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct LayerGc {
     /// Those that were not used for so many seconds.
     #[serde(default)]
@@ -256,6 +266,7 @@ pub struct LayerGc {
 
 /// What was removed from a host's store.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct CollectedLayers {
     /// Layers.
     pub layers: Vec<Digest>,
@@ -265,6 +276,7 @@ pub struct CollectedLayers {
 
 /// What reading all of a host's layers has shown.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct VerifiedLayers {
     /// How many were read.
     pub layers: u64,

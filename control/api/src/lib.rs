@@ -9,7 +9,8 @@
 //! - [`error`]: the one error body; [`spec`]: the jobs of a formation; [`resources`]: limits; [`virtual_address`]: what a service's number comes to.
 //! - `tls` (feature `tls`): the cluster CA and the identities that it signs.
 //! - `client` (feature `client`): transport over TCP, mutual TLS and Unix sockets, and a client per API.
-//! - `server` (feature `server`): listeners, extractors, event streams, logging and shutdown.
+//! - `server` (feature `server`): listeners, extractors, event streams, logging and shutdown; `server::openapi` (feature
+//!   `schema`): routes that describe themselves.
 
 pub mod controller;
 pub mod digest;

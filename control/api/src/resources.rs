@@ -9,11 +9,13 @@ use serde::{Deserialize, Serialize};
 /// send and receive; 0 for no limit), `io_weight` (1 to 1,000; 100 is usual), `io_read` and `io_write` (bytes a second
 /// from and to the host's disk; 0 for no limit).
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(transparent)]
 pub struct Resources(pub BTreeMap<String, Resource>);
 
 /// What a job asks for and may at most have.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct Resource {
     /// Reserved.
     #[serde(default, skip_serializing_if = "Option::is_none")]

@@ -18,6 +18,7 @@ pub const PORT: u16 = 514;
 
 /// Where logs are sent.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct Sink {
     /// Its name on the host.
     #[serde(default)]
@@ -25,14 +26,25 @@ pub struct Sink {
     /// Who is there.
     pub kind: SinkKind,
     /// A [`SyslogConfig`] or a [`LogAggregatorConfig`], by the kind.
+    #[cfg_attr(feature = "schema", schemars(schema_with = "config_schema"))]
     pub config: serde_json::Value,
     /// The host itself, or its operator, keeps it: it is none of the controller's.
     #[serde(default)]
     pub host_managed: bool,
 }
 
+#[cfg(feature = "schema")]
+fn config_schema(schemas: &mut schemars::SchemaGenerator) -> schemars::Schema {
+    let kinds = [
+        schemas.subschema_for::<SyslogConfig>(),
+        schemas.subschema_for::<LogAggregatorConfig>(),
+    ];
+    schemars::json_schema!({ "anyOf": kinds })
+}
+
 /// Who takes logs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "lowercase")]
 pub enum SinkKind {
     /// A syslog server.
@@ -43,6 +55,7 @@ pub enum SinkKind {
 
 /// A syslog server, and how it wants its messages.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields)]
 pub struct SyslogConfig {
     /// `syslog://host:port` or `syslog+tls://host:port`; port 514 unless given.
@@ -73,6 +86,7 @@ fn yes() -> bool {
 
 /// How messages are told apart on a connection.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "lowercase")]
 pub enum SyslogFormat {
     /// Each behind its length.
@@ -84,6 +98,7 @@ pub enum SyslogFormat {
 
 /// A log aggregator: one address, or whoever leads a service.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields)]
 pub struct LogAggregatorConfig {
     /// `host:port`.
@@ -96,6 +111,7 @@ pub struct LogAggregatorConfig {
 
 /// A sink and how it does. Counters are those since the daemon was started.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct SinkStatus {
     /// The sink.
     #[serde(flatten)]

@@ -23,6 +23,7 @@ pub struct VirtualNetworks {
 
 /// A service's virtual addresses.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct VirtualAddresses {
     /// The service's number.
     pub number: u32,

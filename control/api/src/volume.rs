@@ -13,6 +13,7 @@ pub const DEFAULT_PROVIDER: &str = "default";
 
 /// What a volume is.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "lowercase")]
 pub enum VolumeType {
     /// Jobs write to it.
@@ -34,13 +35,14 @@ impl VolumeType {
 
 /// A volume of a host.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct Volume {
     /// Its id.
     pub id: String,
     /// What it is.
     #[serde(rename = "type", default)]
     pub kind: VolumeType,
-    /// Whose it is: the labels of the job that it was made for ([`crate::host::label`]).
+    /// Whose it is: the labels of the job that it was made for ([`label`](crate::host::label)).
     #[serde(default, skip_serializing_if = "Meta::is_empty")]
     pub meta: Meta,
     /// Which of the host's providers has it.
@@ -66,6 +68,7 @@ pub struct Volume {
 
 /// How a provider keeps volumes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "lowercase")]
 pub enum ProviderKind {
     /// As directories, or, with a limit, as ext4 filesystems in files that take all their room at once. No snapshots.
@@ -90,6 +93,7 @@ impl ProviderKind {
 
 /// Where a host keeps volumes.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct Provider {
     /// Its name on this host.
     pub id: String,
@@ -113,6 +117,7 @@ pub struct Provider {
 
 /// A provider to be added.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct NewProvider {
     /// Its name on this host.
     pub id: String,
@@ -136,6 +141,7 @@ pub struct NewProvider {
 
 /// A volume to be made.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct NewVolume {
     /// Its id; one is made up when absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -150,6 +156,7 @@ pub struct NewVolume {
 
 /// A snapshot or a fork to be made.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct Copy {
     /// Its id; one is made up when absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -158,6 +165,7 @@ pub struct Copy {
 
 /// What a volume shall be again.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct Rollback {
     /// One of its snapshots.
     pub snapshot: String,
@@ -165,6 +173,7 @@ pub struct Rollback {
 
 /// What a volume shall hold from now on.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct Resize {
     /// How many bytes; at least [`MIN_LIMIT`].
     pub limit: u64,
@@ -172,6 +181,7 @@ pub struct Resize {
 
 /// Which decommissioned volumes shall be removed for good.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct Gc {
     /// Those that have been decommissioned for so many seconds.
     #[serde(default)]

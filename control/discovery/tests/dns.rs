@@ -574,7 +574,7 @@ fn check(bytes: &[u8]) -> Result<(), TestCaseError> {
         2,
         &flynn_discovery::command::Command::PutInstance {
             service: "web".into(),
-            instance,
+            instance: instance.into(),
             member: 1,
         },
     );

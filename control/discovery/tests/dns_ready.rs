@@ -33,7 +33,7 @@ fn registry(addrs: &[String]) -> State {
     for (index, addr) in (2..).zip(addrs) {
         let put = Command::PutInstance {
             service: "web".into(),
-            instance: Instance::new("tcp", addr.clone(), Meta::new()),
+            instance: Instance::new("tcp", addr.clone(), Meta::new()).into(),
             member: 1,
         };
         state.apply(index, &put);

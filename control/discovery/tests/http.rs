@@ -535,7 +535,7 @@ fn a_watcher_that_does_not_read_is_cut_off_and_others_are_not() {
             index,
             &Command::PutInstance {
                 service: "web".into(),
-                instance,
+                instance: instance.into(),
                 member: 1,
             },
         );

@@ -38,7 +38,7 @@ fn command(kind: u8, name: u8, index: u64) -> Command {
         1 => Command::DeleteService { service },
         2 => Command::PutInstance {
             service,
-            instance: Instance::new("http", format!("10.0.0.{name}:80"), flynn_api::Meta::new()),
+            instance: Instance::new("http", format!("10.0.0.{name}:80"), flynn_api::Meta::new()).into(),
             member: name.into(),
         },
         3 => Command::AddToken {

@@ -207,7 +207,7 @@ fn random(rng: &mut StdRng, state: &State, now: &mut u64) -> Command {
         8..10 => Command::DeleteService { service },
         10..45 => Command::PutInstance {
             service,
-            instance,
+            instance: instance.into(),
             member: rng.random_range(0..4),
         },
         45..55 => Command::DeleteInstance { service, id },

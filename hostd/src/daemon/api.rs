@@ -1,28 +1,34 @@
 //! The host API ([`flynn_api::host`]).
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
 use axum::Router;
-use axum::extract::{Path, Query, Request as HttpRequest, State};
-use axum::http::header::CONTENT_TYPE;
-use axum::http::{HeaderMap, Method, StatusCode};
+use axum::extract::{Path, Request as HttpRequest, State};
+use axum::http::{HeaderMap, Method};
 use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
-use axum::routing::{get, post, put};
-use flynn_api::host::{Job, JobEvent, LogLine, NetworkConfig};
+use flynn_api::host::{
+    ActiveJob, Flow, HostStatus, Job, JobEvent, LogLine, NetworkConfig, NetworkStatus, ServiceStatus,
+};
 use flynn_api::resources::Resources;
-use flynn_api::server::{Json, Peer, StrictJson, disk, events, wants_events};
+use flynn_api::server::openapi::{Calls, Done, Metrics};
+use flynn_api::server::{Events, Json, OrEvents, Peer, Query, StrictJson, wants_events};
 use flynn_api::tls::PeerIdentity;
 use flynn_api::{Error, ErrorCode, Meta, Result};
 use futures::{Stream, StreamExt};
+use schemars::JsonSchema;
 use serde::Deserialize;
+use serde_json::{Value, json};
 use tokio::sync::broadcast;
 use tokio::task::spawn_blocking;
 use tokio::time::timeout;
 
+use super::attached::{attach, exec, forward};
 use super::table::Entry;
-use super::{Daemon, attached, disk_error, pass_on, update};
+use super::update::{self, update};
+use super::{Daemon, disk_error, pass_on};
 use crate::control::Request;
 use crate::floating;
 use crate::logs::Follower;
@@ -31,31 +37,55 @@ use crate::logs::sink::Sinks;
 /// The daemon, as handlers get it.
 pub(super) type Shared = State<Arc<Daemon>>;
 
+/// The calls: what is served, and what the document says.
+fn calls() -> Calls<Arc<Daemon>> {
+    let calls = flynn_api::calls! { Calls::default();
+        get "/host/status" => status: "What the host is and how it does";
+        get "/host/jobs" => jobs: "All jobs by id; as events first each of them, then what happens to them";
+        get "/host/jobs/{id}" => job: "A job and what has happened to it";
+        put "/host/jobs/{id}" => add_job: "Starts a job; answers when its supervisor has taken it";
+        delete "/host/jobs/{id}" => stop_job: "Stops a job; answers when it is stopping";
+        put "/host/jobs/{id}/signal/{signal}" => signal_job: "Sends the signal of this number to a job's process";
+        put "/host/jobs/{id}/discoverd-deregister" => deregister_job: "Takes a job out of discoverd, ahead of a stop";
+        get "/host/jobs/{id}/log" => log: "A job's output";
+        post "/host/jobs/{id}/exec" => exec: "Runs another program in a job's container, and carries its streams";
+        post "/host/jobs/{id}/forward" => forward: "Connects to a port in a job's network";
+        put "/host/jobs/{id}/limits" => update_limits: "Changes limits of a job that runs";
+        put "/host/jobs/{id}/pause" => pause_job: "Has a job's processes stand still, out of discoverd";
+        put "/host/jobs/{id}/resume" => resume_job: "Has a paused job go on";
+        post "/attach" => attach: "Carries a job's streams";
+        get "/host/network" => network: "The host's network and its counters";
+        put "/host/network" => configure_network: "Gives the host its part of the cluster's network";
+        get "/host/network/flows" => flows: "Connections of the host's containers";
+        get "/host/network/services" => services: "Which virtual addresses lead to which instances";
+        get "/metrics" => metrics: "Counters and gauges of jobs, network, disks and log sinks";
+        post update::PATH => update: "Has another program go on with the daemon's work";
+        put "/host/tags" => set_tags: "Sets the tags for placement, all of them";
+        put "/host/drain" => drain: "Has the host's jobs go to other hosts";
+        delete "/host/drain" => drain_no_more: "Lets the host be given jobs again";
+    };
+    super::sinks::add(super::volumes::add(super::layers::add(calls)))
+}
+
+/// What the document says beside the calls.
+fn about() -> Value {
+    let description = "Jobs, images, volumes, network and log sinks of one host. On port 1113 over mutual TLS with a \
+        certificate of the cluster, where each component may look, and hosts, the controller and the scheduler may act; \
+        without TLS on /run/flynn/host.sock for root on the host. Answers may come to have more fields.";
+    json!({
+        "info": { "title": "Flynn host API", "version": env!("CARGO_PKG_VERSION"), "description": description },
+        "security": [{ "cluster": [] }, {}],
+        "components": { "securitySchemes": { "cluster": {
+            "type": "mutualTLS",
+            "description": "A certificate that the cluster's CA has signed",
+        } } },
+    })
+}
+
 /// The routes.
 pub(super) fn router(daemon: Arc<Daemon>) -> Router {
-    Router::new()
-        .route("/host/status", get(status))
-        .route("/host/jobs", get(jobs))
-        .route("/host/jobs/{id}", get(job).put(add_job).delete(stop_job))
-        .route("/host/jobs/{id}/signal/{signal}", put(signal_job))
-        .route("/host/jobs/{id}/discoverd-deregister", put(deregister_job))
-        .route("/host/jobs/{id}/log", get(log))
-        .route("/host/jobs/{id}/exec", post(attached::exec))
-        .route("/host/jobs/{id}/forward", post(attached::forward))
-        .route("/host/jobs/{id}/limits", put(update_limits))
-        .route("/host/jobs/{id}/pause", put(pause))
-        .route("/host/jobs/{id}/resume", put(resume))
-        .route("/attach", post(attached::attach))
-        .route("/host/network", get(network).put(configure_network))
-        .route("/host/network/flows", get(flows))
-        .route("/host/network/services", get(services))
-        .route("/metrics", get(metrics))
-        .route(update::PATH, post(update::update))
-        .route("/host/tags", put(set_tags))
-        .route("/host/drain", put(drain).delete(drain_no_more))
-        .merge(super::layers::router())
-        .merge(super::volumes::router())
-        .merge(super::sinks::router())
+    let (routes, _) = calls().finish(about());
+    routes
         .fallback(|| async { Error::new(ErrorCode::NotFound, "there is no such call in the host API") })
         .layer(middleware::from_fn_with_state(
             Arc::clone(&daemon),
@@ -105,27 +135,28 @@ async fn authorize(request: HttpRequest, next: Next) -> Response {
     }
 }
 
-async fn status(State(daemon): Shared) -> Result<Response> {
+async fn status(State(daemon): Shared) -> Result<Json<HostStatus>> {
     // It looks at disks.
     let status = spawn_blocking(move || daemon.status()).await;
     let status = status.map_err(|error| Error::internal(format!("the status was cut off: {error}")))?;
-    Ok(Json(status?).into_response())
+    status.map(Json)
 }
 
-async fn jobs(State(daemon): Shared, headers: HeaderMap) -> Response {
+async fn jobs(
+    State(daemon): Shared,
+    headers: HeaderMap,
+) -> OrEvents<Json<BTreeMap<String, ActiveJob>>, JobEvent> {
     if wants_events(&headers) {
         let (current, live) = daemon.table.subscribe();
         let stream = futures::stream::iter(current).chain(job_events(live));
         // What happens from then on is told by another daemon.
         let gate = daemon.gate.clone();
         let stream = stream.take_until(async move { gate.left().await });
-        return events(stream.map(|event| (None, event)));
+        return OrEvents::Happens(Events::new(stream));
     }
     let all = daemon.table.all().into_iter();
-    let jobs: std::collections::BTreeMap<_, _> = all
-        .map(|entry| (entry.job.id.clone(), daemon.table.active(&entry)))
-        .collect();
-    Json(jobs).into_response()
+    let jobs = all.map(|entry| (entry.job.id.clone(), daemon.table.active(&entry)));
+    OrEvents::Is(Json(jobs.collect()))
 }
 
 /// Ends when the listener has fallen too far behind: it begins again with what is.
@@ -139,15 +170,15 @@ fn find(daemon: &Daemon, id: &str) -> Result<Entry> {
     daemon.table.get(id).ok_or_else(|| Error::not_found("job", id))
 }
 
-async fn job(State(daemon): Shared, Path(id): Path<String>) -> Result<Response> {
-    Ok(Json(daemon.table.active(&find(&daemon, &id)?)).into_response())
+async fn job(State(daemon): Shared, Path(id): Path<String>) -> Result<Json<ActiveJob>> {
+    Ok(Json(daemon.table.active(&find(&daemon, &id)?)))
 }
 
 async fn add_job(
     State(daemon): Shared,
     Path(id): Path<String>,
     StrictJson(job): StrictJson<Job>,
-) -> Result<Response> {
+) -> Result<Json<Done>> {
     if job.id != id {
         return Err(Error::invalid_field(
             "id",
@@ -158,35 +189,25 @@ async fn add_job(
 }
 
 /// Nothing, or why not.
-pub(super) fn done(result: Result<()>) -> Result<Response> {
-    answer(result.map(|()| Json(serde_json::json!({})).into_response()))
+pub(super) fn done(result: Result<()>) -> Result<Json<Done>> {
+    result.map(|()| Json(Done {}))
 }
 
-/// A full disk has a status of its own.
-pub(super) fn answer(result: Result<Response>) -> Result<Response> {
-    match result {
-        Err(error) if disk::is_full(&error) => {
-            Ok((StatusCode::INSUFFICIENT_STORAGE, Json(error)).into_response())
-        }
-        answer => answer,
-    }
-}
-
-async fn stop_job(State(daemon): Shared, Path(id): Path<String>) -> Result<Response> {
+async fn stop_job(State(daemon): Shared, Path(id): Path<String>) -> Result<Json<Done>> {
     done(daemon.stop(&id).await)
 }
 
-async fn signal_job(State(daemon): Shared, Path((id, signal)): Path<(String, String)>) -> Result<Response> {
+async fn signal_job(State(daemon): Shared, Path((id, signal)): Path<(String, String)>) -> Result<Json<Done>> {
     let signal = signal.parse().ok().filter(|signal| (1..=64).contains(signal));
     let signal = signal.ok_or_else(|| Error::invalid_field("signal", "a number from 1 to 64 is wanted"))?;
     done(daemon.tell(&id, &Request::Signal { signal }).await)
 }
 
-async fn pause(State(daemon): Shared, Path(id): Path<String>) -> Result<Response> {
+async fn pause_job(State(daemon): Shared, Path(id): Path<String>) -> Result<Json<Done>> {
     done(daemon.tell(&id, &Request::Pause { paused: true }).await)
 }
 
-async fn resume(State(daemon): Shared, Path(id): Path<String>) -> Result<Response> {
+async fn resume_job(State(daemon): Shared, Path(id): Path<String>) -> Result<Json<Done>> {
     done(daemon.tell(&id, &Request::Pause { paused: false }).await)
 }
 
@@ -194,17 +215,19 @@ async fn update_limits(
     State(daemon): Shared,
     Path(id): Path<String>,
     StrictJson(limits): StrictJson<Resources>,
-) -> Result<Response> {
+) -> Result<Json<Done>> {
     done(daemon.update_limits(id, limits).await)
 }
 
-async fn deregister_job(State(daemon): Shared, Path(id): Path<String>) -> Result<Response> {
+async fn deregister_job(State(daemon): Shared, Path(id): Path<String>) -> Result<Json<Done>> {
     done(daemon.tell(&id, &Request::Deregister).await)
 }
 
-#[derive(Deserialize)]
+#[derive(Deserialize, JsonSchema)]
 struct LogQuery {
+    /// So many of the last lines; all when absent.
     lines: Option<usize>,
+    /// Go on with what comes, until the job is over.
     #[serde(default)]
     follow: bool,
 }
@@ -212,15 +235,12 @@ struct LogQuery {
 async fn log(
     State(daemon): Shared,
     Path(id): Path<String>,
-    query: std::result::Result<Query<LogQuery>, axum::extract::rejection::QueryRejection>,
-) -> Result<Response> {
-    let Query(query) =
-        query.map_err(|error| Error::validation(format!("lines=n and follow=true|false: {error}")))?;
+    Query(query): Query<LogQuery>,
+) -> Result<Events<LogLine>> {
     find(&daemon, &id)?;
     let follower = Follower::open(&daemon.paths.job(&id).join("log"), query.lines)
         .map_err(|error| disk_error("read the log", &error))?;
-    let lines = log_lines(daemon, id, follower, query.follow);
-    Ok(events(lines.map(|line| (None, line))))
+    Ok(Events::new(log_lines(daemon, id, follower, query.follow)))
 }
 
 fn log_lines(
@@ -261,16 +281,16 @@ impl Daemon {
     }
 }
 
-async fn set_tags(State(daemon): Shared, StrictJson(tags): StrictJson<Meta>) -> Result<Response> {
+async fn set_tags(State(daemon): Shared, StrictJson(tags): StrictJson<Meta>) -> Result<Json<Done>> {
     check_tags(&tags)?;
     done(daemon.configure("keep the tags", |config| config.tags = tags))
 }
 
-async fn drain(State(daemon): Shared) -> Result<Response> {
+async fn drain(State(daemon): Shared) -> Result<Json<Done>> {
     done(daemon.configure("keep that this host is drained", |config| config.draining = true))
 }
 
-async fn drain_no_more(State(daemon): Shared) -> Result<Response> {
+async fn drain_no_more(State(daemon): Shared) -> Result<Json<Done>> {
     done(daemon.configure("keep that this host is not drained", |config| {
         config.draining = false;
     }))
@@ -297,40 +317,85 @@ fn check_tags(tags: &Meta) -> Result<()> {
     Ok(())
 }
 
-async fn network(State(daemon): Shared) -> Result<Response> {
-    Ok(Json(daemon.network_status().await?).into_response())
+async fn network(State(daemon): Shared) -> Result<Json<NetworkStatus>> {
+    daemon.network_status().await.map(Json)
 }
 
-async fn services(State(daemon): Shared) -> Result<Response> {
-    Ok(Json(daemon.services.show().await?).into_response())
+async fn services(State(daemon): Shared) -> Result<Json<Vec<ServiceStatus>>> {
+    daemon.services.show().await.map(Json)
 }
 
-async fn flows(State(daemon): Shared) -> Result<Response> {
-    Ok(Json(daemon.flows().await?).into_response())
+async fn flows(State(daemon): Shared) -> Result<Json<Vec<Flow>>> {
+    daemon.flows().await.map(Json)
 }
 
-/// For Prometheus.
-async fn metrics(State(daemon): Shared) -> Result<Response> {
-    let headers = [(CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")];
+async fn metrics(State(daemon): Shared) -> Result<Metrics> {
     let mut text = daemon.metrics().await?;
     // It looks at disks.
     let others = spawn_blocking(move || {
         daemon.usage_metrics() + &daemon.sinks().map_or_else(|_| String::new(), Sinks::metrics)
     });
     text += &others.await.unwrap_or_default();
-    Ok((headers, text).into_response())
+    Ok(Metrics(text))
 }
 
 async fn configure_network(
     State(daemon): Shared,
     StrictJson(config): StrictJson<NetworkConfig>,
-) -> Result<Response> {
+) -> Result<Json<Done>> {
     done(daemon.configure_network(config).await)
 }
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeSet;
+
     use super::*;
+
+    /// All references beneath a value.
+    fn references(value: &Value) -> Vec<&Value> {
+        let beneath: Vec<_> = match value {
+            Value::Object(fields) => fields.values().collect(),
+            Value::Array(items) => items.iter().collect(),
+            _ => Vec::new(),
+        };
+        let beneath = beneath.into_iter().flat_map(references);
+        value.get("$ref").into_iter().chain(beneath).collect()
+    }
+
+    #[test]
+    fn the_document_holds_together() {
+        let (_, document) = calls().finish(about());
+        let references = references(&document);
+        assert!(!references.is_empty());
+        for reference in references {
+            let pointer = reference.as_str().unwrap().strip_prefix('#').unwrap();
+            assert!(document.pointer(pointer).is_some(), "{reference}");
+        }
+        for (name, schema) in document["components"]["schemas"].as_object().unwrap() {
+            assert!(jsonschema::meta::is_valid(schema), "{name}: {schema}");
+            assert!(schema["description"].is_string(), "{name} says nothing of itself");
+        }
+        let mut names = BTreeSet::new();
+        for (path, calls) in document["paths"].as_object().unwrap() {
+            for call in calls.as_object().unwrap().values() {
+                assert!(names.insert(call["operationId"].as_str().unwrap()), "{call}");
+                let parameters = call["parameters"].as_array().unwrap();
+                let in_path = parameters.iter().filter(|parameter| parameter["in"] == "path");
+                let declared: Vec<_> = in_path
+                    .map(|parameter| format!("{{{}}}", parameter["name"]))
+                    .collect();
+                let wanted: Vec<_> = path.split('/').filter(|part| part.starts_with('{')).collect();
+                assert_eq!(declared.join("").replace('"', ""), wanted.join(""), "{path}");
+                let answers = call["responses"].as_object().unwrap();
+                assert!(answers.contains_key("default"), "{call}");
+                assert!(
+                    answers.contains_key("200") != answers.contains_key("101"),
+                    "{call}"
+                );
+            }
+        }
+    }
 
     #[test]
     fn only_those_who_run_jobs_may_act() {

@@ -8,20 +8,23 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use axum::body::Body;
-use axum::extract::{Path, Request as HttpRequest, State};
+use axum::extract::{FromRequest, Path, Request as HttpRequest, State};
 use axum::http::StatusCode;
 use axum::http::header::{CONNECTION, UPGRADE};
 use axum::http::request::Parts;
-use axum::response::{IntoResponse as _, Response};
+use axum::response::{IntoResponse, Response};
 use flynn_api::client::attach::write_frame;
 use flynn_api::host::{
     ATTACH_PROTOCOL, AttachRequest, ExecRequest, FORWARD_PROTOCOL, ForwardRequest, attach,
 };
+use flynn_api::server::openapi::{Input, Operation, Output};
 use flynn_api::{Error, Result};
 use hyper::upgrade::Upgraded;
 use hyper_util::rt::TokioIo;
+use schemars::JsonSchema;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
+use serde_json::json;
 use tokio::io::{AsyncWrite, AsyncWriteExt as _, copy_bidirectional};
 use tokio::time::{sleep, timeout};
 
@@ -36,33 +39,83 @@ use crate::supervisor::frame_of;
 /// How long an attached client waits for its job to come.
 const ATTACH_WAIT: Duration = Duration::from_secs(10);
 
-/// Reads what a client wishes that wants its connection upgraded.
-async fn upgrading<T: DeserializeOwned>(request: HttpRequest, protocol: &str) -> Result<(Parts, T)> {
-    if request
-        .headers()
-        .get(UPGRADE)
-        .is_none_or(|asked| asked != protocol)
-    {
-        return Err(Error::validation(format!(
-            "the connection is taken over: send Connection: Upgrade and Upgrade: {protocol}"
-        )));
+/// What a client wishes that wants its connection upgraded.
+pub(super) trait Wish: DeserializeOwned + Serialize + JsonSchema {
+    /// To what.
+    const PROTOCOL: &'static str;
+}
+
+impl Wish for AttachRequest {
+    const PROTOCOL: &'static str = ATTACH_PROTOCOL;
+}
+
+impl Wish for ExecRequest {
+    const PROTOCOL: &'static str = ATTACH_PROTOCOL;
+}
+
+impl Wish for ForwardRequest {
+    const PROTOCOL: &'static str = FORWARD_PROTOCOL;
+}
+
+/// A connection that is to be upgraded, and what for.
+pub(super) struct Upgrading<W> {
+    parts: Parts,
+    wish: W,
+}
+
+impl<S: Send + Sync, W: Wish> FromRequest<S> for Upgrading<W> {
+    type Rejection = Error;
+
+    async fn from_request(request: HttpRequest, _: &S) -> Result<Self> {
+        let protocol = W::PROTOCOL;
+        if request
+            .headers()
+            .get(UPGRADE)
+            .is_none_or(|asked| asked != protocol)
+        {
+            return Err(Error::validation(format!(
+                "the connection is taken over: send Connection: Upgrade and Upgrade: {protocol}"
+            )));
+        }
+        let (parts, body) = request.into_parts();
+        let body = axum::body::to_bytes(body, 64 << 10)
+            .await
+            .map_err(|_| Error::validation("the body is cut short or longer than 64 KiB"))?;
+        let wish = serde_json::from_slice(&body)
+            .map_err(|error| Error::validation(format!("the body cannot be read: {error}")))?;
+        Ok(Self { parts, wish })
     }
-    let (parts, body) = request.into_parts();
-    let body = axum::body::to_bytes(body, 64 << 10)
-        .await
-        .map_err(|_| Error::validation("the body is cut short or longer than 64 KiB"))?;
-    let wish = serde_json::from_slice(&body)
-        .map_err(|error| Error::validation(format!("the body cannot be read: {error}")))?;
-    Ok((parts, wish))
+}
+
+impl<W: Wish> Input for Upgrading<W> {
+    fn describe(call: &mut Operation<'_>) {
+        call.parameter("header", "Upgrade", true, json!({ "const": W::PROTOCOL }));
+        let content = call.json::<W>();
+        call.body("application/json", content);
+    }
+}
+
+/// The answer after which a connection speaks another protocol.
+pub(super) struct SwitchingProtocols(Response);
+
+impl IntoResponse for SwitchingProtocols {
+    fn into_response(self) -> Response {
+        self.0
+    }
+}
+
+impl Output for SwitchingProtocols {
+    fn describe(call: &mut Operation<'_>) {
+        call.answer("101", "Switching Protocols: the connection is taken over");
+    }
 }
 
 /// Answers with the upgrade, and then has `carry` serve the connection.
-fn upgrade<F>(
+fn upgrade<W: Wish, F>(
     daemon: &Daemon,
     parts: Parts,
-    protocol: &'static str,
     carry: impl FnOnce(TokioIo<Upgraded>) -> F + Send + 'static,
-) -> Response
+) -> SwitchingProtocols
 where
     F: Future<Output = io::Result<()>> + Send,
 {
@@ -74,19 +127,14 @@ where
             tracing::debug!(%error, "attached connection");
         }
     });
-    let headers = [(CONNECTION, "Upgrade"), (UPGRADE, protocol)];
-    (StatusCode::SWITCHING_PROTOCOLS, headers).into_response()
+    let headers = [(CONNECTION, "Upgrade"), (UPGRADE, W::PROTOCOL)];
+    SwitchingProtocols((StatusCode::SWITCHING_PROTOCOLS, headers).into_response())
 }
 
 /// Has the daemon that acts by now take the connection over.
-async fn pass_on(
-    daemon: &Daemon,
-    parts: Parts,
-    protocol: &'static str,
-    wish: &impl Serialize,
-) -> Result<Response> {
-    let mut successor = pass_on::upgrade(&parts, protocol, wish).await?;
-    Ok(upgrade(daemon, parts, protocol, async move |mut client| {
+async fn pass_on<W: Wish>(daemon: &Daemon, parts: Parts, wish: &W) -> Result<SwitchingProtocols> {
+    let mut successor = pass_on::upgrade(&parts, W::PROTOCOL, wish).await?;
+    Ok(upgrade::<W, _>(daemon, parts, async move |mut client| {
         copy_bidirectional(&mut client, &mut successor).await.map(drop)
     }))
 }
@@ -103,14 +151,13 @@ fn going_on(daemon: &Daemon, id: &str) -> Result<Entry> {
 pub(super) async fn exec(
     State(daemon): Shared,
     Path(id): Path<String>,
-    request: HttpRequest,
-) -> Result<Response> {
-    let (parts, wish) = upgrading::<ExecRequest>(request, ATTACH_PROTOCOL).await?;
+    Upgrading { parts, wish }: Upgrading<ExecRequest>,
+) -> Result<SwitchingProtocols> {
     if wish.args.first().is_none_or(String::is_empty) {
         return Err(Error::invalid_field("args", "names no program"));
     }
     if daemon.gate.is_left() {
-        return pass_on(&daemon, parts, ATTACH_PROTOCOL, &wish).await;
+        return pass_on(&daemon, parts, &wish).await;
     }
     let entry = going_on(&daemon, &id)?;
     let request = Request::Exec(wish);
@@ -118,10 +165,9 @@ pub(super) async fn exec(
     let failed = |error| Error::conflict(format!("cannot start it in the job {id}: {error}"));
     let mut supervisor = Connection::open(&Paths::socket(&id)).await.map_err(failed)?;
     supervisor.call(&request).await.map_err(failed)?;
-    Ok(upgrade(
+    Ok(upgrade::<ExecRequest, _>(
         &daemon,
         parts,
-        ATTACH_PROTOCOL,
         async move |mut client| {
             let mut supervisor = supervisor.into_stream();
             copy_bidirectional(&mut client, &mut supervisor).await.map(drop)
@@ -133,11 +179,10 @@ pub(super) async fn exec(
 pub(super) async fn forward(
     State(daemon): Shared,
     Path(id): Path<String>,
-    request: HttpRequest,
-) -> Result<Response> {
-    let (parts, wish) = upgrading::<ForwardRequest>(request, FORWARD_PROTOCOL).await?;
+    Upgrading { parts, wish }: Upgrading<ForwardRequest>,
+) -> Result<SwitchingProtocols> {
     if daemon.gate.is_left() {
-        return pass_on(&daemon, parts, FORWARD_PROTOCOL, &wish).await;
+        return pass_on(&daemon, parts, &wish).await;
     }
     let status = going_on(&daemon, &id)?.status;
     // A supervisor may still be in the host's network before its job runs.
@@ -156,19 +201,20 @@ pub(super) async fn forward(
     let mut port = within::connect(supervisor, status.address, wish.port)
         .await
         .map_err(failed)?;
-    Ok(upgrade(
+    Ok(upgrade::<ForwardRequest, _>(
         &daemon,
         parts,
-        FORWARD_PROTOCOL,
         async move |mut client| copy_bidirectional(&mut client, &mut port).await.map(drop),
     ))
 }
 
-pub(super) async fn attach(State(daemon): Shared, request: HttpRequest) -> Result<Response> {
-    let (parts, wish) = upgrading::<AttachRequest>(request, ATTACH_PROTOCOL).await?;
+pub(super) async fn attach(
+    State(daemon): Shared,
+    Upgrading { parts, wish }: Upgrading<AttachRequest>,
+) -> Result<SwitchingProtocols> {
     let entry = tokio::select! {
         entry = wait_for(&daemon, &wish.job_id) => entry?,
-        () = daemon.gate.left() => return pass_on(&daemon, parts, ATTACH_PROTOCOL, &wish).await,
+        () = daemon.gate.left() => return pass_on(&daemon, parts, &wish).await,
     };
     let has = |stream: &str| wish.flags.iter().any(|flag| flag == stream);
     let streams = [has("stdout"), has("stderr")];
@@ -195,10 +241,9 @@ pub(super) async fn attach(State(daemon): Shared, request: HttpRequest) -> Resul
         }
     };
     let replaying = Arc::clone(&daemon);
-    Ok(upgrade(
+    Ok(upgrade::<AttachRequest, _>(
         &daemon,
         parts,
-        ATTACH_PROTOCOL,
         async move |mut client| match supervisor {
             Some(connection) => {
                 let mut supervisor = connection.into_stream();

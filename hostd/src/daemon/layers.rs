@@ -6,21 +6,19 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
-use axum::Router;
 use axum::body::Body;
 use axum::extract::{Path, State};
 use axum::http::HeaderMap;
-use axum::http::header::{CONTENT_LENGTH, CONTENT_TYPE};
-use axum::response::{IntoResponse, Response};
-use axum::routing::{get, post};
+use axum::http::header::CONTENT_LENGTH;
 use flynn_api::image::{CollectedLayers, ImageManifest, Layer, LayerGc, StoredLayer, VerifiedLayers};
+use flynn_api::server::openapi::{Calls, Done, Octets};
 use flynn_api::server::{Json, StrictJson, disk};
 use flynn_api::{Digest, Error, Result};
 use jiff::Timestamp;
 use tokio::task::{block_in_place, spawn_blocking};
 use tokio::time::sleep;
 
-use super::api::{Shared, answer, done};
+use super::api::{Shared, done};
 use super::images::pieces;
 use super::{Daemon, disk_error};
 use crate::layers::{Collected, Marks, Pins, Rule};
@@ -38,13 +36,15 @@ pub(super) struct Counters {
     bytes: AtomicU64,
 }
 
-/// The routes.
-pub(super) fn router() -> Router<Arc<Daemon>> {
-    Router::new()
-        .route("/host/layers", get(list))
-        .route("/host/layers/gc", post(gc))
-        .route("/host/layers/verify", post(verify))
-        .route("/host/layers/{digest}", get(layer).put(put_layer))
+/// Adds the calls.
+pub(super) fn add(calls: Calls<Arc<Daemon>>) -> Calls<Arc<Daemon>> {
+    flynn_api::calls! { calls;
+        get "/host/layers" => layers: "The layers in the host's store";
+        post "/host/layers/gc" => collect_layers: "Removes layers that nobody needs";
+        post "/host/layers/verify" => verify_layers: "Reads all layers, and sets damaged ones aside";
+        get "/host/layers/{digest}" => layer: "A layer: a squashfs";
+        put "/host/layers/{digest}" => put_layer: "Puts a layer, a squashfs of this digest, into the store";
+    }
 }
 
 /// Collects layers before the disk is full, for ever.
@@ -281,13 +281,16 @@ pub(super) fn is_unmountable(error: &Error) -> bool {
     detail.is_some_and(|detail| detail["resource"] == "layer")
 }
 
-async fn list(State(daemon): Shared) -> Result<Response> {
+async fn layers(State(daemon): Shared) -> Result<Json<Vec<StoredLayer>>> {
     let listed = spawn_blocking(move || daemon.list_layers()).await;
     let listed = listed.map_err(|error| Error::internal(error.to_string()))?;
-    Ok(Json(listed?).into_response())
+    listed.map(Json)
 }
 
-async fn gc(State(daemon): Shared, StrictJson(gc): StrictJson<LayerGc>) -> Result<Response> {
+async fn collect_layers(
+    State(daemon): Shared,
+    StrictJson(gc): StrictJson<LayerGc>,
+) -> Result<Json<CollectedLayers>> {
     let rule = Rule {
         bytes: gc.bytes.unwrap_or(u64::MAX),
         older_than: Duration::from_secs(gc.older_than),
@@ -295,14 +298,14 @@ async fn gc(State(daemon): Shared, StrictJson(gc): StrictJson<LayerGc>) -> Resul
     };
     let collected = spawn_blocking(move || daemon.collect(rule)).await;
     let Collected { layers, bytes } = collected.map_err(|error| Error::internal(error.to_string()))??;
-    Ok(Json(CollectedLayers { layers, bytes }).into_response())
+    Ok(Json(CollectedLayers { layers, bytes }))
 }
 
-async fn verify(State(daemon): Shared) -> Result<Response> {
+async fn verify_layers(State(daemon): Shared) -> Result<Json<VerifiedLayers>> {
     // A task of its own: it goes on when the caller hangs up.
     let verified = tokio::spawn(async move { daemon.verify_layers().await }).await;
     let verified = verified.map_err(|error| Error::internal(error.to_string()))?;
-    answer(verified.map(|verified| Json(verified).into_response()))
+    verified.map(Json)
 }
 
 fn parse_digest(text: &str) -> Result<Digest> {
@@ -315,7 +318,7 @@ async fn put_layer(
     Path(digest): Path<String>,
     headers: HeaderMap,
     body: Body,
-) -> Result<Response> {
+) -> Result<Json<Done>> {
     let digest = parse_digest(&digest)?;
     let length = headers
         .get(CONTENT_LENGTH)
@@ -327,7 +330,7 @@ async fn put_layer(
     done(stored)
 }
 
-async fn layer(State(daemon): Shared, Path(digest): Path<String>) -> Result<Response> {
+async fn layer(State(daemon): Shared, Path(digest): Path<String>) -> Result<Octets> {
     let digest = parse_digest(&digest)?;
     let file = tokio::fs::File::open(daemon.paths.layer(digest)).await;
     let file = file.map_err(|_| Error::not_found("layer", digest))?;
@@ -345,9 +348,8 @@ async fn layer(State(daemon): Shared, Path(digest): Path<String>) -> Result<Resp
             Err(error) => Some((Err(error), file)),
         }
     });
-    let headers = [
-        (CONTENT_LENGTH, length.to_string()),
-        (CONTENT_TYPE, "application/octet-stream".into()),
-    ];
-    Ok((headers, Body::from_stream(chunks)).into_response())
+    Ok(Octets {
+        length: Some(length),
+        body: Body::from_stream(chunks),
+    })
 }

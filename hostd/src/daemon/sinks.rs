@@ -3,27 +3,25 @@
 use std::io;
 use std::sync::Arc;
 
-use axum::Router;
 use axum::extract::{Path, State};
-use axum::response::{IntoResponse, Response};
-use axum::routing::{get, put};
+use flynn_api::server::openapi::{Calls, Done};
 use flynn_api::server::{Json, StrictJson};
-use flynn_api::sink::{PORT, Sink};
+use flynn_api::sink::{PORT, Sink, SinkStatus};
 use flynn_api::{Error, Result};
 use tokio::runtime::Handle;
 use tokio::task::spawn_blocking;
 
 use super::Daemon;
-use super::api::answer;
+use super::api::{Shared, done};
 use crate::logs::sink::{FindLeader, Sinks};
 
-type Shared = State<Arc<Daemon>>;
-
-/// The routes.
-pub(super) fn router() -> Router<Arc<Daemon>> {
-    Router::new()
-        .route("/sinks", get(list))
-        .route("/sinks/{id}", put(add).delete(remove))
+/// Adds the calls.
+pub(super) fn add(calls: Calls<Arc<Daemon>>) -> Calls<Arc<Daemon>> {
+    flynn_api::calls! { calls;
+        get "/sinks" => sinks: "Where the jobs' logs are sent, and how that does";
+        put "/sinks/{id}" => put_sink: "Has logs sent to a sink";
+        delete "/sinks/{id}" => remove_sink: "Has logs sent there no more";
+    }
 }
 
 impl Daemon {
@@ -67,18 +65,18 @@ impl Daemon {
     }
 }
 
-async fn list(State(daemon): Shared) -> Result<Response> {
+async fn sinks(State(daemon): Shared) -> Result<Json<Vec<SinkStatus>>> {
     // It looks at disks.
     let listed = spawn_blocking(move || daemon.sinks().map(Sinks::list)).await;
     let listed = listed.map_err(|error| Error::internal(format!("the list was cut off: {error}")))?;
-    Ok(Json(listed?).into_response())
+    listed.map(Json)
 }
 
-async fn add(
+async fn put_sink(
     State(daemon): Shared,
     Path(id): Path<String>,
     StrictJson(mut sink): StrictJson<Sink>,
-) -> Result<Response> {
+) -> Result<Json<Sink>> {
     if !sink.id.is_empty() && sink.id != id {
         return Err(Error::invalid_field(
             "id",
@@ -86,11 +84,10 @@ async fn add(
         ));
     }
     sink.id = id;
-    let added = daemon.sinks()?.put(sink.clone()).await;
-    answer(added.map(|()| Json(sink).into_response()))
+    daemon.sinks()?.put(sink.clone()).await?;
+    Ok(Json(sink))
 }
 
-async fn remove(State(daemon): Shared, Path(id): Path<String>) -> Result<Response> {
-    let removed = daemon.sinks()?.remove(&id).await;
-    answer(removed.map(|()| Json(serde_json::json!({})).into_response()))
+async fn remove_sink(State(daemon): Shared, Path(id): Path<String>) -> Result<Json<Done>> {
+    done(daemon.sinks()?.remove(&id).await)
 }

@@ -3,19 +3,17 @@
 use std::io;
 use std::pin::pin;
 use std::process::{Command, Stdio};
-use std::sync::Arc;
 use std::time::Duration;
 
 use axum::body::Body;
-use axum::extract::rejection::QueryRejection;
-use axum::extract::{Path, Query, State};
-use axum::http::header::CONTENT_TYPE;
-use axum::response::{IntoResponse, Response};
+use axum::extract::{Path, State};
 use bytes::{Bytes, BytesMut};
-use flynn_api::server::Json;
+use flynn_api::server::openapi::Octets;
+use flynn_api::server::{Json, Query};
 use flynn_api::volume::Volume;
 use flynn_api::{Error, Result};
 use futures::{Stream, StreamExt as _};
+use schemars::JsonSchema;
 use serde::Deserialize;
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::process::{Child, ChildStdin, ChildStdout};
@@ -23,7 +21,7 @@ use tokio::task::{JoinHandle, block_in_place};
 use tokio::time::timeout;
 
 use super::Daemon;
-use super::api::answer;
+use super::api::Shared;
 use super::images::pieces;
 use crate::files::disk_error;
 use crate::volumes::{Decoder, Encoder, MAX_PIECE, Mover, Part, Receiving};
@@ -90,8 +88,9 @@ async fn read_some(mut from: impl AsyncRead + Unpin) -> Vec<u8> {
     text
 }
 
-#[derive(Deserialize)]
+#[derive(Deserialize, JsonSchema)]
 pub(super) struct SendQuery {
+    /// An earlier snapshot that the receiver has: only what differs from it is sent.
     from: Option<String>,
 }
 
@@ -120,12 +119,11 @@ impl Sending {
 }
 
 /// `GET /storage/volumes/{id}/send`
-pub(super) async fn send(
-    State(daemon): State<Arc<Daemon>>,
+pub(super) async fn send_volume(
+    State(daemon): Shared,
     Path(id): Path<String>,
-    query: std::result::Result<Query<SendQuery>, QueryRejection>,
-) -> Result<Response> {
-    let Query(query) = query.map_err(|error| Error::validation(format!("from=snapshot: {error}")))?;
+    Query(query): Query<SendQuery>,
+) -> Result<Octets> {
     let (header, mover) = block_in_place(|| daemon.volumes.send(&id, query.from.as_deref()))?;
     let mut encoder = Encoder::default();
     let begin = encoder
@@ -151,8 +149,10 @@ pub(super) async fn send(
             tracing::warn!(volume = id, %error, "a snapshot could not be sent");
         }
     });
-    let headers = [(CONTENT_TYPE, "application/octet-stream")];
-    Ok((headers, Body::from_stream(first.chain(said))).into_response())
+    Ok(Octets {
+        length: None,
+        body: Body::from_stream(first.chain(said)),
+    })
 }
 
 /// What takes a snapshot in, once its header has come.
@@ -193,11 +193,11 @@ fn stuck() -> Error {
 }
 
 /// `POST /storage/providers/{id}/receive`
-pub(super) async fn receive(
-    State(daemon): State<Arc<Daemon>>,
+pub(super) async fn receive_volume(
+    State(daemon): Shared,
     Path(provider): Path<String>,
     body: Body,
-) -> Result<Response> {
+) -> Result<Json<Volume>> {
     let mut body = pin!(pieces(body));
     let volume = take(&daemon, &provider, &mut body).await;
     if volume.is_err() {
@@ -205,7 +205,7 @@ pub(super) async fn receive(
         let rest = async { while let Some(Ok(_)) = body.next().await {} };
         let _ = timeout(HEAR_OUT, rest).await;
     }
-    answer(volume.map(|volume| Json(volume).into_response()))
+    volume.map(Json)
 }
 
 async fn take<E: std::fmt::Display>(

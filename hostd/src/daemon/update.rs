@@ -4,11 +4,9 @@ use std::fs::{self, File};
 use std::io;
 use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::time::Duration;
 
 use axum::extract::State;
-use axum::response::{IntoResponse, Response};
 use flynn_api::host::{Update, Updated};
 use flynn_api::server::{Json, StrictJson};
 use flynn_api::{Error, Result};
@@ -16,6 +14,7 @@ use tokio::sync::oneshot;
 use tokio::task::spawn_blocking;
 
 use super::Daemon;
+use super::api::Shared;
 use super::gate::Closed;
 use super::handover::{Sockets, Successor};
 use crate::files::{self, disk_error};
@@ -43,17 +42,16 @@ impl Wish {
 
 /// `POST /host/update`
 pub(super) async fn update(
-    State(daemon): State<Arc<Daemon>>,
+    State(daemon): Shared,
     StrictJson(update): StrictJson<Update>,
-) -> Result<Response> {
+) -> Result<Json<Updated>> {
     let other = || Error::conflict("another update is under way: see flynn-host version, and try again");
     let (reply, answer) = oneshot::channel();
     daemon
         .updates
         .try_send(Wish { update, reply })
         .map_err(|_| other())?;
-    let updated = answer.await.map_err(|_| other())??;
-    Ok(Json(updated).into_response())
+    answer.await.map_err(|_| other())?.map(Json)
 }
 
 /// A program that can take over, while nobody acts.

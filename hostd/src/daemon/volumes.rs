@@ -2,25 +2,21 @@
 
 use std::sync::Arc;
 
-use axum::Router;
 use axum::extract::{Path, State};
-use axum::response::{IntoResponse, Response};
-use axum::routing::{delete, get, post, put};
 use flynn_api::host::{Job, label};
+use flynn_api::server::openapi::{Calls, Done};
 use flynn_api::server::{Json, StrictJson};
-use flynn_api::volume::{Copy, Gc, NewProvider, NewVolume, Resize, Rollback};
+use flynn_api::volume::{Copy, Gc, NewProvider, NewVolume, Provider, Resize, Rollback, Volume};
 use flynn_api::{Error, Meta, Result};
-use serde::Serialize;
 use tokio::task::spawn_blocking;
 
-use super::api::answer;
-use super::{Daemon, transfer};
+use super::Daemon;
+use super::api::Shared;
+use super::transfer::{receive_volume, send_volume};
 use crate::volumes::{Users, Volumes};
 
 /// The labels of a job that its volumes carry as well.
 const LABELS: [&str; 3] = [label::APP_ID, label::APP_NAME, label::PROCESS_TYPE];
-
-type Shared = State<Arc<Daemon>>;
 
 /// The labels of a volume that is made for a job.
 pub(super) fn labels(job: &Job) -> Meta {
@@ -28,22 +24,25 @@ pub(super) fn labels(job: &Job) -> Meta {
     LABELS.into_iter().filter_map(has).collect()
 }
 
-/// The routes.
-pub(super) fn router() -> Router<Arc<Daemon>> {
-    Router::new()
-        .route("/storage/providers", get(providers).post(add_provider))
-        .route("/storage/providers/{id}", delete(remove_provider))
-        .route("/storage/providers/{id}/volumes", post(create))
-        .route("/storage/volumes", get(list))
-        .route("/storage/volumes/{id}", get(show).delete(remove))
-        .route("/storage/volumes/{id}/snapshot", put(snapshot))
-        .route("/storage/volumes/{id}/fork", put(fork))
-        .route("/storage/volumes/{id}/rollback", put(rollback))
-        .route("/storage/volumes/{id}/resize", put(resize))
-        .route("/storage/volumes/{id}/decommission", put(decommission))
-        .route("/storage/volumes/{id}/send", get(transfer::send))
-        .route("/storage/providers/{id}/receive", post(transfer::receive))
-        .route("/storage/gc", post(gc))
+/// Adds the calls.
+pub(super) fn add(calls: Calls<Arc<Daemon>>) -> Calls<Arc<Daemon>> {
+    flynn_api::calls! { calls;
+        get "/storage/providers" => providers: "Where the host keeps volumes";
+        post "/storage/providers" => add_provider: "Adds a place for volumes";
+        delete "/storage/providers/{id}" => remove_provider: "Takes a provider without volumes off the list";
+        post "/storage/providers/{id}/volumes" => create_volume: "Makes a volume";
+        post "/storage/providers/{id}/receive" => receive_volume: "Takes in a snapshot as it is sent";
+        get "/storage/volumes" => volumes: "All volumes";
+        get "/storage/volumes/{id}" => volume: "A volume, and how many bytes it holds";
+        delete "/storage/volumes/{id}" => delete_volume: "Removes a volume for good";
+        put "/storage/volumes/{id}/snapshot" => snapshot_volume: "Makes a snapshot of a volume";
+        put "/storage/volumes/{id}/fork" => fork_volume: "Makes a volume that begins as a copy of this one";
+        put "/storage/volumes/{id}/rollback" => roll_volume_back: "Makes a volume what it was";
+        put "/storage/volumes/{id}/resize" => resize_volume: "Has a volume hold more, or less";
+        put "/storage/volumes/{id}/decommission" => decommission_volume: "Sets a volume aside, under another id";
+        get "/storage/volumes/{id}/send" => send_volume: "A snapshot, or what differs from an earlier one";
+        post "/storage/gc" => collect_volumes: "Removes decommissioned volumes, and gives their ids";
+    }
 }
 
 impl Daemon {
@@ -60,10 +59,10 @@ impl Daemon {
 
 /// Answers with what `work` gives, which is told whose jobs use what. It may wait for disks, and is done whether the
 /// caller waits or not.
-async fn work<T: Serialize + Send + 'static>(
+async fn work<T: Send + 'static>(
     daemon: Arc<Daemon>,
     work: impl FnOnce(&Volumes, Users<'_>) -> Result<T> + Send + 'static,
-) -> Result<Response> {
+) -> Result<Json<T>> {
     let pass = daemon.gate.beside("work on a volume");
     let done = spawn_blocking(move || {
         let _pass = pass;
@@ -72,90 +71,90 @@ async fn work<T: Serialize + Send + 'static>(
     let done = done.await;
     let done =
         done.unwrap_or_else(|error| Err(Error::internal(format!("a volume's work broke off: {error}"))));
-    answer(done.map(|value| Json(value).into_response()))
+    done.map(Json)
 }
 
-fn nothing((): ()) -> serde_json::Value {
-    serde_json::json!({})
+fn nothing((): ()) -> Done {
+    Done {}
 }
 
-async fn providers(State(daemon): Shared) -> Result<Response> {
+async fn providers(State(daemon): Shared) -> Result<Json<Vec<Provider>>> {
     work(daemon, |volumes, _| Ok(volumes.providers())).await
 }
 
-async fn add_provider(State(daemon): Shared, StrictJson(new): StrictJson<NewProvider>) -> Result<Response> {
+async fn add_provider(State(daemon): Shared, StrictJson(new): StrictJson<NewProvider>) -> Result<Json<Done>> {
     work(daemon, move |volumes, _| volumes.add_provider(&new).map(nothing)).await
 }
 
-async fn remove_provider(State(daemon): Shared, Path(id): Path<String>) -> Result<Response> {
+async fn remove_provider(State(daemon): Shared, Path(id): Path<String>) -> Result<Json<Done>> {
     work(daemon, move |volumes, _| {
         volumes.remove_provider(&id).map(nothing)
     })
     .await
 }
 
-async fn create(
+async fn create_volume(
     State(daemon): Shared,
     Path(provider): Path<String>,
     StrictJson(new): StrictJson<NewVolume>,
-) -> Result<Response> {
+) -> Result<Json<Volume>> {
     work(daemon, move |volumes, _| volumes.create(&provider, new)).await
 }
 
-async fn list(State(daemon): Shared) -> Result<Response> {
+async fn volumes(State(daemon): Shared) -> Result<Json<Vec<Volume>>> {
     work(daemon, |volumes, users| volumes.list(users)).await
 }
 
-async fn show(State(daemon): Shared, Path(id): Path<String>) -> Result<Response> {
+async fn volume(State(daemon): Shared, Path(id): Path<String>) -> Result<Json<Volume>> {
     work(daemon, move |volumes, users| volumes.get(&id, users)).await
 }
 
-async fn remove(State(daemon): Shared, Path(id): Path<String>) -> Result<Response> {
+async fn delete_volume(State(daemon): Shared, Path(id): Path<String>) -> Result<Json<Done>> {
     work(daemon, move |volumes, users| {
         volumes.remove(&id, users).map(nothing)
     })
     .await
 }
 
-async fn snapshot(
+async fn snapshot_volume(
     State(daemon): Shared,
     Path(id): Path<String>,
     StrictJson(copy): StrictJson<Copy>,
-) -> Result<Response> {
+) -> Result<Json<Volume>> {
     work(daemon, move |volumes, _| volumes.snapshot(&id, copy.id)).await
 }
 
-async fn fork(
+async fn fork_volume(
     State(daemon): Shared,
     Path(id): Path<String>,
     StrictJson(copy): StrictJson<Copy>,
-) -> Result<Response> {
+) -> Result<Json<Volume>> {
     work(daemon, move |volumes, _| volumes.fork(&id, copy.id)).await
 }
 
-async fn rollback(
+async fn roll_volume_back(
     State(daemon): Shared,
     Path(id): Path<String>,
     StrictJson(to): StrictJson<Rollback>,
-) -> Result<Response> {
+) -> Result<Json<Done>> {
     work(daemon, move |volumes, users| {
         volumes.rollback(&id, &to.snapshot, users).map(nothing)
     })
     .await
 }
 
-async fn resize(
+async fn resize_volume(
     State(daemon): Shared,
     Path(id): Path<String>,
     StrictJson(to): StrictJson<Resize>,
-) -> Result<Response> {
+) -> Result<Json<Volume>> {
     work(daemon, move |volumes, users| volumes.resize(&id, to.limit, users)).await
 }
 
-async fn decommission(State(daemon): Shared, Path(id): Path<String>) -> Result<Response> {
+async fn decommission_volume(State(daemon): Shared, Path(id): Path<String>) -> Result<Json<Volume>> {
     work(daemon, move |volumes, users| volumes.decommission(&id, users)).await
 }
 
-async fn gc(State(daemon): Shared, StrictJson(gc): StrictJson<Gc>) -> Result<Response> {
+async fn collect_volumes(State(daemon): Shared, StrictJson(gc): StrictJson<Gc>) -> Result<Json<Vec<String>>> {
     work(daemon, move |volumes, users| volumes.gc(&gc, users)).await
 }

@@ -19,6 +19,7 @@ mod job_limits;
 mod life;
 mod logs;
 mod network;
+mod openapi;
 #[path = "../sinks/receiver.rs"]
 mod receiver;
 mod streams;
@@ -82,6 +83,7 @@ fn main() -> ExitCode {
             releases_survive_kills_of_the_downloader a_full_disk_in_the_middle_leaves_what_came;
         network: containers_have_addresses services_are_registered missing_layers_are_fetched
             other_hosts_are_encrypted_with_or_named;
+        openapi: calls_are_as_the_document_says;
         escape: our_program_is_read_only_for_containers images_grant_no_capabilities deep_directories_are_removed;
     ];
     let on_ext4: Tests = tests![

@@ -28,7 +28,7 @@ pub(crate) fn serve(args: &Args) -> anyhow::Result<()> {
         };
         let put = Command::PutInstance {
             service,
-            instance: Instance::new("tcp", format!("{}:80", address(number)), flynn_api::Meta::new()),
+            instance: Instance::new("tcp", format!("{}:80", address(number)), flynn_api::Meta::new()).into(),
             member: 1,
         };
         let index = u64::from(number) * 2 + 1;

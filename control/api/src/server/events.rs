@@ -1,9 +1,10 @@
 //! Server-Sent Events.
 
 use std::convert::Infallible;
+use std::marker::PhantomData;
 
 use axum::response::sse::{Event, KeepAlive, Sse};
-use axum::response::{IntoResponse as _, Response};
+use axum::response::{IntoResponse, Response};
 use futures::{Stream, StreamExt as _};
 use http::HeaderMap;
 use http::header::ACCEPT;
@@ -33,4 +34,45 @@ pub fn events<T: Serialize>(stream: impl Stream<Item = (Option<String>, T)> + Se
     Sse::new(stream)
         .keep_alive(KeepAlive::new().interval(HEARTBEAT))
         .into_response()
+}
+
+/// A stream of events that are these, without ids.
+#[derive(Debug)]
+pub struct Events<T> {
+    response: Response,
+    of: PhantomData<fn() -> T>,
+}
+
+impl<T: Serialize> Events<T> {
+    /// Sends these.
+    pub fn new(stream: impl Stream<Item = T> + Send + 'static) -> Self {
+        Self {
+            response: events(stream.map(|event| (None, event))),
+            of: PhantomData,
+        }
+    }
+}
+
+impl<T> IntoResponse for Events<T> {
+    fn into_response(self) -> Response {
+        self.response
+    }
+}
+
+/// What is; or, for who asks for events, what happens.
+#[derive(Debug)]
+pub enum OrEvents<T, E> {
+    /// What is.
+    Is(T),
+    /// What happens.
+    Happens(Events<E>),
+}
+
+impl<T: IntoResponse, E> IntoResponse for OrEvents<T, E> {
+    fn into_response(self) -> Response {
+        match self {
+            Self::Is(answer) => answer.into_response(),
+            Self::Happens(events) => events.into_response(),
+        }
+    }
 }

@@ -1,12 +1,15 @@
-//! JSON in and out, and errors as answers.
+//! JSON in and out, queries, and errors as answers.
 
 use axum::body::to_bytes;
-use axum::extract::{FromRequest, Request};
+use axum::extract::{FromRequest, FromRequestParts, Request};
 use axum::response::{IntoResponse, Response};
+use http::StatusCode;
 use http::header::{CONTENT_TYPE, HeaderValue, RETRY_AFTER};
+use http::request::Parts;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
+use super::disk;
 use crate::{Error, ErrorCode};
 
 /// The longest JSON body that is taken.
@@ -20,6 +23,20 @@ pub struct Json<T>(pub T);
 /// mistake loses nothing.
 #[derive(Clone, Debug)]
 pub struct StrictJson<T>(pub T);
+
+/// The query of a call, refused as any other input is.
+#[derive(Clone, Debug)]
+pub struct Query<T>(pub T);
+
+impl<S: Send + Sync, T: DeserializeOwned> FromRequestParts<S> for Query<T> {
+    type Rejection = Error;
+
+    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, Error> {
+        let query = axum::extract::Query::from_request_parts(parts, state).await;
+        let refused = |why| Error::validation(format!("the query is not what is wanted here: {why}"));
+        query.map(|query| Self(query.0)).map_err(refused)
+    }
+}
 
 impl<S: Send + Sync, T: DeserializeOwned> FromRequest<S> for Json<T> {
     type Rejection = Error;
@@ -92,7 +109,13 @@ impl IntoResponse for Error {
         if self.code == ErrorCode::Internal {
             tracing::error!(message = %self.message, "a request failed");
         }
-        let mut response = (self.code.status(), Json(&self)).into_response();
+        // A full disk has a status of its own.
+        let status = if disk::is_full(&self) {
+            StatusCode::INSUFFICIENT_STORAGE
+        } else {
+            self.code.status()
+        };
+        let mut response = (status, Json(&self)).into_response();
         if self.retry {
             response
                 .headers_mut()

@@ -5,10 +5,12 @@ mod events;
 mod json;
 mod keys;
 mod listener;
+#[cfg(feature = "schema")]
+pub mod openapi;
 mod process;
 
-pub use events::{events, wants_events};
-pub use json::{Json, MAX_BODY, StrictJson};
+pub use events::{Events, OrEvents, events, wants_events};
+pub use json::{Json, MAX_BODY, Query, StrictJson};
 pub use keys::Keys;
 pub use listener::{Farewell, Listener, Peer, serve, serve_until};
 pub use process::{init_logging, shutdown};

@@ -1,6 +1,7 @@
 //! Clients: they register, deregister, compare and swap, and read, and tell the chronicle what they were told.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 use std::time::Duration;
 
 use flynn_api::discovery::{Consistency, Instance, LeaderType, ServiceMeta};
@@ -32,13 +33,13 @@ pub(crate) fn register(client: u64, number: u64) -> Command {
     let id = format!("{client}-{number}");
     Command::PutInstance {
         service: SERVICE.to_owned(),
-        instance: Instance {
+        instance: Arc::new(Instance {
             addr: format!("192.0.2.{client}:{number}"),
             proto: "tcp".to_owned(),
             meta: BTreeMap::from([("n".to_owned(), id.clone())]),
             index: 0,
             id,
-        },
+        }),
         member: 1 + client,
     }
 }

@@ -176,17 +176,16 @@ impl Dialer {
             let mut connections = self.connections();
             let lines = &mut connections.lines;
             let key = (id, addr.to_owned());
-            match lines.get(&key).filter(|opening| is_of_use(opening)) {
-                Some(opening) => opening.clone(),
-                None => {
-                    let opening: Opening = open(http, id).boxed().shared();
-                    if lines.len() >= MAX_CONNECTIONS {
-                        lines.clear();
-                    }
-                    lines.insert(key, opening.clone());
-                    tokio::spawn(opening.clone());
-                    opening
+            if let Some(opening) = lines.get(&key).filter(|opening| is_of_use(opening)) {
+                opening.clone()
+            } else {
+                let opening: Opening = open(http, id).boxed().shared();
+                if lines.len() >= MAX_CONNECTIONS {
+                    lines.clear();
                 }
+                lines.insert(key, opening.clone());
+                tokio::spawn(opening.clone());
+                opening
             }
         };
         opening.await

@@ -120,7 +120,7 @@ async fn answer(node: &Node, name: &str, body: &[u8]) -> Result<Vec<u8>, Error> 
             answered_by(node.raft.handle_transfer_leader(rpc).await)
         }
         "snapshot" => {
-            let ((vote, meta), data) = snapshot::decode::<(Vote, SnapshotMeta)>(&body)
+            let ((vote, meta), data) = snapshot::decode::<(Vote, SnapshotMeta)>(body)
                 .map_err(|why| Error::validation(format!("the snapshot cannot be read: {why}")))?;
             let snapshot = Snapshot {
                 meta,

@@ -10,7 +10,7 @@ use rustix::mount::{UnmountFlags, unmount};
 use tokio::sync::Notify;
 
 use super::{Btrfs, MIB, cannot_grow, copy, new, output, run};
-use crate::host::Host;
+use crate::host::{Host, PATIENCE};
 
 /// The provider on the disk.
 const DISK: &str = "disk";
