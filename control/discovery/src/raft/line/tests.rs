@@ -103,7 +103,7 @@ async fn bytes_that_are_no_answer_end_the_line() {
     let (line, mut there) = silent();
     let other = async {
         there.write_all(&[0, 0, 0, 2, 1, 2]).await.unwrap();
-        sleep(Duration::from_secs(60)).await;
+        sleep(Duration::from_mins(1)).await;
     };
     tokio::select! {
         said = line.call("echo", &()) => assert!(said.is_err()),
