@@ -139,10 +139,7 @@ impl HostArgs {
 
 fn main() -> ExitCode {
     let result = run(Cli::parse().command);
-    result.unwrap_or_else(|error| {
-        eprintln!("flynn-host: {error:#}");
-        ExitCode::FAILURE
-    })
+    result.unwrap_or_else(|error| commands::end_with(&error))
 }
 
 fn run(command: Command) -> anyhow::Result<ExitCode> {

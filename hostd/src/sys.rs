@@ -187,14 +187,6 @@ pub(crate) fn ignore_signal(signal: i32) {
     }
 }
 
-/// Has a signal do what it does to programs that know nothing of it.
-pub(crate) fn default_signal(signal: i32) {
-    // SAFETY: SIG_DFL installs no handler.
-    unsafe {
-        libc::signal(signal, libc::SIG_DFL);
-    }
-}
-
 /// Replaces the program. Returns only when that failed.
 pub(crate) fn exec(program: &CStr, args: &[CString], env: &[CString]) -> io::Error {
     let pointers = |list: &[CString]| -> Vec<*const libc::c_char> {

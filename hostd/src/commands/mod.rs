@@ -130,9 +130,30 @@ pub enum Operator {
     Update(update::Args),
 }
 
-/// Has a command end, and not panic, when whoever reads its output (`| head`) has read enough.
+/// What a shell takes for a program that SIGPIPE has ended.
+const NO_READER: u8 = 128 + 13;
+
+/// Has a command end, and not panic, when whoever reads its output (`| head`) has read enough. The signal itself stays
+/// ignored: it also comes of a connection that the other side has just closed, which is no reason to end.
 pub fn end_with_reader() {
-    crate::sys::default_signal(libc::SIGPIPE);
+    let before = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |panic| {
+        let what = panic.payload_as_str().unwrap_or_default();
+        if what.starts_with("failed printing to std") && what.contains("Broken pipe") {
+            std::process::exit(NO_READER.into());
+        }
+        before(panic);
+    }));
+}
+
+/// How a command ends that an error has ended: with its message, unless it is that nobody reads any more.
+pub fn end_with(error: &anyhow::Error) -> ExitCode {
+    let written = error.downcast_ref::<std::io::Error>();
+    if written.is_some_and(|why| why.kind() == std::io::ErrorKind::BrokenPipe) {
+        return ExitCode::from(NO_READER);
+    }
+    eprintln!("flynn-host: {error:#}");
+    ExitCode::FAILURE
 }
 
 /// Does what the operator asks.

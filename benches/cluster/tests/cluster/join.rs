@@ -120,7 +120,13 @@ pub(crate) fn listed(cluster: &mut Cluster) -> Result<()> {
 pub(crate) fn flynn_host(platform: &Platform, host: u8, args: &[&str]) -> Result<String> {
     let output = platform.lab().host(host).exec(FLYNN_HOST, args.iter().copied())?;
     let said = String::from_utf8_lossy(&output.stderr);
-    ensure!(output.status.success(), "flynn-host {}: {}", args[0], said.trim());
+    ensure!(
+        output.status.success(),
+        "flynn-host {}: {}: {}",
+        args[0],
+        output.status,
+        said.trim()
+    );
     Ok(String::from_utf8_lossy(&output.stdout).into_owned())
 }
 
