@@ -139,7 +139,7 @@ pub fn end_with_reader() {
     let before = std::panic::take_hook();
     std::panic::set_hook(Box::new(move |panic| {
         let what = panic.payload_as_str().unwrap_or_default();
-        if what.starts_with("failed printing to std") && what.contains("Broken pipe") {
+        if what.starts_with("failed") && what.contains("Broken pipe") {
             std::process::exit(NO_READER.into());
         }
         before(panic);
