@@ -135,6 +135,10 @@ const NO_READER: u8 = 128 + 13;
 
 /// Has a command end, and not panic, when whoever reads its output (`| head`) has read enough. The signal itself stays
 /// ignored: it also comes of a connection that the other side has just closed, which is no reason to end.
+#[expect(
+    clippy::exit,
+    reason = "a panic is what `println!` makes of it: there is nobody to return to"
+)]
 pub fn end_with_reader() {
     let before = std::panic::take_hook();
     std::panic::set_hook(Box::new(move |panic| {
