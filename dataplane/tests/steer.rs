@@ -160,7 +160,8 @@ fn routed_ports_lead_to_one_socket() {
                 assert!(refused(address, port), "{address} {port}");
             }
         }
-        assert_eq!(count(&steer, Steered::Taken), 12);
+        // A packet that comes when its connection has ended already is sought a socket for as well.
+        assert!(count(&steer, Steered::Taken) >= 12);
         assert_eq!(count(&steer, Steered::NoRouter), 0);
 
         steer.set_ports(&tcp([3001])).unwrap();
@@ -176,6 +177,8 @@ fn any_address_of_the_host_will_do() {
         support::ip(&["address", "add", "192.0.2.7/24", "dev", "one"]);
         support::ip(&["address", "add", "2001:db8::7/64", "dev", "one", "nodad"]);
         support::ip(&["link", "set", "one", "up"]);
+        // The kernel makes an IPv6 address the host's own a moment after it has been added.
+        eventually(|| support::ip(&["-6", "route", "show", "table", "local"]).contains("2001:db8::7"));
         let router = Router::new("router");
         let mut steer = Steer::open(&pins(bpffs)).unwrap();
         steer.serve(Protocol::Tcp, &router.listener).unwrap();

@@ -64,10 +64,16 @@ pub struct Launch {
     /// Whose ids its users have. One without, of an earlier version, has the host's.
     #[serde(default)]
     pub user_namespace: Option<UserNamespace>,
+    /// Confined by the host's AppArmor.
+    #[serde(default)]
+    pub apparmor: bool,
     /// Which share of the host it belongs to.
     pub partition: Partition,
     /// cgroup limits.
     pub limits: Limits,
+    /// Bytes that the container may write beside its volumes; none for as many as there is room for.
+    #[serde(default)]
+    pub temp_disk: Option<u64>,
     /// Open files.
     pub max_files: u64,
     /// The ports, as the program is told them.

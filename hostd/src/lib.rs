@@ -19,6 +19,7 @@
 //! - A job's directory is the only record of it. What cannot be read there is set aside and said, and harms no other job.
 //! - Layers are verified when they arrive, and never change; none that is in use or named by an image goes.
 
+mod apparmor;
 pub mod bootstrap;
 pub mod caps;
 pub mod cgroup;
@@ -30,6 +31,7 @@ pub mod control;
 pub mod daemon;
 pub mod download;
 pub mod encryption;
+mod ext4;
 pub mod files;
 pub mod floating;
 pub mod identities;
@@ -46,5 +48,6 @@ pub mod supervisor;
 mod sys;
 #[cfg(test)]
 mod testing;
+mod tool;
 pub mod volumes;
 pub mod web;

@@ -168,6 +168,7 @@ fn run(command: Command) -> anyhow::Result<ExitCode> {
         // One thread here as well.
         Command::Confine { dir, command } => match confine::run(&dir, &command)? {},
         Command::Daemon(args) => {
+            daemon::share_heaps();
             flynn_api::server::init_logging("flynn-host");
             let overrides = args.host.overrides();
             runtime(daemon::run(daemon::Options {

@@ -29,7 +29,6 @@ pub(crate) fn of_kernel() -> Vec<String> {
     for name in missing_filesystems() {
         notices.push(format!("no containers: the kernel has no {name} file system"));
     }
-    notices.push("temp_disk limits are not enforced: that needs project quotas".into());
     notices
 }
 

@@ -65,6 +65,15 @@ pub fn check(job: &Job, host_id: &str) -> Result<()> {
             ));
         }
     }
+    if temp_disk(job).is_some_and(|size| size < Resources::MIN_TEMP_DISK) {
+        return Err(Error::invalid_field(
+            "resources.temp_disk",
+            format!(
+                "at least {} MB, or 0 for no limit",
+                Resources::MIN_TEMP_DISK >> 20
+            ),
+        ));
+    }
     if config.cpuset.as_ref().is_some_and(|cores| !is_cpuset(cores)) {
         return Err(Error::invalid_field(
             "config.cpuset",
@@ -296,8 +305,17 @@ pub fn ports(config: &ContainerConfig, mut free_port: impl FnMut() -> Result<u16
     config.ports.iter().enumerate().map(number).collect()
 }
 
+/// Whether a job has nothing that only the platform's own have: it can do with what AppArmor leaves it.
+pub fn is_ordinary(job: &Job, launch: &Launch) -> bool {
+    !is_system(job)
+        && launch
+            .capabilities
+            .beyond(caps::Set::default_container())
+            .is_none()
+}
+
 /// What the supervisor is told. `binds` are volumes and certificates, in front of the job's own mounts. Which user
-/// namespace a job has of its own is left open.
+/// namespace a job has of its own is left open, and whether it is confined by AppArmor.
 pub fn launch(
     job: &Job,
     host: &Host<'_>,
@@ -375,8 +393,11 @@ pub fn launch(
         host_network: config.host_network,
         host_pid_namespace: config.host_pid_namespace,
         user_namespace: host_users(job, capabilities).map(UserNamespace::Without),
+        apparmor: false,
         partition: job.partition,
         limits: limits(job),
+        // One of an earlier version was not refused for being too small.
+        temp_disk: temp_disk(job).map(|size| size.max(Resources::MIN_TEMP_DISK)),
         max_files: job.resources.limit("max_fd"),
         ports: ports.to_vec(),
         services: services(config, ports),
@@ -384,6 +405,11 @@ pub fn launch(
         stop_timeout: job.stop_timeout.unwrap_or(30),
         resurrect: job.resurrect,
     })
+}
+
+/// How much the job's container may write, if there is a limit.
+fn temp_disk(job: &Job) -> Option<u64> {
+    Some(job.resources.limit("temp_disk")).filter(|size| *size > 0)
 }
 
 /// What the job's cgroups are told.

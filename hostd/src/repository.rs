@@ -38,7 +38,7 @@ use flynn_api::image::ImageManifest;
 use serde::{Deserialize, Serialize};
 
 pub use source::Source;
-pub use trust::{Repository, Wanted, fetch_program};
+pub use trust::{Repository, Wanted};
 
 /// The form of [`Release`] that there is.
 const RELEASE_V1: &str = "application/vnd.flynn.release.v1+json";

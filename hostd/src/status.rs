@@ -13,6 +13,9 @@ use crate::files;
 /// The file's name in the job's directory.
 pub const FILE: &str = "status.json";
 
+/// A file beside it: the job is to stop, whatever that says.
+const STOP: &str = "stop";
+
 /// The last known state of a job. Written by the daemon before the supervisor is there and after it is gone, and by
 /// the supervisor in between.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -108,10 +111,22 @@ impl Status {
     /// Reads it; none when it was never written. One that a power cut has emptied was of a job that went on, in an
     /// earlier boot.
     pub fn read(job_dir: &Path) -> std::io::Result<Option<Self>> {
-        match std::fs::metadata(job_dir.join(FILE)) {
-            Ok(file) if file.len() == 0 => Ok(Some(Self::lost(job_dir))),
-            _ => files::read_json(&job_dir.join(FILE)),
-        }
+        let status = match std::fs::metadata(job_dir.join(FILE)) {
+            Ok(file) if file.len() == 0 => return Ok(Some(Self::lost(job_dir))),
+            _ => files::read_json(&job_dir.join(FILE))?,
+        };
+        Ok(status.map(|status| Self::with_wish(status, job_dir)))
+    }
+
+    fn with_wish(mut self, job_dir: &Path) -> Self {
+        self.stop_requested |= job_dir.join(STOP).exists();
+        self
+    }
+
+    /// Has the job be one that is to stop, for all who read its status. It is for a time without a supervisor, which writes
+    /// the status itself; nobody takes it back.
+    pub fn request_stop(job_dir: &Path) -> std::io::Result<()> {
+        files::write_atomic(&job_dir.join(STOP), b"")
     }
 
     /// What is to be taken for the status of a job that was taken and has none which can be read: after a power cut. The
@@ -120,7 +135,7 @@ impl Status {
         let file = std::fs::metadata(job_dir.join(FILE)).or_else(|_| std::fs::metadata(job_dir));
         let when = file.and_then(|file| file.modified()).ok();
         let when = when.and_then(|when| Timestamp::try_from(when).ok());
-        Self::new(when.unwrap_or_default(), String::new())
+        Self::new(when.unwrap_or_default(), String::new()).with_wish(job_dir)
     }
 }
 

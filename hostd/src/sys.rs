@@ -9,6 +9,13 @@ use std::sync::Arc;
 
 use tokio::io::unix::AsyncFd;
 
+/// Has the threads of this process share two heaps, where they would have eight for each CPU: each keeps what bursts have
+/// taken from it. To be called before there are threads.
+pub fn share_heaps() {
+    // SAFETY: mallopt changes nothing but how memory is given out from now on. That it refuses does no harm.
+    unsafe { libc::mallopt(libc::M_ARENA_MAX, 2) };
+}
+
 /// What [`clone`] comes to: like `fork`, it returns twice.
 pub(crate) enum Cloned {
     /// In the new process.
@@ -30,18 +37,18 @@ fn check(result: libc::c_long) -> io::Result<libc::c_long> {
     }
 }
 
-/// Clones this process into new namespaces (`CLONE_NEW*` in `namespaces`).
+/// Clones this process into new namespaces (`CLONE_NEW*` in `namespaces`), and into the v2 group whose directory `group` is.
 ///
 /// Refused in a process with more than one thread: the child's copy of a lock that another thread holds would never
 /// be released.
-pub(crate) fn clone(namespaces: libc::c_int) -> io::Result<Cloned> {
+pub(crate) fn clone(namespaces: libc::c_int, group: Option<BorrowedFd<'_>>) -> io::Result<Cloned> {
     if std::fs::read_dir("/proc/self/task")?.count() != 1 {
         return Err(io::Error::other(
             "a process with several threads must not be cloned without exec",
         ));
     }
-    // SAFETY: this process has one thread, seen just now, and only that thread could have made more.
-    unsafe { clone_unchecked(namespaces) }
+    // SAFETY: this process has one thread only, seen just now, and no other one could have made more.
+    unsafe { clone_into(namespaces, group) }
 }
 
 /// [`clone`] without the look at the number of threads, for where `/proc` is out of reach.
@@ -50,7 +57,17 @@ pub(crate) fn clone(namespaces: libc::c_int) -> io::Result<Cloned> {
 ///
 /// The process must have one thread only.
 pub(crate) unsafe fn clone_unchecked(namespaces: libc::c_int) -> io::Result<Cloned> {
-    /// `struct clone_args` up to `tls`, the first version.
+    // SAFETY: this process has one thread only: that is what is asked of the caller.
+    unsafe { clone_into(namespaces, None) }
+}
+
+/// The call itself: a child in new namespaces and, if one is given, in that v2 group.
+///
+/// # Safety
+///
+/// The process must have one thread only.
+unsafe fn clone_into(namespaces: libc::c_int, group: Option<BorrowedFd<'_>>) -> io::Result<Cloned> {
+    /// `struct clone_args` up to `cgroup`, of Linux 5.7.
     #[repr(C)]
     #[derive(Default)]
     struct CloneArgs {
@@ -62,13 +79,22 @@ pub(crate) unsafe fn clone_unchecked(namespaces: libc::c_int) -> io::Result<Clon
         stack: u64,
         stack_size: u64,
         tls: u64,
+        set_tid: u64,
+        set_tid_size: u64,
+        cgroup: u64,
     }
+    /// Not in libc for this type.
+    const CLONE_INTO_CGROUP: u64 = 0x2_0000_0000;
     let mut pidfd: RawFd = -1;
-    let flags = u64::from((namespaces | libc::CLONE_PIDFD).cast_unsigned());
+    let mut flags = u64::from((namespaces | libc::CLONE_PIDFD).cast_unsigned());
+    if group.is_some() {
+        flags |= CLONE_INTO_CGROUP;
+    }
     let args = CloneArgs {
         flags,
         pidfd: (&raw mut pidfd) as u64,
         exit_signal: u64::from(libc::SIGCHLD.cast_unsigned()),
+        cgroup: group.map_or(0, |group| u64::from(group.as_raw_fd().cast_unsigned())),
         ..CloneArgs::default()
     };
     // SAFETY: the arguments live until the call returns and their size is given; without CLONE_VM and with no stack

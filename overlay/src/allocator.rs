@@ -49,6 +49,14 @@ impl Allocator {
         Some(address)
     }
 
+    /// The same for who has no use for it yet: never the last one, which somebody may come for.
+    pub fn allocate_in_advance(&mut self) -> Option<Ipv4Addr> {
+        if self.free.len() < 2 {
+            return None;
+        }
+        self.allocate()
+    }
+
     /// Takes an address back: whether it was taken.
     pub fn release(&mut self, address: Ipv4Addr) -> bool {
         let was_taken = self.taken.remove(&address);
@@ -151,6 +159,17 @@ mod tests {
         let given: Vec<_> = std::iter::from_fn(|| allocator.allocate()).collect();
         assert_eq!(given.len(), 253);
         assert_eq!(given.last(), Some(&first));
+    }
+
+    #[test]
+    fn the_last_address_is_for_who_needs_it_now() {
+        let mut allocator = Allocator::new(subnet(), []);
+        let given: Vec<_> = std::iter::from_fn(|| allocator.allocate_in_advance()).collect();
+        assert_eq!(given.len(), 252);
+        assert_eq!(allocator.allocate(), Some(Ipv4Addr::new(100, 100, 1, 254)));
+        allocator.release(given[0]);
+        assert_eq!(allocator.allocate_in_advance(), None);
+        assert_eq!(allocator.allocate(), Some(given[0]));
     }
 
     #[test]

@@ -8,6 +8,7 @@ use std::{
 };
 
 use flynn_dataplane::{Attachment, Container, Program};
+use tokio::runtime::{Handle, RuntimeFlavor};
 
 use crate::{
     address::{host_interface, mac},
@@ -22,6 +23,15 @@ const PATIENCE: Duration = Duration::from_secs(5);
 
 /// The container's only interface beside its loopback.
 const CONTAINER_INTERFACE: &str = "eth0";
+
+/// Does what may take the kernel some milliseconds, for it waits until all CPUs have done something else: others get this
+/// thread's tasks meanwhile, where there are other threads.
+fn blocking<T>(work: impl FnOnce() -> T) -> T {
+    match Handle::try_current().map(|runtime| runtime.runtime_flavor()) {
+        Ok(RuntimeFlavor::MultiThread) => tokio::task::block_in_place(work),
+        _ => work(),
+    }
+}
 
 impl Network {
     /// Gives the network namespace of a container an interface with an address of this host's subnet.
@@ -48,14 +58,25 @@ impl Network {
         }
     }
 
+    /// Changes what a container that is attached may do.
+    pub async fn change(&self, address: Ipv4Addr, attachment: &Attachment) -> Result<()> {
+        let interface = host_interface(address);
+        let failed = || Error::kernel(format!("looking for {interface}"));
+        let link = self.netlink.link(&interface).await.map_err(failed())?;
+        let index = link
+            .ok_or_else(|| failed()(io::ErrorKind::NotFound.into()))?
+            .index;
+        self.program(address, index, attachment, false)
+    }
+
     /// Takes a container's interface away. It is no error when it has none.
     pub async fn detach(&self, address: Ipv4Addr) -> Result<()> {
         let interface = host_interface(address);
-        {
+        blocking(|| {
             let mut dataplane = self.dataplane();
             dataplane.remove(address, self.config.ipv6(address))?;
-            dataplane.detach(Program::FromContainer, &interface)?;
-        }
+            dataplane.detach(Program::FromContainer, &interface)
+        })?;
         let removed = self.netlink.remove_link(&interface).await;
         removed
             .map(drop)
@@ -76,11 +97,13 @@ impl Network {
             mac: mac(address),
             ifindex,
         };
-        let mut dataplane = self.dataplane();
         if is_new {
-            dataplane.attach(Program::FromContainer, &host_interface(address))?;
+            blocking(|| {
+                self.dataplane()
+                    .attach(Program::FromContainer, &host_interface(address))
+            })?;
         }
-        Ok(dataplane.add(&container, attachment)?)
+        Ok(self.dataplane().add(&container, attachment)?)
     }
 
     async fn try_attach(

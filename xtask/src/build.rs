@@ -1,15 +1,9 @@
-//! `cargo xtask build`: the binaries that run on hosts, statically linked.
-//!
-//! They have a target directory of their own, since the flag that makes them static would otherwise have every
-//! development build start over.
+//! `cargo xtask build`: the binaries that run on hosts, statically linked, as `.cargo/config.toml` has it for everything.
 
 use crate::setup::{self, Need};
 use crate::{exec, ui, workspace};
 use anyhow::Result;
 use std::path::PathBuf;
-
-/// The target is always named, for a static build without it breaks procedural macros.
-const TARGET: &str = "x86_64-unknown-linux-gnu";
 
 /// Which package makes which binary.
 const BINARIES: [(&str, &str); 4] = [
@@ -41,13 +35,20 @@ impl Profile {
 
     /// Where a binary of this build is.
     pub(crate) fn binary(self, name: &str) -> PathBuf {
-        let profile = if self.debug { "debug" } else { "release" };
-        workspace::target()
-            .join("static")
-            .join(TARGET)
-            .join(profile)
-            .join(name)
+        workspace::built().join(self.name()).join(name)
     }
+
+    /// What cargo calls its directory.
+    pub(crate) fn name(self) -> &'static str {
+        if self.debug { "debug" } else { "release" }
+    }
+}
+
+/// Builds all binaries, and all tests, with what they have in common once.
+pub(crate) fn everything() -> Result<()> {
+    ui::timed("Building everything", || {
+        exec::run(exec::cargo().args(["build", "--locked", "--workspace", "--all-targets"]))
+    })
 }
 
 /// Builds all static binaries.
@@ -65,15 +66,19 @@ fn make(profile: Profile, binaries: &[(&str, &str)]) -> Result<()> {
     ui::timed("Building the static binaries", || {
         let mut cargo = exec::cargo();
         cargo
-            .args(["build", "--locked", "--target", TARGET, "--target-dir"])
-            .arg(workspace::target().join("static"))
-            .env("RUSTFLAGS", "-C target-feature=+crt-static")
+            .args(["build", "--locked"])
+            // Whoever has flags of their own in the environment would get others than what hosts need.
+            .env_remove("RUSTFLAGS")
             .env_remove("CARGO_ENCODED_RUSTFLAGS");
-        if !profile.debug {
+        if profile.debug {
+            // With a test, for what is in a package for tests alone is then built in, as it is for all tests: nothing is
+            // built in two ways.
+            cargo.args(["--workspace", "--bins", "--test", "lab"]);
+        } else {
             cargo.arg("--release");
-        }
-        for (package, binary) in binaries {
-            cargo.args(["--package", package, "--bin", binary]);
+            for (package, binary) in binaries {
+                cargo.args(["--package", package, "--bin", binary]);
+            }
         }
         exec::run(&mut cargo)?;
         for (_, binary) in binaries {

@@ -79,8 +79,10 @@ pub(crate) fn cargo() -> Command {
         command.env("CARGO_NET_RETRY", "10");
     }
     if is_ci() {
-        // Nothing there is built twice.
-        command.env("CARGO_INCREMENTAL", "0");
+        // Nothing there is built twice, and nobody steps through it.
+        command
+            .env("CARGO_INCREMENTAL", "0")
+            .env("CARGO_PROFILE_DEV_DEBUG", "0");
     }
     command
 }

@@ -1,7 +1,7 @@
 //! Every chore of the project, one file per command: `cargo xtask --help`.
 //!
-//! Flows in: this checkout, and the machine it stands on. Flows out: `target/` (static binaries in
-//! `target/static`, images in `target/images`, running labs in `target/lab`) and, from `setup` alone and after
+//! Flows in: this checkout, and the machine it stands on. Flows out: `target/` (binaries where
+//! cargo puts them, images in `target/images`, running labs in `target/lab`) and, from `setup` alone and after
 //! asking, installed packages and tools.
 //!
 //! Invariants: every command checks first that what it needs is installed; every command can be killed at any

@@ -5,12 +5,13 @@
 //! containers as they are built for this machine, and what they call (`ip`, `nft`). It writes what they say to its
 //! second serial port, where nothing of the kernel's own comes between. The host's daemon is driven there, too, on cgroups
 //! of version 2 alone, as users' hosts have them: through the life of a container and all that has to do with cgroups,
-//! and with `--program flynn-hostd_kernel` through all of its tests.
+//! and with `--program flynn-hostd_kernel` through all of its tests. [`plan`] says what runs where.
 //!
 //! A machine that does not report, stops in the middle or leaves a test program out has failed.
 
 mod initramfs;
 mod kernel;
+mod plan;
 mod report;
 
 use crate::setup::{self, Need};
@@ -19,51 +20,12 @@ use crate::tally::Tally;
 use crate::{exec, ui, workspace};
 use anyhow::{Context, Result, bail};
 use kernel::Kernel;
+use plan::Run;
 use serde::Deserialize;
-use std::fmt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-/// The crates whose integration tests run under the oldest kernel, which has the least of what programs need.
-const CRATES: [&str; 2] = ["flynn-dataplane", "flynn-overlay"];
-/// Test programs that run elsewhere, or are of other crates: whether each kernel takes the data plane's programs. The
-/// host's daemon is driven under the newest kernel, which can do all that it asks for; all of its tests take half an hour.
-const PROGRAMS: [(&str, Runs); 3] = [
-    ("flynn-dataplane_objects", Runs::Always),
-    ("flynn-hostd_escape", Runs::UnderOldest),
-    ("flynn-hostd_kernel", Runs::UnderNewest(&DAEMON)),
-];
-/// Tests of the host's daemon that run there when there is not much time.
-const DAEMON: [&str; 14] = [
-    "a_kept_job_comes_back_after_a_shutdown",
-    "an_update_is_noticed_by_nobody",
-    "attaches_before_and_after",
-    "containers_outlive_the_daemon",
-    "cores_weights_swap_and_disk_are_limited",
-    "drops_capabilities_and_filters_calls",
-    "kills_who_does_not_stop",
-    "limits_change_while_a_job_runs",
-    "limits_memory",
-    "limits_processes",
-    "pauses_and_resumes",
-    "programs_run_beside_the_job_s",
-    "runs_a_program_in_its_own_world",
-    "want_is_told_and_use_is_counted",
-];
-/// Tests that would take minutes each under emulation: without much time they run on this machine alone.
-const SLOW: [&str; 10] = [
-    "updates_under_load",
-    "kills_under_load",
-    "a_disk_that_is_full_at_any_step",
-    "cycles_leave_nothing",
-    "survive_power_cuts",
-    "survive_kills",
-    "releases_survive_kills",
-    "a_full_image",
-    "a_full_subvolume",
-    "are_sent_and_received",
-];
 /// What a machine has, and what qemu may take of this one.
 const MEMORY_MIB: u32 = 2048;
 const CPUS: u32 = 2;
@@ -74,13 +36,13 @@ pub(crate) struct Args {
     /// Boot this series of kernels only (6.1, 6.12); may be given several times
     #[arg(long = "kernel", value_parser = kernel::SERIES.map(|series| series.name))]
     kernels: Vec<String>,
-    /// Run all tests under each kernel; else most run under the oldest only, and those of the daemon if asked for (--program)
+    /// Run all tests under each kernel; else those of what a kernel does in its own way
     #[arg(long)]
     long: bool,
     /// Run only the test programs whose names contain this, wherever they usually run: flynn-hostd_kernel
     #[arg(long)]
     program: Option<String>,
-    /// Run only tests whose names contain this
+    /// Run only tests whose names contain this, wherever they usually run
     #[arg(long)]
     filter: Option<String>,
     /// Install what is missing without asking (also with CI=true in the environment)
@@ -134,22 +96,8 @@ pub(crate) fn test(selection: &Selection<'_>) -> Result<(Tally, Tail)> {
             Ok(kernel) => {
                 let (counts, said) =
                     ui::timed(&format!("Kernel tests under Linux {}", kernel.release), || {
-                        let last = index + 1 == kernel::SERIES.len();
-                        let runs = built.tests.iter().flat_map(|test| {
-                            let all = vec![Run { test, only: None }];
-                            match (selection.program, test.runs) {
-                                (Some(part), _) if test.name.contains(part) => all,
-                                (Some(_), _) => Vec::new(),
-                                (None, Runs::Always) => all,
-                                (None, Runs::UnderOldest) if index == 0 => all,
-                                _ if selection.long => all,
-                                (None, Runs::UnderNewest(names)) if last => {
-                                    test.only(names, selection.filter)
-                                }
-                                _ => Vec::new(),
-                            }
-                        });
-                        boot(&kernel, &runs.collect::<Vec<_>>(), &built.programs, selection)
+                        let runs = plan::runs(&built.tests, selection, index, kernel::SERIES.len());
+                        boot(&kernel, &runs, &built.programs, selection)
                     })?;
                 tally += counts;
                 if counts.failed > 0 {
@@ -170,46 +118,6 @@ struct Test {
     name: String,
     package: String,
     path: PathBuf,
-    runs: Runs,
-}
-
-/// Where a test program runs when there is not much time.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Runs {
-    Always,
-    UnderOldest,
-    /// These of its tests.
-    UnderNewest(&'static [&'static str]),
-}
-
-/// A run of a test program in a machine.
-#[derive(Clone, Copy)]
-struct Run<'b> {
-    test: &'b Test,
-    /// This one of its tests alone.
-    only: Option<&'static str>,
-}
-
-impl Test {
-    /// A run for each of these whose name contains `filter`.
-    fn only(&self, names: &'static [&'static str], filter: Option<&str>) -> Vec<Run<'_>> {
-        let names = names
-            .iter()
-            .filter(|name| filter.is_none_or(|part| name.contains(part)));
-        let run = |name: &&'static str| Run {
-            test: self,
-            only: Some(name),
-        };
-        names.map(run).collect()
-    }
-}
-
-impl fmt::Display for Run<'_> {
-    /// As the machine's plan and its report have it.
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.test.name)?;
-        self.only.map_or(Ok(()), |name| write!(f, " {name}"))
-    }
 }
 
 /// What cargo has built.
@@ -247,7 +155,7 @@ fn build() -> Result<Built> {
         "--no-run",
         "--message-format=json-render-diagnostics",
     ]);
-    cargo.args(["--workspace", "--exclude", crate::test::CLUSTER, "--tests"]);
+    cargo.args(["--workspace", "--tests"]);
     let output = cargo
         .stdin(Stdio::null())
         .stderr(Stdio::inherit())
@@ -268,19 +176,10 @@ fn build() -> Result<Built> {
         let is = |kind: &str| target.kind.iter().any(|of| of == kind);
         // Two crates may have tests of one name.
         let name = format!("{package}_{}", target.name);
-        let runs = match PROGRAMS.iter().find(|(program, _)| *program == name) {
-            Some((_, runs)) => Some(*runs),
-            None => CRATES.contains(&&*package).then_some(Runs::UnderOldest),
-        };
         if is("bin") && !message.profile.test {
             programs.push((package, path));
-        } else if let Some(runs) = runs.filter(|_| is("test")) {
-            built.tests.push(Test {
-                name,
-                package,
-                path,
-                runs,
-            });
+        } else if is("test") && plan::knows(&package, &name) {
+            built.tests.push(Test { name, package, path });
         }
     }
     if built.tests.is_empty() {
@@ -351,29 +250,30 @@ struct Machine(Child);
 impl Machine {
     fn start(kernel: &Kernel, initramfs: &Path, console: &Path, report: &Path) -> Result<Self> {
         let file = |path: &Path| format!("file:{}", path.display());
-        let child = Command::new("qemu-system-x86_64")
-            .args([
-                "-accel",
-                "tcg,thread=multi",
-                "-cpu",
-                "max",
-                "-nodefaults",
-                "-no-user-config",
-            ])
-            .args(["-display", "none", "-no-reboot"])
-            .args(["-m", &format!("{MEMORY_MIB}M"), "-smp", &CPUS.to_string()])
-            .arg("-kernel")
-            .arg(&kernel.image)
-            .arg("-initrd")
-            .arg(initramfs)
-            .args([
-                "-append",
-                "console=ttyS0 panic=-1 oops=panic loglevel=4 mitigations=off nokaslr",
-            ])
-            .args(["-serial", &file(console), "-serial", &file(report)])
-            .stdin(Stdio::null())
-            .stdout(Stdio::null())
-            .stderr(Stdio::inherit())
+        let mut qemu = Command::new("qemu-system-x86_64");
+        qemu.args([
+            "-accel",
+            "tcg,thread=multi",
+            "-cpu",
+            "max",
+            "-nodefaults",
+            "-no-user-config",
+        ])
+        .args(["-display", "none", "-no-reboot"])
+        .args(["-m", &format!("{MEMORY_MIB}M"), "-smp", &CPUS.to_string()])
+        .arg("-kernel")
+        .arg(&kernel.image)
+        .arg("-initrd")
+        .arg(initramfs)
+        .args([
+            "-append",
+            "console=ttyS0 panic=-1 oops=panic loglevel=4 mitigations=off nokaslr",
+        ])
+        .args(["-serial", &file(console), "-serial", &file(report)])
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::inherit());
+        let child = exec::tied(&mut qemu)
             .spawn()
             .context("cannot start qemu-system-x86_64; `cargo xtask setup` installs it")?;
         Ok(Self(child))

@@ -15,6 +15,11 @@ pub(crate) fn target() -> PathBuf {
     std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| root().join("target"), |dir| root().join(dir))
 }
 
+/// Where cargo puts what it builds, by profile: the target has a name (`.cargo/config.toml`).
+pub(crate) fn built() -> PathBuf {
+    target().join("x86_64-unknown-linux-gnu")
+}
+
 /// Where images go.
 pub(crate) fn images() -> PathBuf {
     target().join("images")

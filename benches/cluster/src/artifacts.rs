@@ -17,6 +17,8 @@ pub struct Artifacts {
     pub xtask: PathBuf,
     /// Where labs have their state.
     pub labs: PathBuf,
+    /// Binaries are not optimised.
+    pub is_debug: bool,
 }
 
 impl Artifacts {
@@ -31,16 +33,17 @@ impl Artifacts {
             .unwrap_or(Path::new("."));
         let target = std::env::var_os("FLYNN_TARGET").map_or_else(|| checkout.join("target"), PathBuf::from);
         let target = std::path::absolute(&target).map_err(|why| format!("{}: {why}", target.display()))?;
-        let built = target.join("static/x86_64-unknown-linux-gnu");
+        let built = target.join("x86_64-unknown-linux-gnu");
         let profile = std::env::var("FLYNN_PROFILE").unwrap_or_else(|_| "release".into());
         let binary = |name: &str| built.join(&profile).join(name);
         let images = target.join("images");
         let found = Self {
             flynn_host: binary("flynn-host"),
             flynn: binary("flynn"),
-            xtask: std::env::var_os("FLYNN_XTASK").map_or_else(|| target.join("debug/xtask"), PathBuf::from),
+            xtask: built.join("debug/xtask"),
             example: images.join("example.docker.tar"),
             labs: target.join("lab"),
+            is_debug: profile == "debug",
             images,
         };
         for path in [&found.flynn_host, &found.flynn, &found.xtask] {

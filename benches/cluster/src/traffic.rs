@@ -24,7 +24,7 @@ pub const COMMAND: &str = "traffic";
 pub const PORT: u16 = 7007;
 
 /// How long one exchange may take.
-const PATIENCE: Duration = Duration::from_secs(5);
+const PATIENCE: Duration = Duration::from_secs(30);
 
 /// Sizes of the payloads over TCP; around what a packet holds with and without a tunnel, and much.
 const TCP_SIZES: [usize; 7] = [1, 1398, 1399, 1448, 1449, 65_536, 1 << 20];
@@ -64,7 +64,8 @@ pub fn run(args: &[String]) -> Result<()> {
             Ok(())
         }
         ["connects", to] => {
-            let timeout = Duration::from_secs(1);
+            // Enough for a packet to be sent again: at first after one second.
+            let timeout = Duration::from_secs(2);
             println!("{}", TcpStream::connect_timeout(&to.parse()?, timeout).is_ok());
             Ok(())
         }

@@ -55,12 +55,14 @@ impl Switch {
         self.namespace.as_fd()
     }
 
-    /// Connects a host whose network namespace is that of the process `pid`.
+    /// Connects a host whose network namespace is that of the process `pid`. It has the card that it had: others remember it
+    /// for a minute.
     pub(crate) fn plug(&self, host: u8, pid: u32) -> Result<()> {
         let theirs = File::open(format!("/proc/{pid}/ns/net")).context("cannot open the host's network")?;
         inside(self.namespace.as_fd(), || {
             ip(&format!(
-                "link add p{host} type veth peer name eth0 netns {pid}\nlink set p{host} master br0\nlink set p{host} up\n"
+                "link add p{host} type veth peer name eth0 address 02:00:00:00:00:{host:02x} netns {pid}\n\
+                 link set p{host} master br0\nlink set p{host} up\n"
             ))
         })?;
         let (address, address6) = (host_address(host), host_address6(host));

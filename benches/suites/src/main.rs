@@ -22,6 +22,7 @@ mod row;
 mod samples;
 mod services;
 mod spine;
+mod stolen;
 mod suites;
 
 use std::io::Write as _;
@@ -90,7 +91,10 @@ fn run(cli: Cli) -> anyhow::Result<()> {
     } else {
         Thoroughness::Full
     };
+    let before = stolen::CpuTime::now()?;
     let rows = suite.run(thoroughness, Only(cli.only.as_deref()))?;
+    let stolen = stolen::CpuTime::now()?.stolen_since(before);
+    eprintln!("\nwhile this ran, {stolen:.0} % of the CPUs' time was given to other virtual machines");
     eprintln!("\n{}", row::table(&rows));
     if cli.json {
         let mut stdout = std::io::stdout();

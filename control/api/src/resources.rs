@@ -5,7 +5,8 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 
 /// Limits by name: `memory` (bytes), `swap` (bytes beside it), `cpu` (thousandths of a core), `cpu_weight` (1 to 10,000; 100 is
-/// usual), `max_pids`, `max_fd`, `temp_disk` (bytes), `network_out` and `network_in` (bytes a second that the container may
+/// usual), `max_pids`, `max_fd`, `temp_disk` (bytes that the container may write beside its volumes;
+/// 0 for no limit), `network_out` and `network_in` (bytes a second that the container may
 /// send and receive; 0 for no limit), `io_weight` (1 to 1,000; 100 is usual), `io_read` and `io_write` (bytes a second
 /// from and to the host's disk; 0 for no limit).
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -43,7 +44,17 @@ impl Resources {
     ];
 
     /// Names of which 0 is a limit, or means that there is none.
-    pub const OR_ZERO: [&'static str; 5] = ["swap", "network_out", "network_in", "io_read", "io_write"];
+    pub const OR_ZERO: [&'static str; 6] = [
+        "swap",
+        "temp_disk",
+        "network_out",
+        "network_in",
+        "io_read",
+        "io_write",
+    ];
+
+    /// The smallest `temp_disk`, in bytes: below that a filesystem's own tables take most of it.
+    pub const MIN_TEMP_DISK: u64 = 16 << 20;
 
     /// Names of what can be changed while a job runs.
     pub const LIVE: [&'static str; 8] = [
@@ -72,7 +83,6 @@ impl Resources {
                 "cpu" => 1000,
                 "max_pids" => 4096,
                 "max_fd" => 10_000,
-                "temp_disk" => 100 << 20,
                 "cpu_weight" | "io_weight" => 100,
                 _ => 0,
             })

@@ -384,11 +384,21 @@ fn the_gateway_follows_the_lease() {
     });
 }
 
+/// Both at one port: the one that the kernel gives for UDP may be somebody's for TCP.
+async fn udp_and_tcp() -> (UdpSocket, TcpListener) {
+    loop {
+        let udp = UdpSocket::bind("127.0.0.1:0").await.unwrap();
+        match TcpListener::bind(udp.local_addr().unwrap()).await {
+            Ok(tcp) => return (udp, tcp),
+            Err(error) => assert_eq!(error.kind(), std::io::ErrorKind::AddrInUse),
+        }
+    }
+}
+
 /// An upstream that answers over UDP what `udp` makes of a query, over TCP with 40 addresses.
 async fn upstream(udp: impl Fn(&Message) -> Vec<Vec<u8>> + Send + 'static) -> SocketAddr {
-    let socket = UdpSocket::bind("127.0.0.1:0").await.unwrap();
-    let addr = socket.local_addr().unwrap();
-    let listener = TcpListener::bind(addr).await.unwrap();
+    let (socket, listener) = udp_and_tcp().await;
+    let addr = listener.local_addr().unwrap();
     tokio::spawn(async move {
         let mut buffer = vec![0; 4096];
         while let Ok((length, client)) = socket.recv_from(&mut buffer).await {
@@ -423,10 +433,10 @@ fn reply(query: &Message, count: u8) -> Message {
 
 async fn server(upstreams: Vec<SocketAddr>) -> SocketAddr {
     let server = Server::new(std::sync::Arc::new(View::default()), Upstreams::new(upstreams));
-    let socket = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
-    let addr = socket.local_addr().unwrap();
-    tokio::spawn(server.clone().serve_tcp(TcpListener::bind(addr).await.unwrap()));
-    tokio::spawn(server.serve_udp(socket));
+    let (udp, tcp) = udp_and_tcp().await;
+    let addr = tcp.local_addr().unwrap();
+    tokio::spawn(server.clone().serve_tcp(tcp));
+    tokio::spawn(server.serve_udp(udp.into_std().unwrap()));
     addr
 }
 

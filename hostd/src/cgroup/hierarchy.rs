@@ -13,10 +13,21 @@ pub struct Hierarchy {
     pub controllers: Vec<String>,
     /// The directory below which groups are made.
     pub base: PathBuf,
+    /// Where it is mounted, and what of it.
+    mount: (PathBuf, PathBuf),
     v2: bool,
 }
 
 impl Hierarchy {
+    /// The group in it that this process is in now.
+    pub(super) fn own(&self) -> Option<PathBuf> {
+        let own = std::fs::read_to_string("/proc/self/cgroup").ok()?;
+        let options: Vec<&str> = self.controllers.iter().map(String::as_str).collect();
+        let (_, place) = own_place(&own, self.v2, &options)?;
+        let (mount, root) = &self.mount;
+        Some(mount.join(below(Path::new(place), root)?))
+    }
+
     /// Whether this is the v2 hierarchy.
     pub fn is_v2(&self) -> bool {
         self.v2
@@ -111,10 +122,12 @@ fn parse(mountinfo: &str, own: &str) -> Hierarchies {
         let Some(relative) = below(Path::new(place), Path::new(&unescape(root))) else {
             continue;
         };
-        let base = Path::new(&unescape(mount)).join(strip_unit(relative));
+        let mount = (PathBuf::from(unescape(mount)), PathBuf::from(unescape(root)));
+        let base = mount.0.join(strip_unit(relative));
         let hierarchy = Hierarchy {
             controllers,
             base,
+            mount,
             v2,
         };
         // The same hierarchy mounted twice is one.

@@ -42,6 +42,8 @@ const DEVICES: [(u32, Option<u32>); 8] = [
 /// How long processes may take to stand still: one that waits for a disk does not before it is served.
 const FREEZING: Duration = Duration::from_secs(1);
 
+const PARTITIONS: [Partition; 3] = [Partition::System, Partition::Background, Partition::User];
+
 /// The name of a partition's group.
 pub fn partition_name(partition: Partition) -> &'static str {
     match partition {
@@ -94,6 +96,15 @@ impl Group {
                 .iter()
                 .map(|hierarchy| (hierarchy.clone(), hierarchy.base.join(&name)))
                 .collect(),
+        }
+    }
+
+    /// The group's directory where there is v2 alone: processes can be born in it. Whoever is moved into it waits until the
+    /// kernel has seen all CPUs do something else.
+    pub fn cradle(&self) -> Option<&Path> {
+        match self.dirs.as_slice() {
+            [(hierarchy, dir)] if hierarchy.is_v2() => Some(dir),
+            _ => None,
         }
     }
 
@@ -246,18 +257,31 @@ pub fn allows_device(file: &fs::Metadata) -> bool {
     file.file_type().is_char_device() && DEVICES.iter().any(listed)
 }
 
-/// Makes the group that all others are in, and limits its devices. Done by the daemon, before there are supervisors.
+/// Makes the group that all others are in, and limits the devices of jobs. Done by the daemon, before there are supervisors,
+/// which make disks for jobs.
 pub fn prepare(all: &Hierarchies) -> io::Result<()> {
     all.iter()
         .try_for_each(|hierarchy| create_path(hierarchy, &hierarchy.base.join("flynn")))?;
     // The second wall: a container cannot make devices, unless a job of the platform asks for that.
     let devices = DEVICES.map(|(major, minor)| Device { major, minor });
-    if let Some(jobs) = jobs_v2(all)
-        && let Err(error) = allow_devices(&jobs, &devices)
-    {
-        tracing::warn!(%error, "which devices jobs may use is not limited");
+    let v2 = all.iter().find(|hierarchy| hierarchy.is_v2());
+    for (hierarchy, partition) in v2.into_iter().flat_map(|v2| PARTITIONS.map(|one| (v2, one))) {
+        let dir = hierarchy.base.join("flynn").join(partition_name(partition));
+        create_path(hierarchy, &dir)?;
+        if let Err(error) = allow_devices(&dir, &devices) {
+            tracing::warn!(%error, dir = %dir.display(), "which devices jobs may use is not limited");
+        }
     }
     Ok(())
+}
+
+/// Has the kernel get ready to move processes between v1's groups, which takes it some milliseconds unless it has done so
+/// just before: by a move of this process to where it is. To be called when somebody else is about to be moved.
+pub fn warm_up(all: &Hierarchies) {
+    let v1 = all.iter().find(|hierarchy| !hierarchy.is_v2());
+    if let Some(own) = v1.and_then(Hierarchy::own) {
+        let _ = write(&own.join("cgroup.procs"), &std::process::id().to_string());
+    }
 }
 
 /// Moves this process, a supervisor, out of the daemon's groups: what is done to the daemon's unit is not done to it.
@@ -273,27 +297,34 @@ pub fn enter_supervisors_group(all: &Hierarchies) -> io::Result<()> {
 /// Makes `dir` and the groups between it and the hierarchy's base, each with what v1's cpusets and v2's controllers
 /// want from a parent.
 fn create_path(hierarchy: &Hierarchy, dir: &Path) -> io::Result<()> {
-    let relative = dir.strip_prefix(&hierarchy.base).map_err(io::Error::other)?;
-    let mut parent = hierarchy.base.clone();
-    for part in relative.components() {
-        if hierarchy.is_v2() {
-            enable_controllers(hierarchy, &parent);
+    let parent = dir.parent().filter(|parent| parent.starts_with(&hierarchy.base));
+    // The base is there.
+    let Some(parent) = parent else { return Ok(()) };
+    // A parent that is there may not be ready yet: another one makes it at this moment, or died over it.
+    if hierarchy.is_v2() || hierarchy.has("cpuset") {
+        create_path(hierarchy, parent)?;
+    }
+    if hierarchy.is_v2() {
+        enable_controllers(hierarchy, parent);
+    }
+    let made = match fs::create_dir(dir) {
+        // The first of its partition.
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            create_path(hierarchy, parent)?;
+            fs::create_dir(dir)
         }
-        let child = parent.join(part);
-        match fs::create_dir(&child) {
-            Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
-                return Err(describe(&child, &error));
+        made => made,
+    };
+    match made {
+        Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(describe(dir, &error)),
+        _ => {}
+    }
+    if hierarchy.has("cpuset") {
+        for file in ["cpuset.cpus", "cpuset.mems"] {
+            if fs::read_to_string(dir.join(file)).is_ok_and(|own| own.trim().is_empty()) {
+                write(&dir.join(file), fs::read_to_string(parent.join(file))?.trim())?;
             }
-            _ => {}
         }
-        if hierarchy.has("cpuset") {
-            for file in ["cpuset.cpus", "cpuset.mems"] {
-                if fs::read_to_string(child.join(file)).is_ok_and(|own| own.trim().is_empty()) {
-                    write(&child.join(file), fs::read_to_string(parent.join(file))?.trim())?;
-                }
-            }
-        }
-        parent = child;
     }
     Ok(())
 }

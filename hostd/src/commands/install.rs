@@ -61,7 +61,7 @@ StartLimitIntervalSec=0
 Type=notify
 NotifyAccess=all
 ExecStart={program} daemon --state {state}
-ExecReload={program} update
+ExecReload={program} update --installed
 Restart=always
 RestartSec=1
 KillMode=process
@@ -105,7 +105,7 @@ mod tests {
             "KillMode=process",
             "Delegate=yes",
             "ExecStart=/usr/local/bin/flynn-host daemon --state /var/lib/flynn",
-            "ExecReload=/usr/local/bin/flynn-host update",
+            "ExecReload=/usr/local/bin/flynn-host update --installed",
         ] {
             assert!(text.lines().any(|there| there == line), "{line}");
         }

@@ -13,7 +13,9 @@ use rustix::process::{WaitId, WaitIdOptions, waitid};
 use rustix::thread::{ThreadNameSpaceType, move_into_thread_name_spaces};
 
 use super::init::{self, Attempt, Failure, Watched};
-use super::{EXITED, FAILED, GO, Pipes, Place, RUNNING, Stdio, process, rootfs, send, user_namespace};
+use super::{
+    EXITED, FAILED, GO, Pipes, Place, RUNNING, Stdio, process, rootfs, seccomp, send, user_namespace,
+};
 use crate::launch::Launch;
 use crate::sys::{self, Cloned, Polled, polled};
 
@@ -51,7 +53,7 @@ impl Execution {
             let (ours, stdio) = super::pipes(launch)?;
             (Some(ours), Some(stdio))
         };
-        match sys::clone(0)? {
+        match sys::clone(0, None)? {
             Cloned::Child => run(launch, place, init, &theirs, stdio.as_ref(), patience),
             Cloned::Parent { pid, pidfd } => Ok(Self {
                 pid,
@@ -133,6 +135,7 @@ fn live(
         namespaces |= ThreadNameSpaceType::USER;
     }
     process::raise_file_limit(launch);
+    init::confine(launch)?;
     move_into_thread_name_spaces(init, namespaces).attempt("enter the container")?;
     if launch.first_id().is_some() {
         user_namespace::become_root().attempt("enter the user namespace")?;
@@ -144,12 +147,13 @@ fn live(
     } else {
         None
     };
+    let filters = seccomp::Filters::new(launch.capabilities).attempt("make the system call filter")?;
     let (error_read, error_write) = pipe_with(PipeFlags::CLOEXEC).attempt("make a pipe")?;
     let signals = sys::signal_fd().attempt("block signals")?;
     let deadline = patience.map(|patience| Instant::now() + patience);
     // SAFETY: a fork of a process with one thread has one, and has started none.
     let program = match unsafe { sys::clone_unchecked(0) }.attempt("fork")? {
-        Cloned::Child => process::run(launch, &env, stdio, terminal.as_ref(), &error_write),
+        Cloned::Child => process::run(launch, &env, stdio, terminal.as_ref(), &error_write, &filters),
         Cloned::Parent { pid, .. } => pid,
     };
     drop((terminal, error_write));

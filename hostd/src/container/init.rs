@@ -13,8 +13,10 @@ use rustix::process::{DumpableBehavior, Pid, Signal, WaitOptions, WaitStatus};
 use rustix::pty::OpenptFlags;
 
 use super::{
-    EXITED, FAILED, GO, Place, RUNNING, SIGNAL, Stdio, TERMINAL, UserNamespace, process, rootfs, send,
+    EXITED, FAILED, GO, OwnLayer, PACKET, PLACE, Place, RUNNING, SIGNAL, Stdio, TERMINAL, UserNamespace,
+    process, rootfs, seccomp, send,
 };
+use crate::apparmor;
 use crate::launch::Launch;
 use crate::sys::{self, Cloned};
 
@@ -37,7 +39,7 @@ impl<T, E: std::fmt::Display> Attempt<T> for Result<T, E> {
 pub(super) struct Around<'a> {
     pub(super) launch: &'a Launch,
     pub(super) job_dir: &'a Path,
-    pub(super) place: &'a Place,
+    pub(super) own: &'a OwnLayer,
     /// None for the host's.
     pub(super) users: Option<&'a UserNamespace>,
 }
@@ -71,22 +73,27 @@ fn live(around: &Around<'_>, socket: &OwnedFd, stdio: Option<&Stdio>) -> Result<
     let mut keep = vec![0, 1, 2, socket.as_raw_fd()];
     keep.extend(stdio.into_iter().flat_map(Stdio::descriptors));
     keep.extend(around.users.map(UserNamespace::as_raw));
+    keep.extend(around.own.as_raw());
     // SAFETY: this fork never touches anything of the supervisor's but what is kept, and leaves without destructors.
     unsafe { sys::close_all_but(&keep) };
 
-    // Before this packet init is not in its cgroups. None means that the supervisor died before the death signal was set.
+    // None means that the supervisor died before the death signal was set.
     let mut packet = [0; 8];
     let received =
         rustix::net::recv(socket, &mut packet, RecvFlags::empty()).attempt("hear from the supervisor")?;
     if received.0 == 0 || packet[0] != GO {
         sys::exit_now(125);
     }
-    sys::unshare_cgroups().attempt("hide the host's cgroups")?;
     if launch.host_pid_namespace {
         rustix::process::set_child_subreaper(Some(rustix::process::getpid())).attempt("become the reaper")?;
     }
-    let env = rootfs::set_up(around)?;
+    let hosts_resolver = rootfs::set_up(around)?;
+    let filters = seccomp::Filters::new(launch.capabilities).attempt("make the system call filter")?;
+    let place = hear_place(socket)?;
+    sys::unshare_cgroups().attempt("hide the host's cgroups")?;
+    let env = rootfs::settle(launch, &place, &hosts_resolver)?;
     process::raise_file_limit(launch);
+    confine(launch)?;
     if let Some(users) = around.users {
         users.enter().attempt("enter the user namespace")?;
         bind_to_supervisor()?;
@@ -101,7 +108,7 @@ fn live(around: &Around<'_>, socket: &OwnedFd, stdio: Option<&Stdio>) -> Result<
     let signals = sys::signal_fd().attempt("block signals")?;
     // SAFETY: init is a fork with one thread and starts none.
     let program = match unsafe { sys::clone_unchecked(0) }.attempt("fork")? {
-        Cloned::Child => process::run(launch, &env, stdio, terminal.as_ref(), &error_write),
+        Cloned::Child => process::run(launch, &env, stdio, terminal.as_ref(), &error_write, &filters),
         Cloned::Parent { pid, .. } => pid,
     };
     drop((terminal, error_write));
@@ -117,6 +124,28 @@ fn live(around: &Around<'_>, socket: &OwnedFd, stdio: Option<&Stdio>) -> Result<
         Watched::Ended(status) => Ok(status),
         // The supervisor is gone; the death signal is on its way.
         Watched::Alone | Watched::Late => sys::exit_now(125),
+    }
+}
+
+/// Has AppArmor confine the program, if it is to: what a fork of this process starts. To be done in the host's user namespace:
+/// in another one the kernel may leave it less than the profile does.
+pub(super) fn confine(launch: &Launch) -> Result<(), Failure> {
+    if !launch.apparmor {
+        return Ok(());
+    }
+    let what = "have AppArmor confine it (the profile is loaded by systemctl reload flynn-host)";
+    apparmor::confine_next_program().attempt(what)
+}
+
+/// Waits until the supervisor says where the container is. Before, init may not be in its cgroups.
+fn hear_place(socket: &OwnedFd) -> Result<Place, Failure> {
+    let mut packet = [0; PACKET];
+    let (_, length) =
+        rustix::net::recv(socket, &mut packet, RecvFlags::empty()).attempt("hear from the supervisor")?;
+    match packet[..length].split_first() {
+        Some((&PLACE, place)) => serde_json::from_slice(place).attempt("read the container's place"),
+        // The supervisor is gone, or wants no container any more.
+        _ => sys::exit_now(125),
     }
 }
 

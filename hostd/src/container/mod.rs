@@ -8,6 +8,7 @@
 
 mod exec;
 mod init;
+mod own_layer;
 mod process;
 mod rootfs;
 mod seccomp;
@@ -16,9 +17,10 @@ mod user_namespace;
 use std::io;
 use std::mem::MaybeUninit;
 use std::net::Ipv4Addr;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::path::Path;
 
+use rustix::io::Errno;
 use rustix::net::{
     AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendFlags, SocketFlags, SocketType,
 };
@@ -26,6 +28,7 @@ use rustix::pipe::{PipeFlags, pipe_with};
 use rustix::process::{Gid, Uid};
 
 pub use exec::Execution;
+pub use own_layer::OwnLayer;
 pub use user_namespace::{IDS, UserNamespace, mapped_tree, probe};
 
 use crate::launch::Launch;
@@ -54,6 +57,7 @@ pub enum FromInit {
 }
 
 const GO: u8 = b'g';
+const PLACE: u8 = b'p';
 const SIGNAL: u8 = b's';
 const TERMINAL: u8 = b't';
 const RUNNING: u8 = b'r';
@@ -63,7 +67,7 @@ const EXITED: u8 = b'x';
 /// The longest packet: an error message.
 const PACKET: usize = 2048;
 
-/// A container whose init waits for [`Container::go`].
+/// A container whose init waits for [`Container::go`], and then for its [`Container::place`].
 #[derive(Debug)]
 pub struct Container {
     /// Init's pid.
@@ -102,13 +106,15 @@ impl Stdio {
 }
 
 impl Container {
-    /// Clones init. It does nothing until it is told to [`go`](Self::go), so that it can be put into cgroups first.
-    /// `users` is the container's user namespace, unless it is the host's.
+    /// Clones init, into `group` if one is given. Once it is told to [`go`](Self::go) it makes all that does not depend on
+    /// where the container is; before it is told that, it has to be in its cgroups. `own` is what it writes to, and `users` the
+    /// container's user namespace, unless it is the host's.
     pub fn create(
         launch: &Launch,
         job_dir: &Path,
-        place: &Place,
+        own: &OwnLayer,
         users: Option<&UserNamespace>,
+        group: Option<BorrowedFd<'_>>,
     ) -> io::Result<Self> {
         let (init, theirs) = rustix::net::socketpair(
             AddressFamily::UNIX,
@@ -126,12 +132,12 @@ impl Container {
         if !launch.host_pid_namespace {
             namespaces |= libc::CLONE_NEWPID;
         }
-        match sys::clone(namespaces)? {
+        match sys::clone(namespaces, group)? {
             Cloned::Child => {
                 let around = init::Around {
                     launch,
                     job_dir,
-                    place,
+                    own,
                     users,
                 };
                 init::run(&around, &theirs, stdio.as_ref())
@@ -148,6 +154,11 @@ impl Container {
     /// Lets init begin.
     pub fn go(&self) -> io::Result<()> {
         send(&self.init, GO, &[])
+    }
+
+    /// Tells init where the container is, and so to start the program: it is in its cgroups.
+    pub fn place(&self, place: &Place) -> io::Result<()> {
+        send(&self.init, PLACE, &serde_json::to_vec(place)?)
     }
 }
 
@@ -199,7 +210,13 @@ pub fn receive(socket: impl AsFd) -> io::Result<Option<FromInit>> {
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
     let mut ancillary = RecvAncillaryBuffer::new(&mut space);
     let mut slice = [io::IoSliceMut::new(&mut packet)];
-    let length = rustix::net::recvmsg(socket, &mut slice, &mut ancillary, RecvFlags::CMSG_CLOEXEC)?.bytes;
+    let length = loop {
+        match rustix::net::recvmsg(&socket, &mut slice, &mut ancillary, RecvFlags::CMSG_CLOEXEC) {
+            // It died with a packet of ours unread. The kernel says so once, before what it has said last.
+            Err(Errno::CONNRESET) => {}
+            received => break received?.bytes,
+        }
+    };
     let fd = ancillary.drain().find_map(|message| match message {
         RecvAncillaryMessage::ScmRights(mut fds) => fds.next(),
         _ => None,
@@ -215,4 +232,25 @@ pub fn receive(socket: impl AsFd) -> io::Result<Option<FromInit>> {
         _ => return Err(io::Error::other("init said something unknown")),
     };
     Ok(Some(message))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn who_dies_with_a_packet_unread_has_its_last_words_heard() -> io::Result<()> {
+        let (ours, theirs) = rustix::net::socketpair(
+            AddressFamily::UNIX,
+            SocketType::SEQPACKET,
+            SocketFlags::CLOEXEC,
+            None,
+        )?;
+        send(&ours, PLACE, b"{}")?;
+        send(&theirs, FAILED, b"why")?;
+        drop(theirs);
+        assert!(matches!(receive(&ours)?, Some(FromInit::Failed(why)) if why == "why"));
+        assert!(receive(&ours)?.is_none());
+        Ok(())
+    }
 }

@@ -26,8 +26,9 @@ pub(super) fn run(
     stdio: Option<&Stdio>,
     terminal: Option<&OwnedFd>,
     errors: &OwnedFd,
+    filters: &seccomp::Filters,
 ) -> ! {
-    let failure = match become_program(launch, env, stdio, terminal) {
+    let failure = match become_program(launch, env, stdio, terminal, filters) {
         Ok(never) => match never {},
         Err(failure) => failure,
     };
@@ -40,6 +41,7 @@ fn become_program(
     env: &Env,
     stdio: Option<&Stdio>,
     terminal: Option<&OwnedFd>,
+    filters: &seccomp::Filters,
 ) -> Result<std::convert::Infallible, Failure> {
     sys::reset_signals();
     rustix::process::setsid().attempt("start a session")?;
@@ -68,9 +70,8 @@ fn become_program(
     let program = find(name, path, Path::is_file)
         .ok_or_else(|| format!("cannot start {name}: there is no such program in the image"))?;
     let program_text = CString::new(program.as_os_str().as_bytes()).attempt("start a program")?;
-    let filter = seccomp::Filters::new(launch.capabilities).attempt("make the system call filter")?;
     rustix::thread::set_no_new_privs(true).attempt("give up new privileges")?;
-    filter.apply().attempt("filter system calls")?;
+    filters.apply().attempt("filter system calls")?;
     let error = sys::exec(&program_text, &args, &variables);
     Err(format!("cannot start {}: {error}", program.display()))
 }

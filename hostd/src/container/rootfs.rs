@@ -63,11 +63,9 @@ const LINKS: [(&str, &str); 6] = [
     ("pts/ptmx", "/dev/ptmx"),
 ];
 
-/// Makes the root file system and moves into it. Gives the program's whole environment.
-pub(super) fn set_up(around: &Around<'_>) -> Result<Env, Failure> {
-    let Around {
-        launch, place, users, ..
-    } = *around;
+/// Makes the root file system and moves into it. Gives the host's `resolv.conf`, which is out of sight then.
+pub(super) fn set_up(around: &Around<'_>) -> Result<Vec<u8>, Failure> {
+    let Around { launch, users, .. } = *around;
     mount_change("/", MountPropagationFlags::PRIVATE | MountPropagationFlags::REC)
         .attempt("separate the container's mounts")?;
     let hosts_resolver = fs::read("/etc/resolv.conf").unwrap_or_default();
@@ -94,8 +92,13 @@ pub(super) fn set_up(around: &Around<'_>) -> Result<Env, Failure> {
     protect()?;
     directory(Path::new("/tmp"), 0o1777)?;
     rustix::system::sethostname(launch.hostname.as_bytes()).attempt("set the host name")?;
-    network_files(launch, place, &hosts_resolver)?;
     directory(Path::new(&launch.working_dir), 0o755)?;
+    Ok(hosts_resolver)
+}
+
+/// Does what depends on where the container is. Gives the program's whole environment.
+pub(super) fn settle(launch: &Launch, place: &Place, hosts_resolver: &[u8]) -> Result<Env, Failure> {
+    network_files(launch, place, hosts_resolver)?;
     Ok(environment(launch, place))
 }
 
@@ -149,7 +152,8 @@ fn mount_root(around: &Around<'_>) -> Result<PathBuf, Failure> {
         .rev()
         .map(layer)
         .collect::<Result<Vec<_>, _>>()?;
-    let (upper, work) = (open(&job_dir.join("upper"))?, open(&job_dir.join("work"))?);
+    let (upper, work) = around.own.show(job_dir).attempt("mount the temporary disk")?;
+    let (upper, work) = (open(&upper)?, open(&work)?);
     let lower: Vec<String> = layers.iter().map(sys::fd_path).collect();
     let options = format!(
         "lowerdir={},upperdir={},workdir={}",

@@ -40,7 +40,7 @@ impl UserNamespace {
     pub fn create(first: u32) -> io::Result<Self> {
         let (ready, is_ready) = pipe_with(PipeFlags::CLOEXEC)?;
         let (until, done) = pipe_with(PipeFlags::CLOEXEC)?;
-        let (pid, pidfd) = match sys::clone(0)? {
+        let (pid, pidfd) = match sys::clone(0, None)? {
             Cloned::Child => {
                 drop((ready, done));
                 hold(first, &is_ready, &until)

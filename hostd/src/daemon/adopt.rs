@@ -7,6 +7,7 @@ use flynn_api::host::{Job, JobState};
 use flynn_api::image::ImageManifest;
 use flynn_api::{Digest, Error, Result};
 use jiff::Timestamp;
+use tokio::time::sleep;
 
 use super::Daemon;
 use super::gate::Pass;
@@ -25,15 +26,30 @@ impl Daemon {
     /// Takes over what an earlier daemon, or an earlier boot, has left.
     pub(super) fn adopt(self: &Arc<Self>, stored: Vec<Stored>) {
         let boot = boot_id();
-        for Stored {
-            job,
-            mut status,
-            launch,
-        } in stored
+        let lives = |stored: Stored| {
+            let supervisor = stored.status.supervisor;
+            let alive =
+                stored.status.boot_id == boot && supervisor.is_some_and(crate::status::ProcessId::is_alive);
+            (stored, alive)
+        };
+        let stored: Vec<_> = stored.into_iter().map(lives).collect();
+        // Before anything is started that could be given what these have.
+        for launch in stored
+            .iter()
+            .filter_map(|(stored, alive)| stored.launch.as_ref().filter(|_| *alive))
+        {
+            self.ids.adopt(launch);
+        }
+        for (
+            Stored {
+                job,
+                mut status,
+                launch,
+            },
+            alive,
+        ) in stored
         {
             let id = job.id.clone();
-            let alive =
-                status.boot_id == boot && status.supervisor.is_some_and(crate::status::ProcessId::is_alive);
             if !alive && status.boot_id == boot {
                 // It may have ended since its status was read, and have said how.
                 status = Status::read(&self.paths.job(&id))
@@ -67,9 +83,6 @@ impl Daemon {
                 .hold(&id, layers.iter().copied().chain(named));
             self.take_in(job, status.clone(), launch.as_ref(), true);
             if alive {
-                if let Some(launch) = &launch {
-                    self.ids.adopt(launch);
-                }
                 let held = self
                     .mounts
                     .lock()
@@ -132,12 +145,30 @@ impl Daemon {
 
     /// Follows a supervisor that was there before this daemon. One that still waits for its network gets it.
     async fn resume(self: Arc<Self>, id: String, pass: Pass) {
-        let mut connection = Connection::open(&Paths::socket(&id)).await.ok();
-        if let (Some(connection), Some(entry)) = (&mut connection, self.table.get(&id))
-            && let Err(error) = self.plumb(connection, &entry).await
-        {
+        let mut pass = Some(pass);
+        let mut backoff = Backoff::default();
+        let connection = loop {
+            let mut connection = Connection::open(&Paths::socket(&id)).await.ok();
+            let (Some(own), Some(entry)) = (&mut connection, self.table.get(&id)) else {
+                break connection;
+            };
+            let Err(error) = self.plumb(own, &entry).await else {
+                break connection;
+            };
             tracing::warn!(job = id, %error, "cannot give an adopted job its network");
-        }
+            let has_place = entry.job.config.host_network || entry.status.address.is_some();
+            let supervisor = entry.status.supervisor;
+            if has_place || !supervisor.is_some_and(crate::status::ProcessId::is_alive) {
+                break connection;
+            }
+            // The network may come up yet, and the supervisor waits for it.
+            drop(pass.take());
+            sleep(backoff.after(Duration::ZERO)).await;
+            pass = self.gate.enter(&format!("the start of job {id}")).await;
+            if pass.is_none() {
+                return;
+            }
+        };
         drop(pass);
         self.follow(id, connection, Backoff::default()).await;
     }

@@ -3,21 +3,16 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::ffi::OsStrExt as _;
 use std::path::Path;
 use std::process::Stdio;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 
 use rustix::fs::CWD;
 use rustix::mount::{OpenTreeFlags, open_tree};
-use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::process::{Child, Command};
 
 use crate::supervisor::LOG as SUPERVISOR_LOG;
 use crate::sys;
-
-/// How many supervisors wait for jobs.
-const SPARES: usize = 1;
 
 /// The file, through a read-only mount of its own: a container whose process has this file as its program, between
 /// fork and exec, could otherwise reach it through `/proc` and write to it.
@@ -44,8 +39,7 @@ impl Executable {
         self.supervisor(log.into(), Stdio::null()).arg(job_dir).spawn()
     }
 
-    /// Starts a supervisor that is to learn its job by [`assign`], with a network namespace of its own already. It ends
-    /// with the daemon.
+    /// Starts a supervisor that is to learn its job by [`Spare::assign`]. It ends with the daemon.
     pub(super) fn spare(&self) -> io::Result<Child> {
         self.supervisor(Stdio::inherit(), Stdio::piped()).spawn()
     }
@@ -65,9 +59,14 @@ impl Executable {
         command
             .arg0("flynn-host")
             .arg("supervise")
-            .current_dir("/")
             .env_clear()
-            .envs(std::env::var_os("RUST_LOG").map(|filter| ("RUST_LOG", filter)))
+            // Where the programs of filesystems are.
+            .envs(
+                ["PATH", "RUST_LOG"]
+                    .map(|name| Some((name, std::env::var_os(name)?)))
+                    .into_iter()
+                    .flatten(),
+            )
             // One heap: a second one costs memory for nothing in a process with one thread.
             .env("MALLOC_ARENA_MAX", "1")
             .stdin(input)
@@ -76,50 +75,4 @@ impl Executable {
             .stderr(log);
         command
     }
-}
-
-/// Supervisors that are made before there are jobs for them: what takes the longest of a start is done by then.
-#[derive(Debug, Default)]
-pub(super) struct Spares(Mutex<Vec<Child>>);
-
-impl Spares {
-    fn all(&self) -> MutexGuard<'_, Vec<Child>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// One, if there is any.
-    pub(super) fn take(&self) -> Option<Child> {
-        self.all().pop()
-    }
-
-    /// Ends them: none is needed here any more.
-    pub(super) fn dismiss(&self) {
-        // The end of their input ends them; the runtime waits for them.
-        self.all().clear();
-    }
-
-    /// Sees that there are enough.
-    pub(super) fn fill(&self, executable: &Executable) {
-        let mut all = self.all();
-        // What has been killed is of no use.
-        all.retain_mut(|spare| matches!(spare.try_wait(), Ok(None)));
-        while all.len() < SPARES {
-            match executable.spare() {
-                Ok(spare) => all.push(spare),
-                Err(error) => {
-                    tracing::warn!(%error, "cannot start a supervisor in advance");
-                    return;
-                }
-            }
-        }
-    }
-}
-
-/// Tells a spare supervisor its job, and waits until it has its network namespace: before, its process is in ours.
-pub(super) async fn assign(spare: &mut Child, job_dir: &Path) -> io::Result<()> {
-    let mut input = spare.stdin.take().ok_or(io::ErrorKind::BrokenPipe)?;
-    input.write_all(job_dir.as_os_str().as_bytes()).await?;
-    input.write_all(b"\n").await?;
-    let output = spare.stdout.as_mut().ok_or(io::ErrorKind::BrokenPipe)?;
-    output.read_exact(&mut [0]).await.map(drop)
 }

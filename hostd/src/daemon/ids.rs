@@ -106,7 +106,15 @@ impl Ids {
     /// Notes that a job of an earlier daemon has its range.
     pub(super) fn adopt(&self, launch: &Launch) {
         if let Some(first) = launch.first_id() {
-            self.ranges().taken.insert(first, launch.job_id.clone());
+            let before = self.ranges().taken.insert(first, launch.job_id.clone());
+            if let Some(other) = before.filter(|other| *other != launch.job_id) {
+                tracing::error!(
+                    first,
+                    job = launch.job_id,
+                    other,
+                    "two jobs have one range of user ids"
+                );
+            }
         }
     }
 

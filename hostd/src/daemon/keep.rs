@@ -1,5 +1,6 @@
 //! Following supervisors, speaking to them, and noting the end of their jobs.
 
+use std::io;
 use std::net::Ipv4Addr;
 use std::pin::Pin;
 use std::sync::{Arc, PoisonError};
@@ -15,7 +16,7 @@ use super::{Daemon, store};
 use crate::cgroup::Group;
 use crate::container::Place;
 use crate::control::{Connection, Request};
-use crate::files;
+use crate::files::{self, disk_error};
 use crate::paths::Paths;
 use crate::status::Status;
 use crate::supervisor::Backoff;
@@ -115,6 +116,8 @@ impl Daemon {
             .flatten()
             .unwrap_or(entry.status.clone());
         stored.stop_requested |= entry.status.stop_requested;
+        // The supervisor may have been killed before it wrote where it was.
+        stored.address = stored.address.or(entry.status.address);
         if is_to_be_kept(&entry.job, &stored) {
             self.table.note(id, |entry| entry.status = stored);
             return true;
@@ -261,7 +264,13 @@ impl Daemon {
         self.table.note(id, |entry| entry.status.stop_requested = true);
         match Connection::open(&Paths::socket(id)).await {
             Ok(mut connection) => call(&mut connection, &Request::Stop).await,
-            Err(_) => Ok(()),
+            // Nobody but us knows, who may be killed before the job is given up.
+            Err(_) => match Status::request_stop(&self.paths.job(id)) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                    Err(disk_error("write down that the job is to stop", &error))
+                }
+                _ => Ok(()),
+            },
         }
     }
 

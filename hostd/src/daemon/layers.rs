@@ -296,14 +296,25 @@ async fn collect_layers(
         older_than: Duration::from_secs(gc.older_than),
         dry_run: gc.dry_run,
     };
-    let collected = spawn_blocking(move || daemon.collect(rule)).await;
+    // It goes on when the caller hangs up.
+    let pass = daemon.gate.beside("collecting layers");
+    let collected = spawn_blocking(move || {
+        let _pass = pass;
+        daemon.collect(rule)
+    })
+    .await;
     let Collected { layers, bytes } = collected.map_err(|error| Error::internal(error.to_string()))??;
     Ok(Json(CollectedLayers { layers, bytes }))
 }
 
 async fn verify_layers(State(daemon): Shared) -> Result<Json<VerifiedLayers>> {
     // A task of its own: it goes on when the caller hangs up.
-    let verified = tokio::spawn(async move { daemon.verify_layers().await }).await;
+    let pass = daemon.gate.beside("verifying layers");
+    let verified = tokio::spawn(async move {
+        let _pass = pass;
+        daemon.verify_layers().await
+    })
+    .await;
     let verified = verified.map_err(|error| Error::internal(error.to_string()))?;
     verified.map(Json)
 }

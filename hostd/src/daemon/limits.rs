@@ -24,7 +24,12 @@ impl Daemon {
         }
         let daemon = Arc::clone(self);
         // A task of its own: both are changed, or neither, whether the caller waits or not.
-        let changed = spawn_blocking(move || daemon.change_limits(&id, changes)).await;
+        let pass = self.gate.beside(&format!("the limits of job {id}"));
+        let changed = spawn_blocking(move || {
+            let _pass = pass;
+            daemon.change_limits(&id, changes)
+        })
+        .await;
         changed.map_err(|error| Error::internal(format!("the change was cut off: {error}")))?
     }
 

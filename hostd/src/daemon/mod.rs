@@ -22,6 +22,7 @@ mod renewal;
 mod serve;
 mod services;
 mod sinks;
+mod spares;
 mod start;
 mod store;
 mod table;
@@ -44,13 +45,15 @@ use flynn_api::{Error, Result};
 use tokio::sync::{Semaphore, mpsc};
 use tokio_util::task::TaskTracker;
 
-use self::exe::{Executable, Spares};
+use self::exe::Executable;
 use self::gate::Gate;
 use self::handover::{Predecessor, Sockets};
 use self::network::Networking;
 use self::network::documents::Documents;
 use self::serve::{Connections, Outcome};
+use self::spares::Spares;
 use self::table::Table;
+use crate::apparmor::Apparmor;
 use crate::cgroup::Hierarchies;
 use crate::config::{HostConfig, Overrides};
 use crate::files::disk_error;
@@ -62,8 +65,9 @@ use crate::prepare;
 use crate::status::boot_id;
 use crate::volumes::Volumes;
 
-/// Jobs that are prepared and started at once.
-const STARTS: usize = 4;
+/// Jobs that are prepared and started at once. Most of a start is waiting for the kernel, which waits for all CPUs; those who
+/// wait together wait once.
+const STARTS: usize = 16;
 
 /// How the daemon is started.
 #[derive(Clone, Debug)]
@@ -87,6 +91,8 @@ struct Daemon {
     collected: layers::Counters,
     volumes: Volumes,
     ids: ids::Ids,
+    /// Whether jobs can be confined by it.
+    apparmor: bool,
     network: Networking,
     documents: Documents,
     services: services::Asking,
@@ -119,6 +125,8 @@ struct Daemon {
     /// Those that there are, and who takes part.
     floating_settings: tokio::sync::watch::Sender<Option<crate::floating::Settings>>,
 }
+
+pub use crate::sys::share_heaps;
 
 /// Runs the daemon until it is told to stop, or another has taken over. Jobs go on.
 pub async fn run(options: Options) -> anyhow::Result<()> {
@@ -168,9 +176,11 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
         );
         match served.await? {
             Outcome::Stopped => return Ok(()),
-            Outcome::HandedOver => {
+            Outcome::HandedOver(successor) => {
+                // Who asked for another update meanwhile hears that this one was under way.
+                drop(updates);
                 sockets.close();
-                serve::linger(&daemon, connections, &stop).await;
+                serve::linger(&daemon, successor, connections, &stop).await;
                 return Ok(());
             }
             Outcome::Anew => {}
@@ -206,6 +216,9 @@ impl Daemon {
         let ids = ids::Ids::probe(&executable).await;
         features.push(ids.feature());
         notices.extend(ids.notice());
+        let apparmor = tokio::task::block_in_place(Apparmor::load);
+        features.push(apparmor.feature());
+        notices.extend(apparmor.notice());
         if let Err(error) = network::make_pins() {
             let notice = format!(
                 "there is no place for eBPF programs, without which the router does not start: {error}"
@@ -234,6 +247,7 @@ impl Daemon {
                 .context("cannot use the cluster network's documents")?,
             hierarchies,
             ids,
+            apparmor: apparmor == Apparmor::Loaded,
             executable,
             spares: Spares::default(),
             starts: Semaphore::new(STARTS),
@@ -258,9 +272,10 @@ impl Daemon {
             .unwrap_or_else(PoisonError::into_inner)
             .sweep()?;
         let sweeping = Arc::clone(&daemon);
+        let pass = daemon.gate.beside("removing what is left of volumes");
         // What a crash has left can be large.
         tokio::task::spawn_blocking(move || {
-            let _pass = sweeping.gate.beside("removing what is left of volumes");
+            let _pass = pass;
             sweeping.volumes.sweep();
         });
         Ok(daemon)

@@ -10,18 +10,22 @@ use flynn_api::discovery::{self, HOST_SERVICE, Held, NetworkLeases};
 use flynn_api::host;
 use flynn_api::server::{CancellationToken, Farewell, serve_until};
 use flynn_api::tls::{ClientAuth, Identity, Live};
+use tokio::process::Child;
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
 
 use super::background::Background;
-use super::handover::{Predecessor, Sockets, TlsSlot};
+use super::handover::{self, Predecessor, Sockets, TlsSlot};
 use super::update::{self, Wish};
 use super::{Daemon, api, notify};
 use crate::{identities, leases};
 
 /// Between looks at the certificate.
 pub(super) const CERTIFICATE_CHECK: Duration = Duration::from_secs(1);
+
+/// How often a daemon that lingers looks whether there is another one.
+const SUCCESSOR_CHECK: Duration = Duration::from_secs(1);
 
 /// How long the end of a daemon that is told to stop may take.
 const STOP: Duration = Duration::from_secs(5);
@@ -38,7 +42,7 @@ pub(super) enum Outcome {
     /// By SIGTERM.
     Stopped,
     /// Another daemon serves.
-    HandedOver,
+    HandedOver(Child),
     /// Another daemon has begun to act, and failed: this one has to begin anew.
     Anew,
 }
@@ -91,12 +95,9 @@ pub(super) async fn run(
         // From here on clients wait at the sockets, and those that are connected at the gate.
         farewell.send_replace(Some(HANDED_OVER));
         background.stop(daemon).await;
-        daemon.spares.dismiss();
-        return Ok(if update::commit(prepared, wish).await {
-            Outcome::HandedOver
-        } else {
-            Outcome::Anew
-        });
+        daemon.dismiss_spares();
+        let successor = update::commit(prepared, wish).await;
+        return Ok(successor.map_or(Outcome::Anew, Outcome::HandedOver));
     }
     notify::stopping();
     farewell.send_replace(Some(Farewell::default()));
@@ -111,8 +112,14 @@ pub(super) async fn run(
     Ok(Outcome::Stopped)
 }
 
-/// Another daemon serves: this one remains for the connections that it has.
-pub(super) async fn linger(daemon: &Daemon, mut connections: Connections, stop: &CancellationToken) {
+/// Another daemon serves: this one remains for the connections that it has, as long as there is another one: systemd sees
+/// that there is none by our end alone.
+pub(super) async fn linger(
+    daemon: &Daemon,
+    mut successor: Child,
+    mut connections: Connections,
+    stop: &CancellationToken,
+) {
     tracing::info!("another daemon has taken over; connections under way go on");
     daemon.sessions.close();
     let ended = async {
@@ -120,8 +127,17 @@ pub(super) async fn linger(daemon: &Daemon, mut connections: Connections, stop: 
         while connections.join_next().await.is_some() {}
         let _ = timeout(HANDED_OVER.busy, daemon.sessions.wait()).await;
     };
-    if stop.run_until_cancelled(ended).await.is_some() {
-        tracing::info!("the last connection has ended");
+    let alone = async {
+        let _ = successor.wait().await;
+        // It may have handed over in its turn.
+        while !handover::is_free(daemon.paths.state()) {
+            sleep(SUCCESSOR_CHECK).await;
+        }
+    };
+    tokio::select! {
+        () = stop.cancelled() => {}
+        () = ended => tracing::info!("the last connection has ended"),
+        () = alone => tracing::error!("the daemon that had taken over is gone: connections under way end with this one"),
     }
 }
 

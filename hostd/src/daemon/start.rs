@@ -21,7 +21,7 @@ use tokio::time::{Instant, sleep, timeout};
 use super::gate::Pass;
 use super::keep::call;
 use super::table::Entry;
-use super::{Daemon, disk_error, exe, layers, store};
+use super::{Daemon, disk_error, layers, store};
 use crate::container::Place;
 use crate::control::{Connection, Request};
 use crate::launch::{self, Bind, Launch};
@@ -31,7 +31,10 @@ use crate::volumes::{Wanted, is_volume_id};
 use crate::{files, identities, prepare};
 
 /// How long a supervisor may take to open its socket.
-const SUPERVISOR_START: Duration = Duration::from_secs(10);
+pub(super) const SUPERVISOR_START: Duration = Duration::from_secs(10);
+
+/// An address of a network, if there is one.
+type Reserved = Option<(Arc<super::network::Up>, Ipv4Addr)>;
 
 /// How much is heard of what is in a supervisor's way.
 const COMPLAINT: u64 = 4096;
@@ -71,6 +74,9 @@ impl Daemon {
 
     /// Puts a job that is in the table on the disk, and starts it.
     async fn begin(self: Arc<Self>, job: Arc<Job>, status: Status, _pass: Pass) -> Result<()> {
+        // Not awaited: it is done by the time that the supervisor has made the groups.
+        let hierarchies = self.hierarchies.clone();
+        drop(spawn_blocking(move || crate::cgroup::warm_up(&hierarchies)));
         let (paths, record) = (self.paths.clone(), Arc::clone(&job));
         let kept = spawn_blocking(move || store::create(&paths, &record, &status)).await;
         if let Err(error) = kept.map_err(io::Error::from).flatten() {
@@ -85,7 +91,7 @@ impl Daemon {
         match self.attempt(id).await {
             Ok(connection) => {
                 tokio::spawn(Arc::clone(self).follow(id.to_owned(), Some(connection), Backoff::default()));
-                self.spares.fill(&self.executable);
+                self.refill_spares();
                 Ok(())
             }
             Err(error) => {
@@ -210,25 +216,31 @@ impl Daemon {
         });
         self.refuse_stopped(id)?;
 
-        let (mut child, has_network) = self.supervisor(&job_dir, network.is_some()).await?;
+        let (mut child, has_network, reserved) = self.supervisor(&job_dir, network.is_some()).await?;
         // Before anybody waits for the supervisor: its pid may be another's once it is dead.
         let pid = child.id().map_or(0, u32::cast_signed);
-        let attach = async |namespace: File| match &network {
-            Some(network) => self.attach(network, job, &namespace).await.map(Some),
-            None => Ok(None),
+        let attach = async |namespace: Option<File>| match (&reserved, &network, namespace) {
+            (Some((network, address)), _, _) => self.occupy(network, job, *address).await.map(Some),
+            (None, Some(network), Some(namespace)) => self.attach(network, job, &namespace).await.map(Some),
+            _ => Ok(None),
         };
+        let namespace = || (reserved.is_none()).then(|| network_namespace(pid)).transpose();
         let (connected, attached) = if has_network {
-            let namespace = network_namespace(pid)?;
+            let namespace = namespace()?;
             let both = tokio::join!(connect(&launch, &mut child), attach(namespace));
             (both.0, Some(both.1))
         } else {
             let connected = connect(&launch, &mut child).await;
             let attached = match &connected {
-                Ok(_) => Some(attach(network_namespace(pid)?).await),
+                Ok(_) => Some(attach(namespace()?).await),
                 Err(_) => None,
             };
             (connected, attached)
         };
+        if matches!(attached, Some(Err(_))) {
+            // It would make a container, and wait in vain.
+            let _ = child.start_kill();
+        }
         // Whoever is left when it ends: a zombie would look like a process.
         tokio::spawn(async move { child.wait().await });
         let address = attached.transpose()?.flatten();
@@ -241,6 +253,7 @@ impl Daemon {
                 return Err(error);
             }
         };
+        self.table.note(id, |entry| entry.status.address = address);
         let place = Place {
             address,
             gateway: self.network.gateway(),
@@ -258,20 +271,20 @@ impl Daemon {
         Ok(connection)
     }
 
-    /// A supervisor for the job in `job_dir`; whether it has its network namespace already.
-    async fn supervisor(&self, job_dir: &Path, networked: bool) -> Result<(Child, bool)> {
-        let spare = if networked { self.spares.take() } else { None };
+    /// A supervisor for the job in `job_dir`; whether it has its network namespace already, and what address in which
+    /// network.
+    async fn supervisor(&self, job_dir: &Path, networked: bool) -> Result<(Child, bool, Reserved)> {
+        let spare = if networked { self.take_spare().await } else { None };
         if let Some(mut spare) = spare {
-            if let Ok(Ok(())) = timeout(SUPERVISOR_START, exe::assign(&mut spare, job_dir)).await {
-                return Ok((spare, true));
+            if let Ok(Ok(())) = timeout(SUPERVISOR_START, spare.assign(job_dir)).await {
+                return Ok((spare.supervisor, true, spare.attached));
             }
-            // It may have heard of the job, and be about to keep it as well.
-            let _ = spare.kill().await;
+            self.let_go(spare).await;
         }
         let child = self.executable.supervise(job_dir);
         let child =
             child.map_err(|error| Error::internal(format!("cannot start the job's supervisor: {error}")));
-        Ok((child?, false))
+        Ok((child?, false, None))
     }
 
     fn refuse_stopped(&self, id: &str) -> Result<()> {
@@ -329,6 +342,7 @@ impl Daemon {
             launch.user_namespace = Some(self.ids.give(&launch)?);
         }
         launch.check_ids()?;
+        launch.apparmor = self.apparmor && prepare::is_ordinary(job, &launch);
         Ok(launch)
     }
 
@@ -363,6 +377,19 @@ impl Daemon {
             None => self.network.get(),
             Some(why) => Err(Error::conflict(why)),
         }
+    }
+
+    /// Has the job be in a namespace that has an address; the address is given back when that fails.
+    async fn occupy(&self, network: &super::network::Up, job: &Job, address: Ipv4Addr) -> Result<Ipv4Addr> {
+        let occupied = match self.attached(job).await {
+            Ok(attached) => self.network.occupy(network, address, attached).await,
+            Err(error) => Err(error),
+        };
+        if let Err(error) = occupied {
+            self.network.detach(network, address).await;
+            return Err(error);
+        }
+        Ok(address)
     }
 
     pub(super) async fn attach(

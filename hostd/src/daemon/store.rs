@@ -6,6 +6,7 @@ use std::path::Path;
 
 use flynn_api::host::Job;
 
+use crate::container::OwnLayer;
 use crate::files;
 use crate::launch::{self, Launch};
 use crate::paths::Paths;
@@ -130,7 +131,7 @@ fn read(dir: &Path, name: &str) -> io::Result<Stored> {
 
 /// Removes what only a living container needs.
 pub(super) fn tidy(paths: &Paths, id: &str) {
-    for name in ["upper", "work", "root", launch::FILE] {
+    for name in OwnLayer::NAMES.into_iter().chain(["root", launch::FILE]) {
         if let Err(error) = files::remove_all(&paths.job(id).join(name)) {
             tracing::warn!(job = id, name, %error, "cannot tidy up");
         }

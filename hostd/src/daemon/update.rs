@@ -10,6 +10,7 @@ use axum::extract::State;
 use flynn_api::host::{Update, Updated};
 use flynn_api::server::{Json, StrictJson};
 use flynn_api::{Error, Result};
+use tokio::process::Child;
 use tokio::sync::oneshot;
 use tokio::task::spawn_blocking;
 
@@ -84,8 +85,8 @@ pub(super) async fn prepare(daemon: &Daemon, sockets: &Sockets, wish: &Wish) -> 
     })
 }
 
-/// Hands over; whether that has worked. When it has not, the state is anybody's to take up.
-pub(super) async fn commit(prepared: Prepared, wish: Wish) -> bool {
+/// Hands over; the daemon that goes on, if that has worked. When it has not, the state is anybody's to take up.
+pub(super) async fn commit(prepared: Prepared, wish: Wish) -> Option<Child> {
     let Prepared {
         successor,
         closed,
@@ -94,10 +95,9 @@ pub(super) async fn commit(prepared: Prepared, wish: Wish) -> bool {
     let to = successor.version.clone();
     closed.leave();
     match successor.commit().await {
-        Ok(mut child) => {
+        Ok(child) => {
             let kept = installed.map_or(Ok(()), New::keep);
             let pid = child.id().unwrap_or_default();
-            tokio::spawn(async move { child.wait().await });
             wish.answer(match kept {
                 Ok(()) => Ok(Updated {
                     from: env!("CARGO_PKG_VERSION").into(),
@@ -109,7 +109,7 @@ pub(super) async fn commit(prepared: Prepared, wish: Wish) -> bool {
                     &error,
                 )),
             });
-            true
+            Some(child)
         }
         Err(why) => {
             tracing::error!(
@@ -119,19 +119,22 @@ pub(super) async fn commit(prepared: Prepared, wish: Wish) -> bool {
             wish.answer(Err(Error::conflict(format!(
                 "{why}. The daemon that ran before goes on"
             ))));
-            false
+            None
         }
     }
 }
 
-/// The name of this daemon's program, which may be another file by now.
+/// What a program's name ends with until it is in its place.
+const NEW: &str = ".new";
+
+/// The place of this daemon's program, where another file may be by now, or the one before still is.
 fn own() -> io::Result<PathBuf> {
     let path = std::env::current_exe()?;
-    let name = path.to_string_lossy();
-    Ok(match name.strip_suffix(" (deleted)") {
-        Some(name) => PathBuf::from(name),
-        None => path,
-    })
+    let Some(name) = path.to_str() else {
+        return Ok(path);
+    };
+    let name = name.strip_suffix(" (deleted)").unwrap_or(name);
+    Ok(PathBuf::from(name.strip_suffix(NEW).unwrap_or(name)))
 }
 
 /// A program beside this daemon's own. It goes unless it is kept.
@@ -179,7 +182,7 @@ fn place(binary: Option<&str>) -> Result<(PathBuf, Option<New>)> {
         return Ok((own, None));
     }
     let mut path = own.clone().into_os_string();
-    path.push(".new");
+    path.push(NEW);
     let new = New {
         path: path.into(),
         own,

@@ -13,7 +13,7 @@ use proptest::prelude::*;
 
 use super::download::{Event, bring_in};
 use super::maker::{Beginning, Days, Maker, Publication};
-use super::trust::{Repository, Wanted, fetch_program};
+use super::trust::{Repository, Wanted};
 use super::*;
 use crate::download::Patience;
 use crate::layers::Store;
@@ -269,20 +269,57 @@ async fn a_release_comes_from_a_server_and_from_a_directory() {
         .await
         .unwrap();
     assert!(store.verify(ground.layer(0).id).unwrap());
-    drop(repository);
     let program = ground.path("fetched");
-    let version = fetch_program(&ground.state(), &Wanted::default(), None, "flynn-host", &program)
-        .await
-        .unwrap();
+    let release = repository.release(None).await.unwrap();
+    let fetch = async |name| repository.fetch_program(&release, name, &program, |_| ()).await;
+    fetch("flynn-host").await.unwrap();
     assert_eq!(
-        (version.as_str(), fs::read(&program).unwrap().as_slice()),
+        (release.version.as_str(), fs::read(&program).unwrap().as_slice()),
         ("0.2.0", b"a program".as_slice())
     );
-    assert!(
-        fetch_program(&ground.state(), &Wanted::default(), None, "flynn", &program)
+    assert!(fetch("flynn").await.is_err());
+}
+
+#[tokio::test]
+async fn a_program_that_was_cut_off_is_gone_on_with() {
+    let ground = Ground::new().await;
+    ground.publish("0.1.0").await;
+    let program = ground.path("fetched");
+    let fetch = async || {
+        let repository = ground.open(&ground.wanted()).await?;
+        let release = repository.release(None).await?;
+        repository
+            .fetch_program(&release, "flynn-host", &program, |_| ())
             .await
-            .is_err()
-    );
+    };
+    // As when it is killed in the midst.
+    ground.server.fault("flynn-host", Fault::Stall(4), u32::MAX);
+    let begun = async {
+        let part = |entry: &fs::DirEntry| {
+            let name = entry.file_name().into_string().unwrap();
+            name.starts_with("part-")
+                && name.ends_with(".flynn-host")
+                && entry.metadata().is_ok_and(|part| part.len() == 4)
+        };
+        let dir = ground.state().join("repository");
+        while !fs::read_dir(&dir)
+            .into_iter()
+            .flatten()
+            .flatten()
+            .any(|entry| part(&entry))
+        {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+    };
+    tokio::select! {
+        done = fetch() => panic!("{done:?}"),
+        () = begun => {}
+    }
+    ground.server.fault("flynn-host", Fault::None, 1);
+    fetch().await.unwrap();
+    let (path, from) = ground.server.requests().pop().unwrap();
+    assert!(path.ends_with("flynn-host") && from > 0, "{path} from {from} on");
+    assert_eq!(fs::read(&program).unwrap(), b"a program");
 }
 
 #[tokio::test]

@@ -157,15 +157,16 @@ impl Repository {
             length: target.length,
             hash: Hash::Sha256(sha256.context("a SHA-256 has 32 bytes")?),
         };
-        // Parts of other files, begun earlier, are not gone on with any more.
+        // Parts of other files of this name, begun earlier, are not gone on with any more.
         let own = format!(
             "part-{}",
             target_file(name, &target.hashes.sha256).replace('/', "-")
         );
+        let same_name = format!(".{}", name.rsplit('/').next().unwrap_or(name));
         for entry in fs::read_dir(&self.dir)? {
             let entry = entry?;
             let other = entry.file_name().to_string_lossy().into_owned();
-            if other.starts_with("part-") && other != own {
+            if other.starts_with("part-") && other.ends_with(&same_name) && other != own {
                 fs::remove_file(entry.path())?;
             }
         }
@@ -206,30 +207,27 @@ impl Repository {
         Ok(release)
     }
 
+    /// Fetches a program of a release into `file`: verified and whole, or as it was. It is private and cannot be executed
+    /// yet.
+    pub async fn fetch_program(
+        &self,
+        release: &Release,
+        program: &str,
+        file: &Path,
+        progress: impl Fn(u64),
+    ) -> anyhow::Result<()> {
+        anyhow::ensure!(
+            release.programs.iter().any(|known| known == program),
+            "the release {} has no program {program}",
+            release.version
+        );
+        let name = format!("{}/{}/{program}", self.channel, release.version);
+        self.fetch(&name, file, progress).await
+    }
+
     pub(super) fn patience(&self) -> Patience {
         self.patience
     }
-}
-
-/// Fetches a program of a release, as the host's repository has it, into `file`: verified and whole, or as it was. The
-/// channel's release unless one is named. Gives its version. `file` is private and cannot be executed yet.
-pub async fn fetch_program(
-    state: &Path,
-    wanted: &Wanted,
-    version: Option<&str>,
-    program: &str,
-    file: &Path,
-) -> anyhow::Result<String> {
-    let repository = Repository::open(state, wanted).await?;
-    let release = repository.release(version).await?;
-    anyhow::ensure!(
-        release.programs.iter().any(|known| known == program),
-        "the release {} has no program {program}",
-        release.version
-    );
-    let name = format!("{}/{}/{program}", repository.channel(), release.version);
-    repository.fetch(&name, file, |_| ()).await?;
-    Ok(release.version)
 }
 
 /// Where the repository is, and the root that is trusted.

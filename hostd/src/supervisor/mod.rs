@@ -34,7 +34,7 @@ pub use output::frame_of;
 
 use self::inside::Inside;
 use self::output::Output;
-use self::run::{End, Run};
+use self::run::{End, Prepared, Run};
 use self::server::{Command, Server};
 use crate::cgroup::{Group, Hierarchies};
 use crate::container::{Place, UserNamespace};
@@ -134,6 +134,7 @@ impl Job {
 fn detach() -> io::Result<()> {
     // Fails where the caller has made us a session's leader already.
     let _ = rustix::process::setsid();
+    rustix::process::chdir("/")?;
     rustix::thread::set_name(c"flynn-supervise")?;
     for signal in [libc::SIGHUP, libc::SIGINT, libc::SIGPIPE] {
         sys::ignore_signal(signal);
@@ -158,17 +159,41 @@ fn make_network() -> io::Result<()> {
 fn run(job: Job, job_dir: &Path, hierarchies: &Hierarchies) -> io::Result<()> {
     let launch = &job.launch;
     let (partition, id) = (launch.partition, &launch.job_id);
-    let unlimited = Group::create(hierarchies, partition, id, &launch.limits, job_dir).err();
     let group = Group::of(hierarchies, partition, id);
+    let make_group = || Group::create(hierarchies, partition, id, &launch.limits, job_dir).err();
     // What goes wrong is said when it is needed, and tried again.
     let users = launch
         .first_id()
         .and_then(|first| UserNamespace::create(first).ok());
+    // While the daemon sees to the network, and of v1 while the kernel sees to the groups. A container of which something is
+    // missing is made when it is needed, and what is wrong said then.
+    let has_users = users.is_some() || launch.first_id().is_none();
+    // What an earlier supervisor's container has left may take long to remove, and so may a disk to be made; and the daemon
+    // waits for an answer.
+    let is_quick = launch.temp_disk.is_none() && !job_dir.join("upper").exists();
+    let begin = || {
+        let begun = (has_users && is_quick).then(|| Prepared::begin(launch, job_dir, &group, users.as_ref()));
+        begun.and_then(Result::ok)
+    };
+    let (unlimited, begun) = if group.cradle().is_some() {
+        (make_group(), begin())
+    } else {
+        let begun = begin();
+        (make_group(), begun)
+    };
+    let begun = begun.filter(|_| unlimited.is_none());
+    let prepared = begun.and_then(|begun| begun.join(&group).ok());
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_io()
         .enable_time()
         .build()?;
-    runtime.block_on(Supervisor::start(job, job_dir, (group, unlimited), users))
+    runtime.block_on(Supervisor::start(
+        job,
+        job_dir,
+        (group, unlimited),
+        users,
+        prepared,
+    ))
 }
 
 /// What the loop and the runs share.
@@ -180,6 +205,8 @@ struct Supervisor {
     unlimited: Option<io::Error>,
     /// Made before it is needed, and kept for all runs.
     users: Option<UserNamespace>,
+    /// The first container, made in advance.
+    prepared: Option<Prepared>,
     output: Arc<Output>,
     input: streams::Input,
     status: watch::Sender<Status>,
@@ -198,6 +225,7 @@ impl Supervisor {
         job_dir: &Path,
         (group, unlimited): (Group, Option<io::Error>),
         users: Option<UserNamespace>,
+        prepared: Option<Prepared>,
     ) -> io::Result<()> {
         let job_dir: Arc<Path> = job_dir.into();
         let Job {
@@ -228,6 +256,7 @@ impl Supervisor {
             group,
             unlimited,
             users,
+            prepared,
             output,
             input: Arc::new(tokio::sync::Mutex::new(input)),
             status,
@@ -298,6 +327,18 @@ impl Supervisor {
         }
     }
 
+    /// A container that has its place.
+    fn container(&mut self) -> io::Result<Prepared> {
+        if let Some(prepared) = self.prepared.take() {
+            return Ok(prepared);
+        }
+        self.make_users()?;
+        let begun = Prepared::begin(&self.launch, &self.job_dir, &self.group, self.users.as_ref())?;
+        let made = begun.join(&self.group)?;
+        made.place(&self.place.borrow());
+        Ok(made)
+    }
+
     /// Sees that the container's user namespace is there, if it is to have one.
     fn make_users(&mut self) -> io::Result<()> {
         if let (None, Some(first)) = (&self.users, self.launch.first_id()) {
@@ -327,8 +368,15 @@ impl Supervisor {
                 }
                 command = self.commands.recv() => match command? {
                     Command::Go(place) => {
+                        let address = place.address;
                         self.place.send_replace(place.clone());
-                        self.change(|status| status.address = place.address).await;
+                        if let Some(prepared) = &self.prepared {
+                            prepared.place(&place);
+                            // It goes to the disk with the program's pid, in a moment.
+                            self.status.send_modify(|status| status.address = address);
+                        } else {
+                            self.change(|status| status.address = address).await;
+                        }
                         return None;
                     }
                     other => self.without_program(other).await,
@@ -339,10 +387,19 @@ impl Supervisor {
         Some(End::Stopped)
     }
 
+    /// Takes note of another place in the network, as a daemon tells it that finds the job without its interface.
+    async fn move_to(&mut self, place: Place) {
+        let address = place.address;
+        self.place.send_replace(place);
+        if self.status.borrow().address != address {
+            self.change(|status| status.address = address).await;
+        }
+    }
+
     /// Answers a command while there is no program.
     async fn without_program(&mut self, command: Command) {
         match command {
-            Command::Go(place) => drop(self.place.send_replace(place)),
+            Command::Go(place) => self.move_to(place).await,
             Command::Stop => self.change(|status| status.stop_requested = true).await,
             Command::Signal(_, reply) | Command::Pause(_, reply) => {
                 drop(reply.send(Some("the job's program is not running".into())));

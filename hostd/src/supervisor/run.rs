@@ -1,7 +1,9 @@
 //! One run of a job's program, from clone to the death of everything in the container.
 
+use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -16,8 +18,10 @@ use super::inside::Inside;
 use super::server::Command;
 use super::services::{HealthEvent, Services};
 use super::streams::Streams;
-use crate::container::{self, Container, FromInit};
+use crate::cgroup::Group;
+use crate::container::{self, Container, FromInit, OwnLayer, Place, UserNamespace};
 use crate::files;
+use crate::launch::Launch;
 use crate::sys::{Polled, polled};
 
 /// How long output may still come when everything in the container is dead.
@@ -77,6 +81,45 @@ impl End {
     }
 }
 
+/// A container that is made as far as it can be without its place in the network.
+pub(super) struct Prepared {
+    container: Container,
+    /// How many had been killed for want of memory before it was there.
+    oom_kills: u64,
+}
+
+impl Prepared {
+    /// Begins to make it. Where there is v2 alone it is born in its group, which must be there.
+    pub(super) fn begin(
+        launch: &Launch,
+        job_dir: &Path,
+        group: &Group,
+        users: Option<&UserNamespace>,
+    ) -> io::Result<Self> {
+        let own = OwnLayer::make(launch, job_dir)?;
+        files::private_dir(&job_dir.join("root"))?;
+        let oom_kills = group.oom_kills();
+        let cradle = group.cradle().map(File::open).transpose()?;
+        let container = Container::create(launch, job_dir, &own, users, cradle.as_ref().map(File::as_fd))?;
+        container.go()?;
+        Ok(Self { container, oom_kills })
+    }
+
+    /// Sees that it is in its groups.
+    pub(super) fn join(self, group: &Group) -> io::Result<Self> {
+        if group.cradle().is_none() {
+            group.add(self.container.pid)?;
+        }
+        Ok(self)
+    }
+
+    /// Has it start the program there.
+    pub(super) fn place(&self, place: &Place) {
+        // Should init be dead, its last words say why.
+        let _ = self.container.place(place);
+    }
+}
+
 /// What a run keeps while it lasts.
 pub(super) struct Run<'a> {
     supervisor: &'a mut Supervisor,
@@ -107,27 +150,7 @@ impl<'a> Run<'a> {
     }
 
     async fn live(supervisor: &'a mut Supervisor) -> io::Result<End> {
-        let job_dir = Arc::clone(&supervisor.job_dir);
-        // Each run begins with the image as it is.
-        for name in ["upper", "work"] {
-            files::remove_all(&job_dir.join(name))?;
-            std::fs::create_dir(job_dir.join(name))?;
-        }
-        // The upper directory becomes the container's root directory.
-        std::fs::set_permissions(
-            job_dir.join("upper"),
-            std::os::unix::fs::PermissionsExt::from_mode(0o755),
-        )?;
-        if let Some(first) = supervisor.launch.first_id() {
-            std::os::unix::fs::chown(job_dir.join("upper"), Some(first), Some(first))?;
-        }
-        files::private_dir(&job_dir.join("root"))?;
-        supervisor.make_users()?;
-        let oom_kills = supervisor.group.oom_kills();
-        let place = supervisor.place.borrow().clone();
-        let container = Container::create(&supervisor.launch, &job_dir, &place, supervisor.users.as_ref())?;
-        supervisor.group.add(container.pid)?;
-        container.go()?;
+        let Prepared { container, oom_kills } = supervisor.container()?;
         let Container {
             pid,
             pidfd,
@@ -270,7 +293,7 @@ impl<'a> Run<'a> {
 
     async fn obey(&mut self, command: Command) {
         match command {
-            Command::Go(place) => drop(self.supervisor.place.send_replace(place)),
+            Command::Go(place) => self.supervisor.move_to(place).await,
             Command::Stop => {
                 if !self.supervisor.status.borrow().stop_requested {
                     self.supervisor
@@ -397,8 +420,6 @@ pub(super) async fn receive(init: &Polled) -> io::Result<Option<FromInit>> {
     loop {
         let mut guard = init.readable().await?;
         match guard.try_io(|init| container::receive(init.get_ref())) {
-            // A reset stands for an end: init died with a packet of ours unread.
-            Ok(Err(error)) if error.kind() == io::ErrorKind::ConnectionReset => return Ok(None),
             Ok(result) => return result,
             Err(_would_block) => {}
         }

@@ -11,7 +11,7 @@ use std::time::Duration;
 use rustix::fs::{AtFlags, CWD, StatxFlags, statx, syncfs};
 
 use super::QUICK;
-use super::tool::{SHORT, Tool};
+use crate::tool::{SHORT, Tool};
 use crate::{files, sys};
 
 /// The kernel's mark of a btrfs.

@@ -1,20 +1,16 @@
 //! Volumes with a limit where the filesystem knows no quotas: an ext4 in a file, mounted by a loop device.
-//!
-//! The file has all its room from the beginning: no other volume can take it, and an ext4 in the middle of a write
-//! never finds its disk full.
 
-use std::ffi::{CStr, OsStr};
+use std::ffi::CStr;
 use std::fs::{self, File};
 use std::io;
 use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _, chown};
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{FallocateFlags, FlockOperation, fallocate, flock};
-use rustix::io::Errno;
+use rustix::fs::{FlockOperation, flock};
 use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
 
-use super::tool::{Tool, long_for};
-use crate::{files, sys};
+use crate::tool::{Tool, long_for};
+use crate::{ext4, files, sys};
 
 const FILE: &str = "image.ext4";
 
@@ -26,39 +22,19 @@ const RESIZE: Tool = Tool {
     package: "e2fsprogs",
 };
 
-const MKFS: Tool = Tool {
-    program: "mkfs.ext4",
-    package: "e2fsprogs",
-};
-
 /// Makes an empty one in `dir`.
 pub(super) fn make(dir: &Path, size: u64, (uid, gid): (u32, u32)) -> io::Result<()> {
-    let image = dir.join(FILE);
-    let file = File::create_new(&image)?;
-    reserve(&file, size)?;
     let root = dir.join("root");
     let data = root.join(DATA);
     files::private_dir(&data)?;
     fs::set_permissions(&root, fs::Permissions::from_mode(0o755))?;
     fs::set_permissions(&data, fs::Permissions::from_mode(0o755))?;
     chown(&data, Some(uid), Some(gid))?;
-    // No block is kept for root. Nothing is left to be zeroed once it is mounted: a loop device does that by holes.
+    // Nothing is left to be zeroed once it is mounted: a loop device does that by holes.
     let extended = "nodiscard,lazy_itable_init=0,lazy_journal_init=0";
-    let args = ["-q", "-F", "-m", "0", "-E", extended, "-d"].map(OsStr::new);
-    let args = [&args[..], &[root.as_os_str(), image.as_os_str()]].concat();
-    MKFS.run(&args, long_for(size))?;
-    // And so does mkfs.
-    reserve(&file, size)?;
-    file.sync_all()?;
+    let options = ["-E".as_ref(), extended.as_ref(), "-d".as_ref(), root.as_os_str()];
+    ext4::make(&dir.join(FILE), size, &options)?.sync_all()?;
     files::remove_all(&root)
-}
-
-/// Has the file keep its room, where its filesystem can do that: those that write every block anew cannot.
-fn reserve(file: &File, size: u64) -> io::Result<()> {
-    match fallocate(file, FallocateFlags::empty(), 0, size) {
-        Err(Errno::OPNOTSUPP) => file.set_len(size),
-        result => Ok(result?),
-    }
 }
 
 /// Mounts the one in `dir` at `target`, unless it is. Gives the directory of the data.
@@ -87,7 +63,7 @@ pub(super) fn grow(dir: &Path, target: &Path, size: u64) -> io::Result<()> {
     let file = File::options().read(true).write(true).open(dir.join(FILE))?;
     let before = file.metadata()?.len();
     if before < size {
-        reserve(&file, size).inspect_err(|_| {
+        ext4::reserve(&file, size).inspect_err(|_| {
             let _ = file.set_len(before);
         })?;
         file.sync_all()?;

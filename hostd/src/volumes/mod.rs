@@ -23,7 +23,6 @@ mod resize;
 mod snapshots;
 mod stream;
 mod sweep;
-mod tool;
 mod transfer;
 mod zfs;
 
@@ -122,6 +121,10 @@ impl Volumes {
 
     /// Adds a provider. Repeated it does nothing.
     pub fn add_provider(&self, new: &NewProvider) -> Result<()> {
+        if let Some(dataset) = &new.dataset {
+            // Before it is made.
+            self.pools().check_datasets(&new.id, dataset)?;
+        }
         let pool = Pool::new(new)?;
         self.table().add(pool, new.default)
     }

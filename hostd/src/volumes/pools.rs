@@ -343,6 +343,29 @@ impl Pools {
         }
     }
 
+    /// Two providers have no dataset in common, and none is among the other's volumes.
+    pub(super) fn check_datasets(&self, pool: &str, dataset: &str) -> Result<()> {
+        let within = |inner: &str, outer: &str| {
+            let rest = inner.strip_prefix(outer);
+            inner == outer || rest.is_some_and(|rest| rest.starts_with(&format!("/{}", zfs::VOLUMES)))
+        };
+        let overlaps = |there: &&Pool| {
+            let other = there.dataset.as_deref().filter(|_| there.id != pool);
+            other.is_some_and(|other| within(dataset, other) || within(other, dataset))
+        };
+        match self.all.iter().find(overlaps) {
+            None => Ok(()),
+            Some(there) => Err(Error::invalid_field(
+                "dataset",
+                format!(
+                    "the provider {} keeps its volumes in {}: take another dataset",
+                    there.id,
+                    there.dataset.as_deref().unwrap_or_default()
+                ),
+            )),
+        }
+    }
+
     /// Takes one off the list. What is there stays there.
     pub(super) fn remove(&mut self, id: &str) -> Result<()> {
         let pool = self.get(id)?;

@@ -15,10 +15,10 @@ use super::pools::Pool;
 use super::record::{Form, Record};
 use super::stream::Header;
 use super::sweep::Unfinished;
-use super::tool::Tool;
 use super::{DATA, Volumes, btrfs, zfs};
 use crate::confine;
 use crate::files::{self, disk_error};
+use crate::tool::Tool;
 
 /// A program that writes or reads a snapshot's bytes.
 pub struct Mover {

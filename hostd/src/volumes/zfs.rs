@@ -14,11 +14,11 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
-use super::tool::{SHORT, Tool};
 use crate::files;
+use crate::tool::{SHORT, Tool};
 
 /// The dataset below the provider's own in which those of volumes are.
-const VOLUMES: &str = "volumes";
+pub(super) const VOLUMES: &str = "volumes";
 
 /// Where they are mounted, in the provider's directory.
 const MOUNTS: &str = ".data";
@@ -219,6 +219,8 @@ impl Zfs<'_> {
             let words = ["list", "-H", "-r", "-t", "filesystem,snapshot", "-o", "name"];
             let shown = zfs(&[&words[..], &[prefix.trim_end_matches('/')]].concat())?;
             let names = shown.lines().filter_map(|line| line.strip_prefix(&prefix));
+            // Ours have nothing below them.
+            let names = names.filter(|name| !name.contains('/'));
             let names: Vec<String> = names.map(str::to_owned).collect();
             let needed = needed(&names)?;
             let mut gone = false;

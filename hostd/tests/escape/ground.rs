@@ -19,7 +19,7 @@ use flynn_api::Env;
 use flynn_api::host::{Partition, UserNamespace};
 use flynn_hostd::caps::Set;
 use flynn_hostd::cgroup::{Group, Hierarchies, Limits};
-use flynn_hostd::container::{self, Container, Execution, FromInit, IDS, Pipes, Place};
+use flynn_hostd::container::{self, Container, Execution, FromInit, IDS, OwnLayer, Pipes, Place};
 use flynn_hostd::launch::{self, Bind, Launch};
 use rustix::mount::{MountPropagationFlags, mount_change};
 use rustix::thread::UnshareFlags;
@@ -112,6 +112,7 @@ impl Ground {
             host_network: false,
             host_pid_namespace: false,
             user_namespace: None,
+            apparmor: false,
             partition: Partition::User,
             limits: Limits {
                 memory: 256 << 20,
@@ -124,6 +125,7 @@ impl Ground {
                 io_read: 0,
                 io_write: 0,
             },
+            temp_disk: None,
             max_files: 1024,
             ports: Vec::new(),
             services: Vec::new(),
@@ -165,14 +167,6 @@ impl Ground {
     /// The job's directory.
     pub(crate) fn job(&self) -> PathBuf {
         self.dir.path().join("job")
-    }
-
-    /// Makes it as it was before the job ran.
-    pub(crate) fn renew(&self) {
-        for name in ["upper", "work"] {
-            fs::remove_dir_all(self.job().join(name)).unwrap();
-            fs::create_dir(self.job().join(name)).unwrap();
-        }
     }
 
     /// A directory of the host's that no container has, with a file `secret`.
@@ -406,13 +400,11 @@ fn contain(dir: &Path, executed: &[&str]) -> io::Result<()> {
         .first_id()
         .map(container::UserNamespace::create)
         .transpose()?;
-    if let Some(users) = &users {
-        let own = Some(users.first());
-        std::os::unix::fs::chown(job_dir.join("upper"), own, own)?;
-    }
-    let container = Container::create(&launch, &job_dir, &place, users.as_ref())?;
+    let own = OwnLayer::make(&launch, &job_dir)?;
+    let container = Container::create(&launch, &job_dir, &own, users.as_ref(), None)?;
     group.add(container.pid)?;
     container.go()?;
+    container.place(&place)?;
     let mut said = Ok(());
     while let Some(word) = container::receive(&container.init)? {
         match word {

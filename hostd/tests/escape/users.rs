@@ -116,7 +116,6 @@ fn files_of_root() {
         ids_of_container: true,
     });
     ground.launch.args[2] = "/data/program".into();
-    ground.renew();
     assert_eq!(ground.contain(), ["made"]);
     let program = fs::metadata(volume.join("program")).unwrap();
     assert_eq!((program.uid(), program.gid()), (0, 0));
@@ -124,7 +123,6 @@ fn files_of_root() {
     ground.launch.args = ["/data/program", "--look", "uid"].map(str::to_owned).into();
     ground.launch.uid = 1000;
     ground.launch.gid = 1000;
-    ground.renew();
     assert_eq!(ground.contain(), ["uid: 1000"]);
 }
 

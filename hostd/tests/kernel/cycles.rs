@@ -6,6 +6,7 @@ use std::fs;
 use std::path::Path;
 
 use flynn_api::host::JobState;
+use flynn_hostd::container::OwnLayer;
 use futures::future::join_all;
 
 use crate::host::{Host, pids_below};
@@ -83,7 +84,7 @@ async fn counts(host: &Host) -> Counts {
     pids.sort_unstable();
     pids.dedup();
     let maps = host.api.network().await.unwrap().maps;
-    let of_living = ["upper", "work", "root", "launch.json"];
+    let of_living = [&OwnLayer::NAMES[..], &["root", "launch.json"]].concat();
     let jobs = fs::read_dir(host.state.join("jobs")).unwrap().flatten();
     let working = jobs.map(|job| {
         of_living

@@ -6,6 +6,7 @@ use std::process::Command;
 use std::time::Duration;
 
 use flynn_api::host::{JobState, VolumeBinding};
+use flynn_hostd::container::OwnLayer;
 use flynn_hostd::status::Status;
 use rustix::mount::{MountFlags, UnmountFlags, mount, mount_bind, unmount};
 
@@ -61,7 +62,8 @@ pub(crate) async fn a_disk_that_is_full_at_any_step_is_said_and_survived() {
         }
         fs::remove_dir_all(&filler).unwrap();
         let gone = host.until(async || {
-            let tidy = ["upper", "work", "root", "launch.json"]
+            let tidy = [&OwnLayer::NAMES[..], &["root", "launch.json"]]
+                .concat()
                 .iter()
                 .all(|name| !job_dir.join(name).exists());
             (host.job_groups(&job.id).is_empty() && tidy && !socket(&job.id).exists()).then_some(())

@@ -1,13 +1,18 @@
 //! What is killed, broken, full or new, and what then.
 
 use std::fs;
+use std::os::unix::ffi::OsStrExt as _;
+use std::path::Path;
+use std::time::Duration;
 
 use flynn_api::ErrorCode;
 use flynn_api::host::{JobState, Mount, label};
+use flynn_hostd::container::OwnLayer;
 use flynn_hostd::status::Status;
-use rustix::mount::{MountFlags, mount};
+use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
 
 use crate::host::{Host, kill, lives};
+use crate::job_limits::resources;
 
 pub(crate) async fn containers_outlive_the_daemon() {
     let host = Host::boot().await;
@@ -77,6 +82,85 @@ pub(crate) async fn a_container_dies_with_its_supervisor() {
     );
 }
 
+/// The supervisor of a job, of which nobody else has heard yet, and what it has begun that is no other program yet.
+fn supervisors_of(job_dir: &Path) -> Vec<u32> {
+    let end = [job_dir.as_os_str().as_bytes(), b"\0"].concat();
+    let processes = fs::read_dir("/proc").unwrap().flatten();
+    let pids = processes.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
+    pids.filter(|pid| {
+        let arguments = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+        arguments.starts_with(b"flynn-host\0supervise\0") && arguments.ends_with(&end)
+    })
+    .collect()
+}
+
+/// At whatever moment of a start: while it makes the job's disk, its groups, or the container.
+pub(crate) async fn supervisors_killed_while_they_start_leave_nothing() {
+    let long = std::env::var("FLYNN_TEST_LONG").is_ok_and(|long| long == "1");
+    let host = Host::boot().await;
+    host.finish(&host.job("true")).await;
+    let (mut before, mut after) = (0, 0);
+    for round in 0..if long { 300 } else { 30 } {
+        let mut job = host.job("sleep 1000");
+        job.resources = resources(&["temp_disk=16MB", "memory=64MB"]);
+        let dir = host.state.join("jobs").join(&job.id);
+        // Most is done within the first moments.
+        let delay = match round % 3 {
+            0 => Duration::from_millis(7 * round % 200),
+            _ => Duration::from_micros(rand::random_range(0..30_000)),
+        };
+        let strike = async {
+            let look = async {
+                while supervisors_of(&dir).is_empty() {
+                    tokio::task::yield_now().await;
+                }
+            };
+            let there = tokio::time::timeout(Duration::from_mins(1), look).await;
+            there.expect("a supervisor");
+            tokio::time::sleep(delay).await;
+            let found = supervisors_of(&dir);
+            // The last is often the container's init.
+            let struck = if round % 2 == 0 {
+                found.first()
+            } else {
+                found.last()
+            };
+            eprintln!("{} after {delay:?}: {struck:?} of {found:?}", job.id);
+            if let Some(pid) = struck {
+                kill(*pid, 9);
+            }
+        };
+        let (added, ()) = tokio::join!(host.api.add_job(&job), strike);
+        if let Ok(()) = added {
+            let ended = host.end(&job.id).await;
+            assert!(ended.status != JobState::Done, "{ended:?}");
+            if ended.started_at.is_some() {
+                after += 1;
+            } else {
+                before += 1;
+            }
+        } else {
+            before += 1;
+        }
+        let gone = host.until(async || {
+            let left = OwnLayer::NAMES.iter().chain(&["root", "launch.json"]);
+            let tidy = !left.into_iter().any(|name| dir.join(name).exists());
+            (tidy && host.job_groups(&job.id).is_empty() && supervisors_of(&dir).is_empty()).then_some(())
+        });
+        assert!(
+            gone.await.is_some(),
+            "round {round}: something is left\n{}",
+            host.log()
+        );
+    }
+    eprintln!("{before} before their program ran, {after} after");
+    assert!(
+        before > 0 && after > 0,
+        "{before} and {after}: the test did not test"
+    );
+    host.finish(&host.job("true")).await;
+}
+
 pub(crate) async fn a_kept_job_survives_its_supervisor() {
     let host = Host::boot().await;
     let mut job = host.job("echo up; sleep 1000");
@@ -97,6 +181,34 @@ pub(crate) async fn a_kept_job_survives_its_supervisor() {
         job.status == JobState::Running && job.supervisor_pid != second.supervisor_pid
     });
     assert_eq!(third.await.restarts, 2);
+}
+
+/// What was stopped stays so, though nothing was there to be stopped, and the daemon that was told is gone.
+pub(crate) async fn a_stop_between_two_starts_is_kept() {
+    let host = Host::boot().await;
+    let mut job = host.job("sleep 1000");
+    job.resurrect = true;
+    let first = host.run(&job).await;
+    host.kill_daemon();
+    kill(first.supervisor_pid.unwrap(), 9);
+    let ended = host.until(async || (!lives(first.pid.unwrap())).then_some(()));
+    assert!(ended.await.is_some());
+    // What it needs is away for a while.
+    for entry in fs::read_dir("/run/flynn/layers").unwrap() {
+        let _ = unmount(entry.unwrap().path(), UnmountFlags::DETACH);
+    }
+    let (layers, away) = (host.state.join("layers"), host.state.join("away"));
+    fs::rename(&layers, &away).unwrap();
+    host.start().await;
+    host.wait(&job.id, |job| job.error.is_some()).await;
+    host.api.stop_job(&job.id).await.unwrap();
+    host.kill_daemon();
+    fs::remove_dir_all(&layers).unwrap();
+    fs::rename(&away, &layers).unwrap();
+    host.start().await;
+    let stopped = host.end(&job.id).await;
+    assert_eq!(stopped.started_at, first.started_at, "{stopped:?}");
+    host.finish(&host.job("true")).await;
 }
 
 pub(crate) async fn a_broken_record_harms_no_other() {

@@ -169,8 +169,13 @@ impl Host {
     pub(crate) async fn update(&self, binary: Option<&Path>) -> flynn_api::Result<Updated> {
         let binary = binary.map(|path| path.to_str().unwrap().to_owned());
         let updated = self.api.update(&Update { binary }).await?;
-        self.successor.set(Some(updated.pid));
+        self.follow(&updated);
         Ok(updated)
+    }
+
+    /// Notes whose work the daemon's is now.
+    pub(crate) fn follow(&self, updated: &Updated) {
+        self.successor.set(Some(updated.pid));
     }
 
     /// Whether the daemon that was started, and not one that has taken over from it, has ended.

@@ -10,7 +10,7 @@ use std::time::{Duration, SystemTime};
 
 use axum::Router;
 use flynn_api::Digest;
-use flynn_api::host::{Job, JobState};
+use flynn_api::host::{Job, JobState, Updated};
 use flynn_api::image::LayerGc;
 use flynn_api::server::{Listener, serve};
 use http::{HeaderMap, StatusCode, Uri};
@@ -371,12 +371,10 @@ fn done(command: &mut Command) -> Output {
     output
 }
 
-/// The whole way: a keeper publishes, a host downloads over HTTP, is killed again and again, and runs a job of it.
-pub(crate) async fn releases_survive_kills_of_the_downloader() {
-    let host = Host::new(|_| {});
-    host.start().await;
-    let dir = host.state.parent().unwrap().to_owned();
-    let (images, keys, repository) = (dir.join("images"), dir.join("keys"), dir.join("repository"));
+/// A repository with the release 1.2.3, of the test image and this program.
+fn published(host: &Host, program: &Path) -> PathBuf {
+    let [images, keys, repository] =
+        ["images", "keys", "repository"].map(|name| host.state.with_file_name(name));
     fs::create_dir_all(images.join("layers")).unwrap();
     fs::copy(
         &host.layer_file,
@@ -386,20 +384,98 @@ pub(crate) async fn releases_survive_kills_of_the_downloader() {
     let manifest = host.artifact().manifest.unwrap();
     fs::write(images.join("busybox.json"), manifest.canonical_json()).unwrap();
     let shown = repository.to_str().unwrap();
-    done(&mut flynn_host(
-        &["repository", "init", shown],
-        &[("--keys", &keys)],
-    ));
-    let program = dir.join("flynn-host");
+    let keeps = |args: &[&str], paths: &[(&str, &Path)]| {
+        let keys = [("--keys", keys.as_path())];
+        let args = [&["repository"], args, &[shown]].concat();
+        done(&mut flynn_host(&args, &[&keys, paths].concat()));
+    };
+    keeps(&["init"], &[]);
+    keeps(
+        &["publish", "--release", "1.2.3"],
+        &[("--images", &images), ("--program", program)],
+    );
+    keeps(&["refresh"], &[]);
+    repository
+}
+
+pub(crate) async fn a_release_s_program_takes_over() {
+    let host = Host::new(|_| {});
+    let place = host.state.join("bin");
+    fs::create_dir(&place).unwrap();
+    let own = place.join("flynn-host");
+    fs::copy(BINARY, &own).unwrap();
+    host.start_program(&own).await;
+    host.put_layer(&host.layer_file).await.unwrap();
+    let standing = host.job("sleep 1000");
+    let before = host.run(&standing).await;
+
+    let released = host.state.with_file_name("flynn-host");
+    fs::copy(BINARY, &released).unwrap();
+    // Another end, by which it is known again.
+    let end = fs::OpenOptions::new().append(true).open(&released).unwrap();
+    std::io::Write::write_all(&mut &end, b"released").unwrap();
+    drop(end);
+    let repository = published(&host, &released);
+    let update = |args: &[&str], paths: &[(&str, &Path)]| {
+        let state = [("--state", host.state.as_path())];
+        let args = [&["update", "--json"], args].concat();
+        flynn_host(&args, &[&state, paths].concat()).output().unwrap()
+    };
+    // Without a root nothing is trusted, and what is not what its keeper has signed is not taken.
+    let root = repository.join("metadata/1.root.json");
+    let from: [(&str, &Path); 2] = [("--repository", &repository), ("--root", &root)];
+    assert!(!update(&[], &from[..1]).status.success());
+    let programs = repository.join("targets/stable/1.2.3");
+    let signed = fs::read_dir(&programs)
+        .unwrap()
+        .map(|entry| entry.unwrap().path())
+        .find(|path| path.to_str().unwrap().ends_with(".flynn-host"))
+        .unwrap();
+    let good = fs::read(&signed).unwrap();
+    let mut bad = good.clone();
+    *bad.last_mut().unwrap() ^= 1;
+    fs::write(&signed, bad).unwrap();
+    let refused = update(&[], &from);
+    assert!(!refused.status.success(), "{refused:?}");
+    assert_eq!(host.api.status().await.unwrap().pid, host.daemon_pid());
+    assert!(!fs::read(&own).unwrap().ends_with(b"released"));
+
+    fs::write(&signed, good).unwrap();
+    // One at a time; and what one left that was killed is no obstacle.
+    let works = host.state.join("update");
+    let other = fs::File::open(works.join("lock")).unwrap();
+    other.lock().unwrap();
+    let refused = update(&[], &[]);
+    assert!(
+        String::from_utf8_lossy(&refused.stderr).contains("another update is under way"),
+        "{refused:?}"
+    );
+    drop(other);
+    fs::write(works.join("flynn-host"), "a beginning").unwrap();
+    let output = update(&[], &[]);
+    assert!(output.status.success(), "{output:?}\n{}", host.log());
+    let updated: Updated = serde_json::from_slice(&output.stdout).unwrap();
+    host.follow(&updated);
+    assert_eq!(host.api.status().await.unwrap().pid, updated.pid);
+    assert!(fs::read(&own).unwrap().ends_with(b"released"));
+    let left = fs::read_dir(&works).unwrap();
+    let left: Vec<_> = left.map(|entry| entry.unwrap().file_name()).collect();
+    assert_eq!(left, ["lock"]);
+    assert_eq!(host.api.job(&standing.id).await.unwrap().pid, before.pid);
+    // What is installed is taken as it is.
+    let output = update(&["--installed"], &[]);
+    assert!(output.status.success(), "{output:?}");
+    host.follow(&serde_json::from_slice(&output.stdout).unwrap());
+    host.finish(&host.job("true")).await;
+}
+
+/// The whole way: a keeper publishes, a host downloads over HTTP, is killed again and again, and runs a job of it.
+pub(crate) async fn releases_survive_kills_of_the_downloader() {
+    let host = Host::new(|_| {});
+    host.start().await;
+    let program = host.state.with_file_name("flynn-host");
     fs::write(&program, "a program").unwrap();
-    done(&mut flynn_host(
-        &["repository", "publish", shown, "--release", "1.2.3"],
-        &[("--keys", &keys), ("--images", &images), ("--program", &program)],
-    ));
-    done(&mut flynn_host(
-        &["repository", "refresh", shown],
-        &[("--keys", &keys)],
-    ));
+    let repository = published(&host, &program);
 
     // Each request brings a few bytes more of the layer before it is cut off by the client's end.
     let served = repository.clone();

@@ -7,9 +7,9 @@ use flynn_api::host::{ActiveJob, JobEventKind, JobState};
 use flynn_api::resources::Resources;
 use futures::StreamExt as _;
 
-use crate::host::{Host, PATIENCE};
+use crate::host::{Host, PATIENCE, kill};
 
-fn resources(limits: &[&str]) -> Resources {
+pub(crate) fn resources(limits: &[&str]) -> Resources {
     Resources::parse(limits.iter().copied()).unwrap()
 }
 
@@ -210,4 +210,64 @@ pub(crate) async fn want_is_told_and_use_is_counted() {
     for job in [busy, greedy] {
         assert!(!host.api.job(&job).await.unwrap().status.is_terminal());
     }
+}
+
+/// The files behind the loop devices that belong to a job.
+fn temporary_disks(host: &Host, id: &str) -> Vec<String> {
+    let dir = format!("{}/", host.state.join("jobs").join(id).display());
+    let devices = fs::read_dir("/sys/block").unwrap();
+    let files =
+        devices.filter_map(|it| fs::read_to_string(it.unwrap().path().join("loop/backing_file")).ok());
+    files.filter(|file| file.starts_with(&dir)).collect()
+}
+
+pub(crate) async fn temporary_disks_are_full_for_their_job_alone() {
+    let host = Host::boot().await;
+    let mut job = host.job(
+        "test -e /big && echo old; dd if=/dev/zero of=/big bs=1M count=64 || echo full; rm /big; \
+         echo room > /more && cat /more; dd if=/dev/zero of=/big bs=1M count=8; exit 1",
+    );
+    job.resources = resources(&["temp_disk=32MB"]);
+    job.resurrect = true;
+    host.run(&job).await;
+    // Each run has an empty one.
+    host.wait(&job.id, |job| job.restarts > 1).await;
+    host.api.stop_job(&job.id).await.unwrap();
+    host.end(&job.id).await;
+    let lines = host.lines(&job.id).await;
+    let said = |text: &str| lines.iter().filter(|line| line.msg == text).count();
+    assert!(
+        said("full") > 1 && said("room") > 1 && said("old") == 0,
+        "{lines:?}"
+    );
+    let job_dir = host.state.join("jobs").join(&job.id);
+    let gone = host.until(async || {
+        let left = ["upper", "work", "temp", "temp.ext4"].iter();
+        let left = left.filter(|name| job_dir.join(name).exists()).count();
+        (left == 0 && temporary_disks(&host, &job.id).is_empty()).then_some(())
+    });
+    assert!(gone.await.is_some(), "{:?}", temporary_disks(&host, &job.id));
+
+    // What dies with its supervisor has nobody to tidy up after it.
+    let mut killed = host.job("sleep 1000");
+    killed.resources = resources(&["temp_disk=16MB"]);
+    let running = host.run(&killed).await;
+    assert_eq!(temporary_disks(&host, &killed.id).len(), 1, "it has one");
+    kill(running.supervisor_pid.unwrap(), 9);
+    host.end(&killed.id).await;
+    let gone = host.until(async || temporary_disks(&host, &killed.id).is_empty().then_some(()));
+    assert!(gone.await.is_some(), "{:?}", temporary_disks(&host, &killed.id));
+
+    let mut small = host.job("true");
+    small.resources = resources(&["temp_disk=1MB"]);
+    let refused = host.api.add_job(&small).await.unwrap_err();
+    assert_eq!(refused.code, ErrorCode::Validation);
+    assert!(
+        refused.message.starts_with("resources.temp_disk: "),
+        "{refused:?}"
+    );
+    small.resources = resources(&["temp_disk=1000000TB"]);
+    let (ended, _) = host.finish(&small).await;
+    assert_eq!(ended.status, JobState::Failed);
+    assert!(ended.error.as_ref().unwrap().contains("temp_disk"), "{ended:?}");
 }

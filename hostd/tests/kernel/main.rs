@@ -6,6 +6,7 @@
     reason = "a test says what is wrong by panicking"
 )]
 
+mod apparmor;
 mod attached;
 mod commands;
 mod container;
@@ -67,12 +68,13 @@ fn main() -> ExitCode {
         attached: pipes_lose_nothing terminals_have_sizes_and_signals attaches_before_and_after programs_run_beside_the_job_s
             programs_end_with_their_client_or_their_job ports_of_jobs_are_reached;
         faults: containers_outlive_the_daemon an_end_without_a_daemon_is_kept
-            a_container_dies_with_its_supervisor a_kept_job_survives_its_supervisor a_broken_record_harms_no_other
+            a_container_dies_with_its_supervisor a_kept_job_survives_its_supervisor a_stop_between_two_starts_is_kept
+            a_broken_record_harms_no_other
             a_container_that_hangs_is_stopped_soon devices_are_refused_before_the_start
             wrong_layers_leave_nothing a_full_disk_is_said_and_survived a_new_boot_is_noticed a_kept_job_comes_back_after_a_shutdown
             two_daemons_do_not_share_a_state;
         disk: a_disk_that_is_full_at_any_step_is_said_and_survived;
-        upgrade: an_update_is_noticed_by_nobody an_update_that_fails_changes_nothing a_new_program_is_put_in_place
+        upgrade: an_update_is_noticed_by_nobody nobody_lingers_without_a_successor an_update_that_fails_changes_nothing a_new_program_is_put_in_place
             supervisors_of_other_versions_are_understood
             updates_under_load_lose_nothing kills_under_load_lose_nothing;
         commands: tags_and_drains_are_kept what_is_ill_is_mended what_there_is_to_know_is_collected
@@ -80,16 +82,21 @@ fn main() -> ExitCode {
         cycles: cycles_leave_nothing;
         images: damaged_layers_are_set_aside_and_fetched_again fetches_go_on_after_the_daemon_s_end
             layers_are_collected_before_the_disk_is_full collecting_takes_nothing_from_starting_jobs
-            releases_survive_kills_of_the_downloader a_full_disk_in_the_middle_leaves_what_came;
-        network: containers_have_addresses services_are_registered missing_layers_are_fetched
+            releases_survive_kills_of_the_downloader a_release_s_program_takes_over a_full_disk_in_the_middle_leaves_what_came;
+        network: containers_have_addresses addresses_of_spares_come_back services_are_registered missing_layers_are_fetched
             other_hosts_are_encrypted_with_or_named;
         openapi: calls_are_as_the_document_says;
         escape: our_program_is_read_only_for_containers images_grant_no_capabilities deep_directories_are_removed;
     ];
     let on_ext4: Tests = tests![
+        faults: supervisors_killed_while_they_start_leave_nothing;
+        job_limits: temporary_disks_are_full_for_their_job_alone;
         limits: a_full_image_is_contained;
         crashes: images_outlive_daemons_and_boots;
         destroy: all_volumes_are_destroyed_or_none;
+    ];
+    let of_apparmor: Tests = tests![
+        apparmor: jobs_are_confined_and_the_platform_s_are_not;
     ];
     let of_users: Tests = tests![
         user_namespaces: root_is_nobody_on_the_host volumes_are_handed_on some_jobs_have_none ranges_are_one_jobs_alone
@@ -111,6 +118,7 @@ fn main() -> ExitCode {
         zfs: a_full_dataset_is_contained datasets_have_snapshots datasets_are_sent_and_received datasets_survive_kills;
     ];
     let no_users = lacks.clone().or_else(user_namespaces::lacks);
+    let no_apparmor = lacks.clone().or_else(apparmor::lacks);
     let no_ext4 = lacks.clone().or_else(|| volumes::lacks("ext4", "e2fsprogs"));
     let no_btrfs = lacks.clone().or_else(|| volumes::lacks("btrfs", "btrfs-progs"));
     let trial = |lacks: &Option<String>, (name, test): (&'static str, fn())| match lacks {
@@ -131,6 +139,7 @@ fn main() -> ExitCode {
     let all = [
         (tests, lacks),
         (of_users, no_users),
+        (of_apparmor, no_apparmor),
         (of_users_and_volumes, neither),
         (on_ext4, no_ext4),
         (on_ext4_that_grows, no_growth),

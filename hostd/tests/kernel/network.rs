@@ -95,6 +95,39 @@ pub(crate) async fn containers_have_addresses() {
     assert!(gone.is_some(), "{:?}", host.api.network().await);
 }
 
+/// What a supervisor that waits for a job has reserved is not lost, however the daemon ends, nor kept from a job.
+pub(crate) async fn addresses_of_spares_come_back() {
+    let host = Host::boot().await;
+    let few = NetworkConfig {
+        subnet: "100.100.7.0/29".into(),
+        ..config()
+    };
+    host.api.configure_network(&few).await.unwrap();
+    let fill = async || {
+        let mut running = Vec::new();
+        // Of eight addresses one is the network's, one the gateway's, one the broadcast's.
+        for _ in 0..5 {
+            let job = host.run(&networked(&host, "sleep 1000")).await;
+            assert_eq!(job.status, JobState::Running, "{job:?}");
+            running.push(job.job.id);
+        }
+        let refused = host.api.add_job(&networked(&host, "true")).await.unwrap_err();
+        assert!(refused.message.contains("addresses"), "{refused:?}");
+        for id in running {
+            host.api.stop_job(&id).await.unwrap();
+            host.end(&id).await;
+        }
+        let gone = host.until(async || host.api.network().await.ok()?.endpoints.is_empty().then_some(()));
+        assert!(gone.await.is_some(), "{:?}", host.api.network().await);
+    };
+    fill().await;
+    host.kill_daemon();
+    host.start().await;
+    fill().await;
+    host.update(None).await.unwrap();
+    fill().await;
+}
+
 type Registry = Arc<Mutex<BTreeMap<String, Instance>>>;
 
 /// As much of discoverd as a supervisor needs.

@@ -22,7 +22,7 @@ use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
 
 use crate::attached::{expect, read_all, request, send};
-use crate::host::{BINARY, Host, PATIENCE, lives};
+use crate::host::{BINARY, Host, PATIENCE, kill, lives};
 use crate::network::{config, networked};
 
 /// Lines that a short job says, and its exit status.
@@ -127,6 +127,31 @@ pub(crate) async fn an_update_is_noticed_by_nobody() {
         "nothing is left for the first daemon to do"
     );
     host.finish(&host.job("true")).await;
+}
+
+/// One that has handed over and has clients yet ends when the other is killed: whoever restarts daemons sees that there is
+/// none.
+pub(crate) async fn nobody_lingers_without_a_successor() {
+    let host = Host::boot().await;
+    let mut typed = host.job("exec cat");
+    typed.config.stdin = true;
+    let before = host.run(&typed).await;
+    let attached = host.api.attach(&request(&typed)).await.unwrap();
+    // Nor is it enough that the successor has ended, which has handed over as well.
+    let next = host.update(None).await.unwrap();
+    let last = host.update(None).await.unwrap();
+    let gone = host.until(async || (!lives(next.pid)).then_some(()));
+    assert!(gone.await.is_some(), "{}", host.log());
+    sleep(Duration::from_secs(2)).await;
+    assert!(!host.first_daemon_ended(), "it has a client");
+    kill(last.pid, 9);
+    let ended = host.until(async || host.first_daemon_ended().then_some(()));
+    assert!(ended.await.is_some(), "{}", host.log());
+    drop(attached);
+    host.kill_daemon();
+    host.start().await;
+    let after = host.wait(&typed.id, |job| job.status == JobState::Running).await;
+    assert_eq!(after.pid, before.pid);
 }
 
 /// A program that is no good.

@@ -11,7 +11,7 @@ use flynn_api::host::{ActiveJob, ExecRequest, Job, JobState, UserNamespace, Volu
 use flynn_api::volume::{NewProvider, NewVolume, ProviderKind};
 use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
 
-use crate::host::Host;
+use crate::host::{Host, kill, lives};
 use crate::network::{config, networked};
 
 /// What the machine lacks for these tests.
@@ -351,6 +351,21 @@ pub(crate) async fn ranges_are_one_jobs_alone() {
     assert!(
         status.contains(&format!("Uid:\t{}\t", first_id(&one))),
         "{status}"
+    );
+    // Nor is it given away while a daemon that begins takes up what there is.
+    host.kill_daemon();
+    let gone = again.supervisor_pid.unwrap();
+    kill(gone, 9);
+    assert!(host.until(async || (!lives(gone)).then_some(())).await.is_some());
+    host.start().await;
+    let third = host.wait(&kept.id, |job| {
+        job.status == JobState::Running && job.supervisor_pid != Some(gone)
+    });
+    let third = first_id(&third.await);
+    let others = all.into_iter().filter(|first| *first != first_id(&one));
+    assert!(
+        others.into_iter().all(|first| first != third),
+        "{third} is another's"
     );
 }
 

@@ -6,7 +6,9 @@ use flynn_overlay::DropReason;
 
 use crate::{
     cluster::Cluster,
-    support::{Datagrams, MEGABYTES, arrives, drops, eventually, ip, live, segmented, tcp_echo, udp_echo},
+    support::{
+        Datagrams, MEGABYTES, arrives, drops, eventually, ip, live, rounds, segmented, tcp_echo, udp_echo,
+    },
 };
 
 /// From a single byte to what takes many packets, with the edges of the tunnel between.
@@ -144,7 +146,7 @@ pub(crate) fn streams_outlive_daemons() {
         let (a, b) = (cluster.nodes[0].attach(2), cluster.nodes[1].attach(2));
         let there = Datagrams::start(&a.namespace, &b.namespace, b.ipv4.into());
         let back = Datagrams::start(&b.namespace, &a.namespace, a.ipv4.into());
-        for _ in 0..5 {
+        for _ in 0..rounds() / 2 {
             for node in &mut cluster.nodes {
                 node.restart();
                 // Before anybody says which hosts there are, those which there were stay.

@@ -10,7 +10,8 @@ use std::{
 use flynn_overlay::{Attachment, DropReason, Network, NetworkConfig, Reconciled, host_interface};
 
 use crate::support::{
-    Container, Datagrams, Host, Namespace, address, drops, eventually, ip, live, patient, tcp_echo, udp,
+    Container, Datagrams, Host, Namespace, address, drops, eventually, ip, live, patient, rounds, tcp_echo,
+    udp,
 };
 
 /// A connection on which every byte comes back.
@@ -82,7 +83,7 @@ pub(crate) fn no_datagram_is_lost() {
         );
         let stream = Datagrams::start(&a.namespace, &b.namespace, b.ipv4.into());
         drop(network);
-        for _ in 0..20 {
+        for _ in 0..2 * rounds() {
             drop(host.network().await);
         }
         stream.arrive();

@@ -29,6 +29,12 @@ pub(crate) const MEGABYTES: usize = 8 << 20;
 /// How long anything may take that is not a hang.
 pub(crate) const PATIENCE: Duration = Duration::from_mins(1);
 
+/// How often to do a thing that is to be done often: each time has the kernel look through all programs.
+pub(crate) fn rounds() -> usize {
+    let long = std::env::var("FLYNN_TEST_LONG").is_ok_and(|long| long == "1");
+    if long { 40 } else { 4 }
+}
+
 /// The host that a test runs in.
 pub(crate) struct Host {
     pub(crate) pins: PathBuf,

@@ -99,6 +99,7 @@ const PACKAGES: &[(&str, &str, Need)] = &[
     ("squashfs-tools", "makes image layers in them", Need::Vm),
     ("e2fsprogs", "makes volumes with limits in them", Need::Vm),
     ("btrfs-progs", "makes volumes with snapshots in them", Need::Vm),
+    ("apparmor", "confines jobs in them", Need::Vm),
 ];
 
 /// Those of Debian alone: Ubuntu's kernel has a ZFS, whose programs do not go with these.

@@ -18,6 +18,7 @@ mount -t devpts pts /dev/pts
 mount -t tmpfs -o mode=1777 tmp /tmp
 mount -t tmpfs run /run
 mount -t bpf bpf /sys/fs/bpf
+mount -t securityfs security /sys/kernel/security
 mount -t cgroup2 cgroup /sys/fs/cgroup
 # What tests look for before the kernel would load it: not each kernel has all of them as modules.
 modprobe -aq overlay squashfs loop ext4 btrfs

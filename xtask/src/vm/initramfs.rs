@@ -1,6 +1,7 @@
-//! The file system of a machine: test programs, what they call, and the libraries of both.
+//! The file system of a machine: test programs, which are linked statically, what they call, and its libraries.
 
-use super::{Kernel, Run, SLOW, Selection, kernel};
+use super::plan::{Run, SLOW};
+use super::{Kernel, Selection, kernel};
 use crate::exec;
 use anyhow::{Context, Result};
 use std::collections::{BTreeMap, BTreeSet};
@@ -11,7 +12,7 @@ use std::process::{Command, Stdio};
 
 const INIT: &str = include_str!("init.sh");
 /// What tests and the host's daemon call, and the kernel for its modules.
-const TOOLS: [&str; 7] = [
+const TOOLS: [&str; 8] = [
     "ip",
     "nft",
     "modprobe",
@@ -19,6 +20,7 @@ const TOOLS: [&str; 7] = [
     "mkfs.ext4",
     "mkfs.btrfs",
     "btrfs",
+    "apparmor_parser",
 ];
 /// How long one test program may take, in seconds.
 const LIMIT: u32 = 900;
@@ -55,6 +57,14 @@ pub(super) fn make(
         std::fs::copy(from, root.join(to)).with_context(|| format!("cannot copy {}", from.display()))?;
         libraries.extend(libraries_of(from));
     }
+    // The C library opens it when a thread ends before its time, and names it nowhere.
+    let unwinder = |library: &PathBuf| {
+        library
+            .ends_with("libc.so.6")
+            .then(|| library.with_file_name("libgcc_s.so.1"))
+    };
+    let unwinder: Vec<PathBuf> = libraries.iter().filter_map(unwinder).collect();
+    libraries.extend(unwinder.into_iter().filter(|library| library.exists()));
     let below = |path: &Path| root.join(path.strip_prefix("/").unwrap_or(path));
     let tests: BTreeMap<&Path, PathBuf> = runs
         .iter()
@@ -65,7 +75,6 @@ pub(super) fn make(
         parents(&to)?;
         // Without what debuggers read, which is nine tenths of it.
         exec::quiet(Command::new("strip").arg("-o").args([&to, from]))?;
-        libraries.extend(libraries_of(from));
     }
     for library in libraries {
         let to = below(&library);

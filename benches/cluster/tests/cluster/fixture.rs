@@ -49,10 +49,11 @@ pub(crate) fn shared(artifacts: Option<Artifacts>) -> Shared {
 pub(crate) fn run(shared: &Shared, test: crate::Test) -> Result<(), Failed> {
     let mut cluster = shared.lock().map_err(|_| "an earlier test panicked")?;
     test(&mut cluster).map_err(|error| {
-        eprintln!("    it failed: {error:#}");
         if let Some(platform) = &cluster.platform {
             platform.dump();
         }
+        // After all that, for whoever sees the end alone.
+        eprintln!("    it failed: {error:#}");
         format!("{error:#}").into()
     })
 }

@@ -94,21 +94,21 @@ pub(crate) fn listed(cluster: &mut Cluster) -> Result<()> {
                         && leaders == 1,
                     "{members:?}"
                 );
+                let status: OwnStatus =
+                    serde_json::from_str(&flynn_host(platform, host, &["discoverd", "status", "--json"])?)?;
+                ensure!(
+                    ["leader", "follower"].contains(&status.state.as_str()) && status.applied > 0,
+                    "{status:?}"
+                );
+                let hosts: Vec<Instance> = serde_json::from_str(&flynn_host(
+                    platform,
+                    host,
+                    &["discover", "flynn-host", "--json"],
+                )?)?;
+                ensure!(hosts.len() == MEMBERS.len(), "{hosts:?}");
                 Ok(Some(()))
             },
         )?;
-        let status: OwnStatus =
-            serde_json::from_str(&flynn_host(platform, host, &["discoverd", "status", "--json"])?)?;
-        ensure!(
-            ["leader", "follower"].contains(&status.state.as_str()) && status.applied > 0,
-            "{status:?}"
-        );
-        let hosts: Vec<Instance> = serde_json::from_str(&flynn_host(
-            platform,
-            host,
-            &["discover", "flynn-host", "--json"],
-        )?)?;
-        ensure!(hosts.len() == MEMBERS.len(), "{hosts:?}");
     }
     let refused = flynn_host(platform, 1, &["demote", "nobody"])
         .err()

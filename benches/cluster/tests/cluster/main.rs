@@ -4,6 +4,7 @@
 //! as well: `cargo test -p flynn-cluster-tests -- shell`.
 
 mod containers;
+mod drain;
 mod faults;
 mod fixture;
 mod floating;
@@ -70,6 +71,7 @@ const TESTS: &[(&str, Test)] = &[
     ("forged_packets_are_dropped_and_counted", network::forged),
     ("isolation_holds_across_hosts", network::isolated),
     ("what_the_network_does_is_seen", network::seen),
+    ("a_drained_host_s_jobs_go_elsewhere", drain::drained),
     ("killed_daemons_cost_no_packet", network::killed),
     ("routes_by_port_lead_to_containers", routes::lead),
     ("an_upgrade_costs_no_packet", network::upgraded),

@@ -81,10 +81,9 @@ pub(crate) fn forged(cluster: &mut Cluster) -> Result<()> {
     let to = SocketAddr::from((far.address, traffic::PORT)).to_string();
     let reached = stranger.run(PROGRAM, [traffic::COMMAND, "connects", &to])?;
     ensure!(reached.trim() == "false", "a stranger reaches a container");
-    ensure!(
-        near.connects(platform, to.parse()?)?,
-        "a container does not reach one of its own app"
-    );
+    until(LIMIT, "a container reaches one of its own app", || {
+        Ok(near.connects(platform, to.parse()?)?.then_some(()))
+    })?;
     Ok(())
 }
 
@@ -215,7 +214,9 @@ pub(crate) fn isolated(cluster: &mut Cluster) -> Result<()> {
     all(false)?;
     rises(platform, &MEMBERS, "isolated", before)?;
     for own in &containers[1..] {
-        ensure!(reach(own, target)?, "{own:?} does not reach its own app");
+        until(LIMIT, "its own app is reached", || {
+            Ok(reach(own, target)?.then_some(()))
+        })?;
     }
     ensure!(
         platform.get(&format!("{APP}.{DOMAIN}"), "/")?.status.is_success(),
@@ -232,11 +233,10 @@ pub(crate) fn isolated(cluster: &mut Cluster) -> Result<()> {
     let postgres = containers_on(platform, "postgres", &MEMBERS)?;
     let postgres = postgres.first().context("there is no postgres")?;
     for other in &others {
-        ensure!(
-            other.connects(platform, SocketAddr::from((postgres.address, 5432)))?,
-            "postgres cannot be reached from host {}",
-            other.host
-        );
+        let service = SocketAddr::from((postgres.address, 5432));
+        until(LIMIT, "postgres is reached", || {
+            Ok(other.connects(platform, service)?.then_some(()))
+        })?;
         let before = dropped(platform, &MEMBERS, "port_closed")?;
         ensure!(
             !other.connects(platform, SocketAddr::from((postgres.address, 7)))?,

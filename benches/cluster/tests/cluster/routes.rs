@@ -182,10 +182,12 @@ pub(crate) fn lead(cluster: &mut Cluster) -> Result<()> {
         doors(platform, &MEMBERS, STICKY),
     );
     reach(platform, &spread_doors, &addresses(&containers))?;
-    for seen in [
-        connections(platform, 5, &sticky_doors)?,
-        datagrams(platform, 5, &sticky_doors)?,
-    ] {
+    // Those routes were made after the others.
+    let (tcp, udp) = until(LIMIT, "sticky routes lead to containers", || {
+        let tcp = connections(platform, 5, &sticky_doors)?;
+        Ok(Some((tcp, datagrams(platform, 5, &sticky_doors)?)))
+    })?;
+    for seen in [tcp, udp] {
         see_the_client(&seen)?;
         // One address by IPv4 and one by IPv6.
         for four in [true, false] {

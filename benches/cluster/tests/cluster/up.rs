@@ -67,8 +67,7 @@ impl Lab {
     fn port_in_use(&self) -> Result<()> {
         let taken = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
         let port = taken.local_addr()?.port().to_string();
-        let args = ["--yes", "--http-port", &port, "--https-port", "0"];
-        let output = self.xtask("up", &args).output()?;
+        let output = self.up_at(&port).output()?;
         let said = String::from_utf8_lossy(&output.stderr);
         ensure!(
             !output.status.success() && said.contains(&port) && said.contains("--http-port"),
@@ -92,7 +91,16 @@ impl Lab {
     }
 
     fn up(&self) -> Command {
-        self.xtask("up", &["--yes", "--http-port", "0", "--https-port", "0"])
+        self.up_at("0")
+    }
+
+    fn up_at(&self, http_port: &str) -> Command {
+        let mut up = self.xtask("up", &["--yes", "--http-port", http_port, "--https-port", "0"]);
+        // What is built already.
+        if self.artifacts.is_debug {
+            up.arg("--debug");
+        }
+        up
     }
 
     /// Kills it some time after it has said this.

@@ -129,7 +129,7 @@ impl Cluster {
 
     fn spawn(&self, ip: Ipv4Addr) -> Result<Child> {
         let dir = self.dir.join(ip.to_string());
-        let mut command = match self.kind {
+        let command = match self.kind {
             Kind::Ours => {
                 let mut command = Command::new(std::env::current_exe()?);
                 command.args(["inside", "discoverd", "--ip", &ip.to_string(), "--dir"]);
@@ -141,7 +141,13 @@ impl Cluster {
             }
             Kind::Etcd => self.etcd(ip, &dir),
         };
-        command
+        // A benchmark that is broken off leaves nothing behind that would disturb the next one.
+        let mut guarded = Command::new("setpriv");
+        guarded
+            .args(["--pdeathsig", "KILL", "--"])
+            .arg(command.get_program())
+            .args(command.get_args());
+        guarded
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(File::options().create(true).append(true).open(dir.join("log"))?)

@@ -85,6 +85,11 @@ async fn leaders(rounds: usize) -> Result<Vec<Duration>> {
         let killed = Instant::now();
         write().await?;
         times.push(killed.elapsed());
+        eprintln!(
+            "    leader {} killed: {} ms",
+            leader + 1,
+            killed.elapsed().as_millis()
+        );
         ensure!(client.meta(SERVICE).await?.index == index, "a write is lost");
         cluster.restart(leader)?;
     }

@@ -1,20 +1,19 @@
 //! A thousand watchers of one service, all at one member: how long until the last of them is told of a change.
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail, ensure};
-use bytes::Bytes;
 use flynn_api::discovery::{ServiceConfig, ServiceMeta};
-use http_body_util::BodyExt as _;
-use hyper::Method;
-use hyper::body::Incoming;
-use tokio::sync::mpsc;
+use memchr::memmem;
+use tokio::sync::Notify;
 use tokio::task::JoinSet;
 
 use super::client::value;
 use super::cluster::{Cluster, Kind, MEMBERS};
 use super::load::percentile;
-use super::wire::Http1;
+use super::wire::Events;
 use super::{alone, disk};
 use crate::row::{Row, Subject};
 use crate::suites::Thoroughness;
@@ -55,24 +54,15 @@ async fn told(changes: u64) -> Result<Vec<Duration>> {
     writer.create_service(SERVICE, &ServiceConfig::default()).await?;
     // Not at the leader: the change has to get there first.
     let at = cluster.addr((leader + 1) % MEMBERS);
-    let (sender, mut seen) = mpsc::unbounded_channel();
+    let change = Arc::new(Change::default());
     let mut watchers = JoinSet::new();
     for _ in 0..WATCHERS {
-        let mut connection = Http1::open(&cluster.identity, at).await?;
-        let path = format!("/services/{SERVICE}");
-        let answer = connection
-            .send(Method::GET, &path, Bytes::new(), "text/event-stream")
-            .await?;
-        let sender = sender.clone();
-        watchers.spawn(async move {
-            // The connection is open as long as its sender is there.
-            let _connection = connection;
-            watch(answer.into_body(), &sender).await
-        });
+        let events = Events::open(&cluster.identity, at, &format!("/services/{SERVICE}")).await?;
+        watchers.spawn(watch(events, Arc::clone(&change)));
     }
-    drop(sender);
     let (mut index, mut times) = (0, Vec::new());
     for number in 0..=changes {
+        change.begin(number);
         let begun = Instant::now();
         let meta = ServiceMeta {
             data: value(number).into(),
@@ -81,19 +71,13 @@ async fn told(changes: u64) -> Result<Vec<Duration>> {
         };
         let written = writer.set_meta(SERVICE, &meta);
         let last = async {
-            let mut last = begun;
-            for _ in 0..WATCHERS {
-                let (told, at) = tokio::select! {
-                    Some(told) = seen.recv() => told,
-                    Some(ended) = watchers.join_next() => {
-                        ended?.context("a watcher has ended")?;
-                        bail!("a watcher has ended");
-                    }
-                };
-                ensure!(told == number, "a watcher is told of {told} and not of {number}");
-                last = last.max(at);
+            tokio::select! {
+                () = change.told.notified() => Ok(begun.elapsed()),
+                Some(ended) = watchers.join_next() => {
+                    ended?.context("a watcher has ended")?;
+                    bail!("a watcher has ended")
+                }
             }
-            anyhow::Ok(last.duration_since(begun))
         };
         let (written, last) = tokio::join!(written, tokio::time::timeout(PATIENCE, last));
         index = written?.index;
@@ -107,29 +91,47 @@ async fn told(changes: u64) -> Result<Vec<Duration>> {
     Ok(times)
 }
 
-/// Says which number each change carries.
-async fn watch(mut body: Incoming, seen: &mpsc::UnboundedSender<(u64, Instant)>) -> Result<()> {
-    let mut text = Vec::new();
-    while let Some(frame) = body.frame().await {
-        let Ok(data) = frame?.into_data() else { continue };
-        text.extend_from_slice(&data);
-        while let Some(end) = text.windows(2).position(|pair| pair == b"\n\n") {
-            let event: Vec<u8> = text.drain(..end + 2).collect();
-            if let Some(number) = number(&event)? {
-                seen.send((number, Instant::now()))?;
-            }
+/// The change that is under way. Only the last who is told of it wakes the one that waits: a thousand wake-ups would be
+/// what is measured.
+#[derive(Default)]
+struct Change {
+    number: AtomicU64,
+    left: AtomicUsize,
+    told: Notify,
+}
+
+impl Change {
+    fn begin(&self, number: u64) {
+        self.number.store(number, Ordering::SeqCst);
+        self.left.store(WATCHERS, Ordering::SeqCst);
+    }
+}
+
+/// Sees that each change is told, once and in its turn.
+async fn watch(mut events: Events, change: Arc<Change>) -> Result<()> {
+    loop {
+        let event = events.next().await?;
+        let Some(told) = number(&event)? else { continue };
+        let number = change.number.load(Ordering::SeqCst);
+        ensure!(told == number, "a watcher is told of {told} and not of {number}");
+        match change.left.fetch_sub(1, Ordering::SeqCst) {
+            0 => bail!("a watcher is told of {told} twice"),
+            1 => change.told.notify_one(),
+            _ => {}
         }
     }
-    bail!("the stream is over")
 }
 
 /// The number that the metadata in this event holds.
 fn number(event: &[u8]) -> Result<Option<u64>> {
-    let text = std::str::from_utf8(event)?;
-    if !text.contains(r#""kind":"service_meta""#) {
+    if memmem::find(event, br#""kind":"service_meta""#).is_none() {
         return Ok(None);
     }
-    let data = text.split_once(r#""data":""#).context("no data")?.1;
-    let digits = data.split_once('"').context("no end")?.0;
-    Ok(Some(digits.parse()?))
+    let key = br#""data":""#;
+    let data = memmem::find(event, key).context("no data")? + key.len();
+    let digits = event[data..]
+        .split(|byte| *byte == b'"')
+        .next()
+        .context("no end")?;
+    Ok(Some(std::str::from_utf8(digits)?.parse()?))
 }

@@ -5,13 +5,15 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 
 use anyhow::{Context as _, Result, bail, ensure};
-use bytes::Bytes;
+use bytes::{Bytes, BytesMut};
 use flynn_api::tls::Identity;
 use http_body_util::{BodyExt as _, Full};
 use hyper::body::Incoming;
 use hyper::client::conn::{http1, http2};
 use hyper::{Method, Request, Response};
 use hyper_util::rt::{TokioExecutor, TokioIo};
+use memchr::memmem;
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
 use tokio_rustls::TlsConnector;
 use tokio_rustls::client::TlsStream;
@@ -19,11 +21,7 @@ use tokio_rustls::rustls::pki_types::ServerName;
 
 type Body = Full<Bytes>;
 
-async fn tls(
-    identity: &Identity,
-    addr: SocketAddr,
-    protocol: Option<&str>,
-) -> Result<TokioIo<TlsStream<TcpStream>>> {
+async fn tls(identity: &Identity, addr: SocketAddr, protocol: Option<&str>) -> Result<TlsStream<TcpStream>> {
     let mut config = (*identity.client_config()?).clone();
     config.alpn_protocols = protocol
         .map(|protocol| protocol.as_bytes().to_vec())
@@ -32,8 +30,7 @@ async fn tls(
     let stream = TcpStream::connect(addr).await?;
     stream.set_nodelay(true)?;
     let name = ServerName::try_from(addr.ip().to_string())?;
-    let stream = TlsConnector::from(Arc::new(config)).connect(name, stream).await?;
-    Ok(TokioIo::new(stream))
+    Ok(TlsConnector::from(Arc::new(config)).connect(name, stream).await?)
 }
 
 /// A connection to discoverd.
@@ -44,7 +41,7 @@ pub(crate) struct Http1 {
 
 impl Http1 {
     pub(crate) async fn open(identity: &Identity, addr: SocketAddr) -> Result<Self> {
-        let io = tls(identity, addr, Some("http/1.1")).await?;
+        let io = TokioIo::new(tls(identity, addr, Some("http/1.1")).await?);
         let (sender, connection) = http1::handshake(io).await?;
         tokio::spawn(connection);
         Ok(Self {
@@ -53,37 +50,61 @@ impl Http1 {
         })
     }
 
-    /// The answer's head, which must be of success; else the error is what the other side said
-    /// ([`flynn_api::Error`]).
-    pub(crate) async fn send(
-        &mut self,
-        method: Method,
-        path: &str,
-        body: Bytes,
-        accept: &str,
-    ) -> Result<Response<Incoming>> {
+    /// The answer's body; the error is what the other side said ([`flynn_api::Error`]).
+    pub(crate) async fn call(&mut self, method: Method, path: &str, body: Bytes) -> Result<Bytes> {
         let request = Request::builder()
             .method(method)
             .uri(path)
             .header("host", &self.host)
             .header("content-type", "application/json")
-            .header("accept", accept)
+            .header("accept", "application/json")
             .body(Full::new(body))?;
         self.sender.ready().await?;
-        let response = self.sender.send_request(request).await?;
-        if response.status().is_success() {
-            return Ok(response);
-        }
-        match read(path, response).await {
-            Err(error) => Err(error),
-            Ok(_) => bail!("{path}: neither a success nor a failure"),
-        }
+        read(path, self.sender.send_request(request).await?).await
+    }
+}
+
+/// An event stream of discoverd's. Who reads a thousand of them has no time for HTTP: the events are taken out of the bytes
+/// as they are, and the sizes of chunks stand between them.
+pub(crate) struct Events {
+    stream: TlsStream<TcpStream>,
+    read: BytesMut,
+}
+
+impl Events {
+    pub(crate) async fn open(identity: &Identity, addr: SocketAddr, path: &str) -> Result<Self> {
+        let mut stream = tls(identity, addr, Some("http/1.1")).await?;
+        let request = format!("GET {path} HTTP/1.1\r\nhost: {addr}\r\naccept: text/event-stream\r\n\r\n");
+        stream.write_all(request.as_bytes()).await?;
+        stream.flush().await?;
+        let mut events = Self {
+            stream,
+            read: BytesMut::new(),
+        };
+        let head = events.up_to(b"\r\n\r\n").await?;
+        ensure!(
+            head.starts_with(b"HTTP/1.1 200 "),
+            "{path}: {}",
+            String::from_utf8_lossy(&head)
+        );
+        Ok(events)
     }
 
-    /// The answer's body.
-    pub(crate) async fn call(&mut self, method: Method, path: &str, body: Bytes) -> Result<Bytes> {
-        let response = self.send(method, path, body, "application/json").await?;
-        Ok(response.into_body().collect().await?.to_bytes())
+    /// The next event. What is before its first line is none of it.
+    pub(crate) async fn next(&mut self) -> Result<BytesMut> {
+        self.up_to(b"\n\n").await
+    }
+
+    async fn up_to(&mut self, end: &[u8]) -> Result<BytesMut> {
+        loop {
+            if let Some(at) = memmem::find(&self.read, end) {
+                return Ok(self.read.split_to(at + end.len()));
+            }
+            ensure!(
+                self.stream.read_buf(&mut self.read).await? > 0,
+                "the stream is over"
+            );
+        }
     }
 }
 
@@ -96,7 +117,7 @@ pub(crate) struct Http2 {
 
 impl Http2 {
     pub(crate) async fn open(identity: &Identity, addr: SocketAddr) -> Result<Self> {
-        let io = tls(identity, addr, None).await?;
+        let io = TokioIo::new(tls(identity, addr, None).await?);
         let (sender, connection) = http2::handshake(TokioExecutor::new(), io).await?;
         tokio::spawn(connection);
         Ok(Self {
@@ -139,7 +160,7 @@ pub(crate) struct Grpc {
 
 impl Grpc {
     pub(crate) async fn open(identity: &Identity, addr: SocketAddr) -> Result<Self> {
-        let io = tls(identity, addr, Some("h2")).await?;
+        let io = TokioIo::new(tls(identity, addr, Some("h2")).await?);
         let (sender, connection) = http2::handshake(TokioExecutor::new(), io).await?;
         tokio::spawn(connection);
         Ok(Self {

@@ -124,8 +124,12 @@ fn once(host: &Host, copies: usize, lines: usize, length: usize, to_sink: bool) 
         let written = host.expect("written")?;
         let started = host.start(&job).await?;
         let begun = Instant::now();
-        let supervisor = host.api.job(&job.id).await?.supervisor_pid;
-        let supervisor = supervisor.context("the job has no supervisor")?;
+        // The program may speak before the daemon has heard of it.
+        let supervisor = host
+            .until("the job's supervisor", async || {
+                host.api.job(&job.id).await.ok()?.supervisor_pid
+            })
+            .await?;
         let used = || {
             let daemon = if to_sink { cpu(host.daemon_pid())? } else { 0.0 };
             anyhow::Ok(cpu(supervisor)? + daemon)

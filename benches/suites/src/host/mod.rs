@@ -71,7 +71,7 @@ pub(crate) fn run(thoroughness: Thoroughness, only: Only<'_>) -> Result<Vec<Row>
 /// `flynn-host` as it is shipped.
 fn binary() -> Result<PathBuf> {
     let target = std::env::var_os("FLYNN_TARGET").map_or_else(|| PathBuf::from("target"), PathBuf::from);
-    let path = target.join("static/x86_64-unknown-linux-gnu/release/flynn-host");
+    let path = target.join("x86_64-unknown-linux-gnu/release/flynn-host");
     ensure!(
         path.exists(),
         "there is no {}: cargo xtask bench makes it",

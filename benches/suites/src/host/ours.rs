@@ -47,8 +47,6 @@ pub(super) struct Host {
     pub(super) image: ImageManifest,
     pub(super) groups: Vec<PathBuf>,
     words: Option<Words>,
-    /// The host's way to the volume that jobs speak up in.
-    probe: PathBuf,
     ends: Expected<ActiveJob>,
     jobs: Cell<u64>,
     daemon: Child,
@@ -104,7 +102,6 @@ impl Host {
             image,
             groups,
             words: None,
-            probe: PathBuf::new(),
             ends: Expected::default(),
             jobs: Cell::new(0),
             daemon,
@@ -118,7 +115,6 @@ impl Host {
     fn prepare(&mut self, layer: &Path) -> Result<()> {
         let volume = self.runtime.block_on(self.prepared(layer))?;
         self.words = Some(Words::listen(&volume.join(FIFO))?);
-        self.probe = volume;
         // One subscriber for all, as a scheduler is.
         let mut events = self.runtime.block_on(self.api.job_events())?;
         let ends = self.ends.clone();
@@ -155,7 +151,8 @@ impl Host {
         .await
     }
 
-    async fn until<T>(&self, what: &str, mut look: impl AsyncFnMut() -> Option<T>) -> Result<T> {
+    /// What `look` finds, once it finds something.
+    pub(super) async fn until<T>(&self, what: &str, mut look: impl AsyncFnMut() -> Option<T>) -> Result<T> {
         let begun = Instant::now();
         while begun.elapsed() < PATIENCE {
             if let Some(found) = look().await {
@@ -264,14 +261,14 @@ impl Host {
     }
 
     /// The host's way to the volume that all jobs have.
-    pub(super) fn probe(&self) -> &Path {
-        &self.probe
+    pub(super) fn probe(&self) -> PathBuf {
+        self.dir.path().join("state/volumes/probe/data")
     }
 
     /// How many files there are of the kind that only living containers need.
     pub(super) fn working_files(&self) -> usize {
         let jobs = fs::read_dir(self.dir.path().join("state/jobs"));
-        let of_living = ["upper", "work", "root", "launch.json"];
+        let of_living = ["upper", "work", "temp", "temp.ext4", "root", "launch.json"];
         let jobs = jobs.into_iter().flatten().flatten();
         jobs.map(|job| {
             of_living

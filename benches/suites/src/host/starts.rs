@@ -6,6 +6,7 @@ use std::time::Instant;
 use anyhow::{Result, ensure};
 use futures::future::try_join_all;
 
+use super::census::Census;
 use super::ours::Host;
 use super::runc::Runc;
 use super::subject;
@@ -109,6 +110,8 @@ pub(super) fn at_once(host: &Host, thoroughness: Thoroughness) -> Result<Vec<Row
     let mut samples = Vec::new();
     for round in 0..rounds {
         let image = host.cold_image(&format!("cold-{round}"))?;
+        // The kernel is done with what was there before.
+        Census::of(host)?;
         let jobs: Vec<_> = (0..MANY)
             .map(|_| host.speaking(&image, "sleep 1000 & wait"))
             .collect();

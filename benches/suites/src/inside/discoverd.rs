@@ -29,6 +29,7 @@ pub(crate) struct Args {
 /// Serves until killed.
 pub(crate) fn serve(args: &Args) -> anyhow::Result<()> {
     flynn_api::tls::install_provider();
+    flynn_api::server::init_logging("discoverd");
     let members: Vec<Options> = match args.count {
         None => vec![options(args, args.ip, &args.dir)?],
         Some(count) => (0..count)

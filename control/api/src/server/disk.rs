@@ -15,12 +15,21 @@ pub fn space(path: &Path) -> io::Result<(u64, u64)> {
     Ok((stat.f_bavail * stat.f_frsize, stat.f_blocks * stat.f_frsize))
 }
 
+/// What must stay free on a disk of this size. Small disks, as in tests and labs, keep a twentieth.
+fn reserve(size: u64) -> u64 {
+    RESERVE.min(size / 20)
+}
+
+/// Whether a file of so many bytes leaves the disk that `path` is on something.
+pub fn has_room(path: &Path, bytes: u64) -> io::Result<bool> {
+    let (free, size) = space(path)?;
+    Ok(bytes.saturating_add(reserve(size)) <= free)
+}
+
 /// What is left of the disk that `path` is on, in MiB, if that is nearly nothing.
 pub fn nearly_full(path: &Path) -> io::Result<Option<u64>> {
     let (free, size) = space(path)?;
-    // Small disks, as in tests and labs, keep a twentieth.
-    let reserve = RESERVE.min(size / 20);
-    Ok((free < reserve).then_some(free >> 20))
+    Ok((free < reserve(size)).then_some(free >> 20))
 }
 
 /// Refuses what would write to a disk that is nearly full.

@@ -19,8 +19,8 @@ use hyper_util::server::conn::auto::Builder;
 use hyper_util::server::graceful::GracefulShutdown;
 use tokio::net::{TcpListener, TcpStream, UnixListener};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::task::JoinSet;
 use tokio_rustls::TlsAcceptor;
-use tokio_util::sync::CancellationToken;
 use tower::ServiceExt as _;
 
 use crate::tcp::tune;
@@ -145,11 +145,9 @@ pub async fn serve_until(
     router: Router,
     shutdown: impl Future<Output = Farewell>,
 ) -> io::Result<()> {
-    let (graceful, slots, stop) = (
-        GracefulShutdown::new(),
-        Arc::new(Semaphore::new(MAX_CONNECTIONS)),
-        CancellationToken::new(),
-    );
+    let (graceful, slots) = (GracefulShutdown::new(), Arc::new(Semaphore::new(MAX_CONNECTIONS)));
+    // Those that have not ended when this ends are ended with it.
+    let mut connections = JoinSet::new();
     let mut shutdown = std::pin::pin!(shutdown);
     let farewell = loop {
         let slot = tokio::select! {
@@ -158,7 +156,10 @@ pub async fn serve_until(
         };
         tokio::select! {
             accepted = accept(&listener.0) => match accepted {
-                Ok(connection) => start(connection, router.clone(), &graceful, stop.clone(), slot),
+                Ok(connection) => {
+                    connections.spawn(keep(connection, router.clone(), graceful.watcher(), slot));
+                    while connections.try_join_next().is_some() {}
+                }
                 Err(error) => {
                     // Out of descriptors, most likely: others will close some.
                     tracing::warn!(%error, "cannot accept a connection");
@@ -171,12 +172,7 @@ pub async fn serve_until(
     drop(listener);
     let all = u32::try_from(MAX_CONNECTIONS).unwrap_or(u32::MAX);
     let _ = tokio::time::timeout(farewell.idle, slots.acquire_many(all)).await;
-    if tokio::time::timeout(farewell.busy, graceful.shutdown())
-        .await
-        .is_err()
-    {
-        stop.cancel();
-    }
+    let _ = tokio::time::timeout(farewell.busy, graceful.shutdown()).await;
     Ok(())
 }
 
@@ -200,59 +196,57 @@ async fn accept(listener: &Kind) -> io::Result<Accepted> {
     })
 }
 
-fn start(
+/// Answers what comes by a connection until it ends.
+async fn keep(
     connection: Accepted,
     router: Router,
-    graceful: &GracefulShutdown,
-    stop: CancellationToken,
-    slot: OwnedSemaphorePermit,
+    watcher: hyper_util::server::graceful::Watcher,
+    _slot: OwnedSemaphorePermit,
 ) {
-    let watcher = graceful.watcher();
-    tokio::spawn(async move {
-        let _slot = slot;
-        let serve = async {
-            match connection {
-                Accepted::Tcp(stream, addr) => {
-                    tune(&stream)?;
-                    let peer = Peer {
-                        addr: Some(addr),
-                        ..Peer::default()
-                    };
-                    serve_connection(TokioIo::new(stream), peer, router, watcher).await;
-                }
-                Accepted::Tls(stream, addr, acceptor) => {
-                    tune(&stream)?;
-                    let stream = tokio::time::timeout(HEAD_TIMEOUT, acceptor.accept(stream)).await??;
-                    let certificate = stream
-                        .get_ref()
-                        .1
-                        .peer_certificates()
-                        .and_then(|chain| chain.first());
-                    let identity = certificate.and_then(PeerIdentity::of_certificate);
-                    let peer = Peer {
-                        addr: Some(addr),
-                        identity,
-                        unix: false,
-                    };
-                    serve_connection(TokioIo::new(stream), peer, router, watcher).await;
-                }
-                Accepted::Unix(stream) => {
-                    let peer = Peer {
-                        unix: true,
-                        ..Peer::default()
-                    };
-                    serve_connection(TokioIo::new(stream), peer, router, watcher).await;
-                }
-            }
-            io::Result::Ok(())
-        };
-        tokio::select! {
-            result = serve => if let Err(error) = result {
-                tracing::debug!(%error, "a connection failed");
-            },
-            () = stop.cancelled() => {}
+    if let Err(error) = serve_accepted(connection, router, watcher).await {
+        tracing::debug!(%error, "a connection failed");
+    }
+}
+
+async fn serve_accepted(
+    connection: Accepted,
+    router: Router,
+    watcher: hyper_util::server::graceful::Watcher,
+) -> io::Result<()> {
+    match connection {
+        Accepted::Tcp(stream, addr) => {
+            tune(&stream)?;
+            let peer = Peer {
+                addr: Some(addr),
+                ..Peer::default()
+            };
+            serve_connection(TokioIo::new(stream), peer, router, watcher).await;
         }
-    });
+        Accepted::Tls(stream, addr, acceptor) => {
+            tune(&stream)?;
+            let stream = tokio::time::timeout(HEAD_TIMEOUT, acceptor.accept(stream)).await??;
+            let certificate = stream
+                .get_ref()
+                .1
+                .peer_certificates()
+                .and_then(|chain| chain.first());
+            let identity = certificate.and_then(PeerIdentity::of_certificate);
+            let peer = Peer {
+                addr: Some(addr),
+                identity,
+                unix: false,
+            };
+            serve_connection(TokioIo::new(stream), peer, router, watcher).await;
+        }
+        Accepted::Unix(stream) => {
+            let peer = Peer {
+                unix: true,
+                ..Peer::default()
+            };
+            serve_connection(TokioIo::new(stream), peer, router, watcher).await;
+        }
+    }
+    Ok(())
 }
 
 async fn serve_connection(

@@ -153,6 +153,14 @@ pub(crate) fn resources(field: &str, resources: &Resources) -> Result<()> {
         if resource.limit == Some(0) && !Resources::OR_ZERO.contains(&name.as_str()) {
             return Err(Error::invalid_field(&field, "a limit of 0 lets nothing run"));
         }
+        let too_small = |limit: &u64| (1..Resources::MIN_TEMP_DISK).contains(limit);
+        if name == "temp_disk" && resource.limit.as_ref().is_some_and(too_small) {
+            let least = Resources::MIN_TEMP_DISK >> 20;
+            return Err(Error::invalid_field(
+                &field,
+                format!("at least {least} MB, or 0 for no limit"),
+            ));
+        }
         if let (Some(request), Some(limit)) = (resource.request, resource.limit)
             && request > limit
         {
@@ -345,6 +353,14 @@ mod tests {
             process
         };
         assert_eq!(refused(&zero("cpu"), false), "processes.web.resources.cpu");
-        assert!(check("web", &zero("network_out"), false).is_ok(), "no limit");
+        for unlimited in ["network_out", "temp_disk"] {
+            assert!(check("web", &zero(unlimited), false).is_ok(), "no limit");
+        }
+        let least = Resources::MIN_TEMP_DISK;
+        assert!(check("web", &limited("temp_disk", least), false).is_ok());
+        assert_eq!(
+            refused(&limited("temp_disk", least - 1), false),
+            "processes.web.resources.temp_disk"
+        );
     }
 }

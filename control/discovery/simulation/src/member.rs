@@ -1,6 +1,6 @@
 //! A member: openraft with our log, our state machine and our configuration, and the leader's chores.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -33,7 +33,7 @@ use crate::runtime::{Simulated, timeout};
 pub(crate) type SimulatedRaft = openraft::Raft<Simulated, Witness>;
 
 /// Between two rounds of the leader's chores, as in the product.
-const ROUND: Duration = Duration::from_secs(1);
+pub(crate) const ROUND: Duration = Duration::from_secs(1);
 
 /// As in the product, but snapshots come soon, and a silent voter is replaced soon.
 fn timing() -> Timing {
@@ -210,6 +210,13 @@ impl Running {
         self.raft.server_metrics().borrow_watched().state == ServerState::Leader
     }
 
+    /// Who learns.
+    pub(crate) fn learners(&self) -> BTreeSet<u64> {
+        let metrics = self.raft.server_metrics();
+        let metrics = metrics.borrow_watched();
+        metrics.membership_config.membership().learner_ids().collect()
+    }
+
     /// If it leads, how the others do: by their answers to what is replicated, for beats are not simulated here.
     pub(crate) fn standings(&self) -> Option<Vec<Standing>> {
         let mut watch = self.watch.lock().unwrap();
@@ -277,7 +284,7 @@ impl Running {
     }
 
     /// The voters: two sets while they change.
-    pub(crate) fn configs(&self) -> Vec<std::collections::BTreeSet<u64>> {
+    pub(crate) fn configs(&self) -> Vec<BTreeSet<u64>> {
         let metrics = self.raft.server_metrics();
         let metrics = metrics.borrow_watched();
         metrics.membership_config.membership().get_joint_config().clone()

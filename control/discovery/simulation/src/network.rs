@@ -4,6 +4,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
+use flynn_discovery::raft::network::LeftOut;
+use flynn_discovery::raft::pace::{Pace, Turn};
 use flynn_discovery::raft::{Member, Snapshot, Vote};
 use openraft::async_runtime::Select2;
 use openraft::errors::{NetworkError, RPCError, RaftError, ReplicationClosed, StreamingError, Unreachable};
@@ -12,13 +14,13 @@ use openraft::raft::{
     AppendEntriesRequest, AppendEntriesResponse, SnapshotResponse, TransferLeaderRequest,
     TransferLeaderResponse, VoteRequest, VoteResponse,
 };
-use openraft::{AsyncRuntime as _, OptionalSend};
+use openraft::{AsyncRuntime as _, Instant as _, OptionalSend};
 use rand::RngExt as _;
 use tokio::sync::oneshot;
 
 use crate::executor::{WORLD, draw, sleep, spawn_on};
-use crate::member::{Running, SimulatedRaft};
-use crate::runtime::{Runtime, Simulated, timeout};
+use crate::member::{ROUND, Running, SimulatedRaft};
+use crate::runtime::{Instant, Runtime, Simulated, timeout};
 use crate::seen::Seen;
 
 /// A lost call is forgotten after this long.
@@ -214,6 +216,8 @@ impl RaftNetworkFactory<Simulated> for Dialer {
         Link {
             dialer: self.clone(),
             target,
+            pace: Pace::default(),
+            learners: None,
         }
     }
 }
@@ -222,11 +226,28 @@ impl RaftNetworkFactory<Simulated> for Dialer {
 pub(crate) struct Link {
     dialer: Dialer,
     target: u64,
+    pace: Pace<Instant>,
+    /// Who learns, as of when: as in the product, it is looked at once in a round only.
+    learners: Option<(Instant, BTreeSet<u64>)>,
 }
 
 type Told<T> = Result<T, RaftError<Simulated>>;
 
 impl Link {
+    /// How many learners there are, if this member is one of them.
+    fn learners(&mut self) -> usize {
+        let now = Instant::now();
+        if self.learners.as_ref().is_none_or(|(at, _)| now - *at > ROUND) {
+            let sender = self.dialer.net.find(self.dialer.from);
+            let learners = sender.map(|sender| sender.learners()).unwrap_or_default();
+            self.learners = Some((now, learners));
+        }
+        match &self.learners {
+            Some((_, learners)) if learners.contains(&self.target) => learners.len(),
+            _ => 0,
+        }
+    }
+
     async fn call<T, F>(
         &self,
         patience: Duration,
@@ -261,8 +282,25 @@ impl RaftNetworkV2<Simulated> for Link {
         rpc: AppendEntriesRequest<Simulated>,
         option: RPCOption,
     ) -> Result<AppendEntriesResponse<Simulated>, RPCError<Simulated>> {
+        let heartbeat = rpc
+            .entries
+            .is_empty()
+            .then_some((rpc.vote, rpc.prev_log_id, rpc.leader_commit));
+        let learners = self.learners();
+        match self.pace.plan(Instant::now(), learners, heartbeat.as_ref()) {
+            Turn::Now => {}
+            Turn::Later(at) => Runtime::sleep_until(at).await,
+            Turn::LeftOut => {
+                self.dialer.net.state().seen.note("a heartbeat was left out");
+                return Err(RPCError::Network(NetworkError::new(&LeftOut)));
+            }
+        }
+        let began = Instant::now();
         let call = move |raft: SimulatedRaft| async move { raft.append_entries(rpc).await };
-        self.call(option.soft_ttl(), call).await
+        let answer = self.call(option.soft_ttl(), call).await;
+        let taken = matches!(answer, Ok(AppendEntriesResponse::Success));
+        self.pace.sent(began, heartbeat.filter(|_| taken));
+        answer
     }
 
     async fn vote(

@@ -1,4 +1,5 @@
-//! The simulation, 500 times, in two tests for two CPUs: a failing seed is printed, and `SEED=n` runs that one alone. More with `FLYNN_TEST_LONG=1`.
+//! The simulation, 500 times, in two tests for two CPUs: a failing seed is printed, and `SEED=n` runs that one alone. More
+//! with `FLYNN_TEST_LONG=1`.
 
 use flynn_discovery_simulation::{Happened, run};
 
@@ -69,6 +70,7 @@ fn hold(seeds: &[u64]) {
         "a leader was elected",
         "a snapshot was written",
         "a snapshot was sent",
+        "a heartbeat was left out",
         "the journal was rewritten",
         "a write was acknowledged",
         "a write's outcome is not known",

@@ -5,6 +5,7 @@
 //! changes can still resume after everything else has changed a lot.
 
 use std::convert::Infallible;
+use std::pin::Pin;
 use std::sync::Arc;
 
 use axum::body::{Body, Bytes};
@@ -14,7 +15,7 @@ use flynn_api::{Error, HEARTBEAT};
 use futures::stream::{Stream, StreamExt as _, iter, unfold};
 use http::header::{CACHE_CONTROL, CONTENT_TYPE};
 use tokio::sync::mpsc;
-use tokio::time::{Instant, timeout_at};
+use tokio::time::{Instant, Sleep, sleep};
 
 use crate::history::{Change, frame};
 use crate::node::Node;
@@ -81,7 +82,8 @@ where
         queue: watch.changes,
         wanted,
         position,
-        tell_by: Instant::now() + HEARTBEAT,
+        told: Instant::now(),
+        alarm: Box::pin(sleep(HEARTBEAT)),
     };
     let events = iter(present.chain(missed).chain([current])).chain(changes.stream());
     let headers = [(CONTENT_TYPE, "text/event-stream"), (CACHE_CONTROL, "no-cache")];
@@ -95,38 +97,53 @@ struct Changes {
     queue: mpsc::Receiver<Arc<Change>>,
     wanted: fn(EventKind) -> bool,
     position: Position,
-    tell_by: Instant,
+    /// When something was told last.
+    told: Instant,
+    /// Rings when nothing may have been told for long. It is not set anew for each event: a thousand watchers would spend
+    /// more time on that than on the event.
+    alarm: Pin<Box<Sleep>>,
 }
 
 impl Changes {
     fn stream(self) -> impl Stream<Item = Bytes> {
         unfold(self, |mut changes| async {
             let event = changes.next().await?;
-            changes.tell_by = Instant::now() + HEARTBEAT;
+            changes.told = Instant::now();
             Some((event, changes))
         })
     }
 
     /// The next that is wanted, or the position when it is time to say it.
     async fn next(&mut self) -> Option<Bytes> {
-        while Instant::now() < self.tell_by {
-            match timeout_at(self.tell_by, self.queue.recv()).await {
-                Ok(Some(change)) => {
+        loop {
+            tokio::select! {
+                biased;
+                () = &mut self.alarm => {
+                    let due = self.told + HEARTBEAT;
+                    if Instant::now() >= due {
+                        return Some(self.say_position());
+                    }
+                    self.alarm.as_mut().reset(due);
+                }
+                change = self.queue.recv() => {
+                    let change = change?;
                     self.position = change.position;
                     if (self.wanted)(change.event.kind) {
                         return Some(change.frame());
                     }
                 }
-                Ok(None) => return None,
-                Err(_) => {
-                    // Changes are sent while the view is locked: if none waits now, none is missing up to its index.
-                    let (index, all) = self.view.read_at(|_| self.queue.is_empty());
-                    if all {
-                        self.position = Position::behind(index);
-                    }
-                }
             }
         }
-        Some(format!("id: {}\n\n", self.position).into())
+    }
+
+    /// Where this watch stands.
+    fn say_position(&mut self) -> Bytes {
+        self.alarm.as_mut().reset(Instant::now() + HEARTBEAT);
+        // Changes are sent while the view is locked: if none waits now, none is missing up to its index.
+        let (index, all) = self.view.read_at(|_| self.queue.is_empty());
+        if all {
+            self.position = Position::behind(index);
+        }
+        format!("id: {}\n\n", self.position).into()
     }
 }

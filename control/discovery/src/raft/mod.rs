@@ -4,7 +4,8 @@
 //! - [`journal`]: the file that holds log and vote, written by one thread with one `fdatasync` per batch.
 //! - [`log`]: openraft's log storage on it.
 //! - [`machine`]: the state machine that keeps [`crate::view::View`] up to date, and [`snapshot`], its file.
-//! - [`network`], [`rpc`]: the two ends of the calls between members; [`line`](mod@line): the connections that carry them.
+//! - [`network`], [`rpc`]: the two ends of the calls between members; [`line`](mod@line): the connections that carry them;
+//!   [`pace`]: when a member is told something.
 
 pub mod dir;
 pub mod journal;
@@ -12,6 +13,7 @@ pub mod line;
 pub mod log;
 pub mod machine;
 pub mod network;
+pub mod pace;
 pub mod rpc;
 pub mod snapshot;
 

@@ -17,12 +17,15 @@ use openraft::raft::{
     AppendEntriesRequest, AppendEntriesResponse, SnapshotResponse, TransferLeaderRequest,
     TransferLeaderResponse, VoteRequest, VoteResponse,
 };
+use openraft::type_config::TypeConfigExt as _;
+use openraft::type_config::alias::InstantOf;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
-use tokio::time::{Instant, sleep_until, timeout};
+use tokio::time::timeout;
 
 use super::line::{self, caller::Line};
-use super::{LogId, Member, Snapshot, SnapshotMeta, TypeConfig, Vote, snapshot};
+use super::pace::{Pace, Turn};
+use super::{Member, Snapshot, SnapshotMeta, TypeConfig, Vote, snapshot};
 
 /// How other members are reached. Clones share connections.
 #[derive(Clone)]
@@ -61,14 +64,6 @@ const MAX_CONNECTIONS: usize = 4096;
 
 /// How long a line may take to open.
 const OPEN: Duration = Duration::from_secs(5);
-
-/// Learners get what is new one after the other, each in its time: in a cluster of a hundred hosts the leader, and the
-/// hosts, would else be busy with nothing but telling it, entry by entry. So many learners times this passes between two
-/// appends to one of them; what comes first, and alone, goes at once.
-const TURN: Duration = Duration::from_micros(500);
-
-/// The most that passes.
-const MAX_TURN: Duration = Duration::from_millis(100);
 
 /// How long a member may take to append entries. openraft gives them no longer than a heartbeat: then a member with a slow
 /// disk, or too little of a CPU, never gets through a thousand entries that it has to catch up with, and a call that is
@@ -119,14 +114,10 @@ impl Dialer {
         *self.learners.lock().unwrap_or_else(PoisonError::into_inner) = ids;
     }
 
-    /// How much is to pass between two appends to the member `id`.
-    fn turn(&self, id: u64) -> Duration {
+    /// How many learners there are, if the member `id` is one of them.
+    fn learners(&self, id: u64) -> usize {
         let learners = self.learners.lock().unwrap_or_else(PoisonError::into_inner);
-        if !learners.contains(&id) {
-            return Duration::ZERO;
-        }
-        let count = u32::try_from(learners.len()).unwrap_or(u32::MAX);
-        TURN.saturating_mul(count).min(MAX_TURN)
+        if learners.contains(&id) { learners.len() } else { 0 }
     }
 
     fn place(&self, id: u64) -> Result<String, Error> {
@@ -250,8 +241,7 @@ impl RaftNetworkFactory<TypeConfig> for Dialer {
         Link {
             target,
             dialer: self.clone(),
-            next_append: Instant::now(),
-            taken: None,
+            pace: Pace::default(),
         }
     }
 }
@@ -261,23 +251,13 @@ impl RaftNetworkFactory<TypeConfig> for Dialer {
 pub struct Link {
     target: u64,
     dialer: Dialer,
-    /// Not before, if it is a learner.
-    next_append: Instant,
-    /// What the member has taken last that had no entries, and when.
-    taken: Option<(Instant, Heartbeat)>,
+    pace: Pace<InstantOf<TypeConfig>>,
 }
 
-/// What an append without entries says.
-type Heartbeat = (Vote, Option<LogId>, Option<LogId>);
-
-/// A heartbeat that says to a learner what it knows is left out for so long: learners call no elections, and a hundred of
-/// them are most of what a leader that has nothing else to do does. It is less than after what they would, so that it does
-/// no harm either to one that votes since this moment.
-const LEFT_OUT: Duration = Duration::from_millis(350);
-
-/// Why there is no answer to such a heartbeat. openraft takes it as one that got lost, and learns nothing that is not so.
+/// Why there is no answer to a heartbeat that [`Pace`] leaves out. openraft takes it as one that got lost, and learns nothing
+/// that is not so.
 #[derive(Debug)]
-struct LeftOut;
+pub struct LeftOut;
 
 impl std::fmt::Display for LeftOut {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -315,29 +295,23 @@ impl RaftNetworkV2<TypeConfig> for Link {
         rpc: AppendEntriesRequest<TypeConfig>,
         option: RPCOption,
     ) -> Result<AppendEntriesResponse<TypeConfig>, RPCError<TypeConfig>> {
-        let turn = self.dialer.turn(self.target);
-        let heartbeat: Heartbeat = (rpc.vote, rpc.prev_log_id, rpc.leader_commit);
         let is_heartbeat = rpc.entries.is_empty();
-        if !turn.is_zero() {
-            let is_known =
-                |(at, taken): &(Instant, Heartbeat)| at.elapsed() < LEFT_OUT && *taken == heartbeat;
-            if is_heartbeat && self.taken.as_ref().is_some_and(is_known) {
-                return Err(RPCError::Network(NetworkError::new(&LeftOut)));
-            }
-            sleep_until(self.next_append).await;
-            self.next_append = Instant::now() + turn;
+        let heartbeat = is_heartbeat.then_some((rpc.vote, rpc.prev_log_id, rpc.leader_commit));
+        let learners = self.dialer.learners(self.target);
+        match self.pace.plan(TypeConfig::now(), learners, heartbeat.as_ref()) {
+            Turn::Now => {}
+            Turn::Later(at) => TypeConfig::sleep_until(at).await,
+            Turn::LeftOut => return Err(RPCError::Network(NetworkError::new(&LeftOut))),
         }
         let patience = if is_heartbeat {
             option.soft_ttl()
         } else {
             APPEND.max(option.soft_ttl())
         };
-        let began = Instant::now();
+        let began = TypeConfig::now();
         let answer = self.call("append", &rpc, patience).await;
-        self.taken = match &answer {
-            Ok(AppendEntriesResponse::Success) if is_heartbeat => Some((began, heartbeat)),
-            _ => None,
-        };
+        let taken = matches!(answer, Ok(AppendEntriesResponse::Success));
+        self.pace.sent(began, heartbeat.filter(|_| taken));
         answer.map_err(|error| failed(&error))
     }
 

@@ -95,7 +95,8 @@ const AMONG: [&str; 16] = [
     "journal: shorten",
 ];
 
-fn long() -> bool {
+/// Whether there is time for everything.
+pub(crate) fn long() -> bool {
     std::env::var("FLYNN_TEST_LONG").is_ok_and(|long| long == "1")
 }
 

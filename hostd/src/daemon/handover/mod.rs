@@ -29,7 +29,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 pub(super) use self::predecessor::Predecessor;
-pub(super) use self::sockets::{Sockets, TlsSlot};
+pub(super) use self::sockets::{Sockets, TlsSlot, is_free};
 pub(super) use self::successor::Successor;
 use crate::sys::{Polled, polled};
 

@@ -139,3 +139,8 @@ fn lock(dir: &Path) -> anyhow::Result<OwnedFd> {
         .map_err(|_| anyhow::anyhow!("another flynn-host daemon uses {}: stop it first", dir.display()))?;
     Ok(file.into())
 }
+
+/// Whether no daemon uses a state directory.
+pub(in crate::daemon) fn is_free(dir: &Path) -> bool {
+    File::open(dir.join("lock")).is_ok_and(|file| file.try_lock().is_ok())
+}

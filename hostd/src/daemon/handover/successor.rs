@@ -1,6 +1,7 @@
 //! The program that is to go on with this daemon's work.
 
-use std::io;
+use std::fs::File;
+use std::io::{self, Read as _};
 use std::os::fd::BorrowedFd;
 use std::path::Path;
 use std::time::Duration;
@@ -91,6 +92,9 @@ impl Successor {
             }
             _ => format!("{} cannot be started: {error}", program.display()),
         };
+        if is_for_another_machine(program) {
+            return Err(failed(&io::Error::from_raw_os_error(libc::ENOEXEC)));
+        }
         let mut attempts = 0;
         loop {
             let flags = SocketFlags::CLOEXEC;
@@ -192,4 +196,17 @@ impl Drop for Successor {
 
 fn unexpected(message: &FromSuccessor) -> Failure {
     format!("the new program says {message:?} at the wrong time")
+}
+
+/// Whether it is neither a program of this machine's kind nor a script. The kernel says so as well, but then the C library
+/// would have a shell read it.
+fn is_for_another_machine(program: &Path) -> bool {
+    const AMD64: u16 = 62;
+    let mut head = [0; 20];
+    let read = File::open(program).and_then(|mut file| file.read(&mut head));
+    // Who starts it says better why it cannot be read.
+    let Ok(length) = read else { return false };
+    let is_elf = length == head.len() && head.starts_with(b"\x7fELF\x02\x01");
+    let is_amd64 = is_elf && u16::from_le_bytes([head[18], head[19]]) == AMD64;
+    !is_amd64 && !head.starts_with(b"#!")
 }

@@ -239,6 +239,39 @@ impl Networking {
         }
     }
 
+    /// Gives a network namespace that is nobody's yet an address. None if it would be the last.
+    pub(super) async fn reserve(&self, up: &Up, namespace: &File) -> Result<Option<Ipv4Addr>> {
+        let address = up
+            .addresses
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .allocate_in_advance();
+        let Some(address) = address else { return Ok(None) };
+        let reserved = up
+            .network
+            .attach(namespace.as_fd(), address, &Attachment::default())
+            .await;
+        match reserved {
+            Ok(_) => Ok(Some(address)),
+            Err(error) => {
+                self.detach(up, address).await;
+                Err(failed("attach a namespace to the network")(error))
+            }
+        }
+    }
+
+    /// Has a container be in the namespace that an address was reserved for.
+    pub(super) async fn occupy(&self, up: &Up, address: Ipv4Addr, attached: Attached) -> Result<()> {
+        let changed = up.network.change(address, &attached.attachment).await;
+        changed.map_err(failed("attach the job to the network"))?;
+        up.attached
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .insert(address, attached);
+        self.endpoints_changed.notify_one();
+        Ok(())
+    }
+
     /// Takes an address back.
     pub(super) async fn detach(&self, up: &Up, address: Ipv4Addr) {
         up.forget(address);

@@ -41,7 +41,11 @@ impl Daemon {
         let attached = up.attachments();
         let of_containers = up.network.container_drops();
         let mut of_containers = of_containers.map_err(failed("read the counters"))?;
-        let endpoints = endpoints.iter().map(|(container, traffic)| {
+        // Not those that are reserved for jobs to come.
+        let endpoints = endpoints
+            .iter()
+            .filter(|(container, _)| attached.contains_key(&container.ipv4));
+        let endpoints = endpoints.map(|(container, traffic)| {
             let (job, attachment) = (jobs.get(&container.ipv4), attached.get(&container.ipv4));
             let drops = of_containers.remove(&container.ipv4).unwrap_or_default();
             EndpointStatus {

@@ -139,6 +139,7 @@ async fn survives(filesystem: &str, kind: ProviderKind) {
         let first = Notify::new();
         let kill = async {
             let _ = tokio::time::timeout(PATIENCE, first.notified()).await;
+            // Not a wait: how far into all this the power goes, each time a little further.
             tokio::time::sleep(Duration::from_millis(100 + 37 * round as u64)).await;
             host.kill_daemon();
         };

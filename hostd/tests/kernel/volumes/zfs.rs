@@ -368,4 +368,17 @@ pub(crate) async fn datasets_survive_kills() {
     };
     host.api.add_provider(&again).await.unwrap();
     host.api.create_volume("tank", &new("one", None)).await.unwrap();
+    // Among its volumes there is no room for another provider's.
+    let path = host.state.with_file_name("within");
+    fs::create_dir(&path).unwrap();
+    for dataset in [pool.dataset.clone(), format!("{}/volumes/within", pool.dataset)] {
+        let within = NewProvider {
+            id: "within".into(),
+            path: path.display().to_string(),
+            dataset: Some(dataset),
+            ..again.clone()
+        };
+        let refused = host.api.add_provider(&within).await.unwrap_err();
+        assert!(refused.message.contains("take another dataset"), "{refused}");
+    }
 }

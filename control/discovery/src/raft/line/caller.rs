@@ -10,6 +10,7 @@ use futures::StreamExt as _;
 use serde::Serialize;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::sync::{mpsc, oneshot};
+use tokio::task::JoinSet;
 use tokio::time::Instant;
 use tokio_util::codec::{FramedRead, FramedWrite};
 
@@ -25,6 +26,8 @@ const SILENCE: Duration = Duration::from_secs(1);
 pub struct Line {
     outgoing: mpsc::Sender<Bytes>,
     calls: Arc<Calls>,
+    /// What reads and what writes, until this goes: the other end may be gone without a word, and would be waited for.
+    _ends: JoinSet<()>,
 }
 
 #[derive(Debug, Default)]
@@ -82,8 +85,9 @@ impl Line {
         let (reading, writing) = tokio::io::split(connection);
         let (outgoing, waiting) = mpsc::channel::<Bytes>(WAITING);
         let calls = Arc::new(Calls::default());
+        let mut ends = JoinSet::new();
         let heard = Arc::clone(&calls);
-        tokio::spawn(async move {
+        ends.spawn(async move {
             let mut frames = FramedRead::new(reading, codec());
             while let Some(Ok(frame)) = frames.next().await {
                 let Some(answer) = Answer::decode(frame.freeze()) else {
@@ -95,12 +99,15 @@ impl Line {
             heard.end();
         });
         let sent = Arc::clone(&calls);
-        tokio::spawn(async move {
-            // The other end closes its side then, and the task above ends too.
+        ends.spawn(async move {
             let _ = super::send(waiting, FramedWrite::new(writing, codec())).await;
             sent.end();
         });
-        Self { outgoing, calls }
+        Self {
+            outgoing,
+            calls,
+            _ends: ends,
+        }
     }
 
     /// Whether it is of no use any more. What is under way may be answered yet.

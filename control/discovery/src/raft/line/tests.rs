@@ -110,3 +110,17 @@ async fn bytes_that_are_no_answer_end_the_line() {
         () = other => panic!("the line goes on"),
     }
 }
+
+#[tokio::test(start_paused = true)]
+async fn a_line_that_nobody_holds_is_closed_though_the_other_end_says_nothing() {
+    use tokio::io::AsyncReadExt as _;
+    let (line, mut there) = silent();
+    let _ = timeout(Duration::from_millis(100), line.call("echo", &())).await;
+    drop(line);
+    let mut said = Vec::new();
+    timeout(Duration::from_secs(1), there.read_to_end(&mut said))
+        .await
+        .expect("it is closed")
+        .unwrap();
+    assert!(!said.is_empty(), "the call had been sent");
+}

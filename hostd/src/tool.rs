@@ -1,10 +1,9 @@
 //! Runs the programs of filesystems.
 
 use std::ffi::OsStr;
-use std::io::{self, Read};
+use std::io;
 use std::os::fd::OwnedFd;
 use std::process::{Child, Command, ExitStatus, Stdio};
-use std::sync::mpsc::{Receiver, channel};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -13,28 +12,28 @@ use rustix::io::Errno;
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 
 /// How long a program may take for what does not grow with its volume, on a disk that is very busy.
-pub(super) const SHORT: Duration = Duration::from_mins(2);
+pub(crate) const SHORT: Duration = Duration::from_mins(2);
 
 /// How long one that was killed may take to go, and what it has said to arrive.
 const GOING: Duration = Duration::from_secs(5);
 
 /// How much of what a program says is kept.
-const SAID: u64 = 4 << 20;
+const SAID: usize = 4 << 20;
 
 /// How long a program may take that goes over the tables of so many bytes.
-pub(super) fn long_for(bytes: u64) -> Duration {
+pub(crate) fn long_for(bytes: u64) -> Duration {
     SHORT + Duration::from_secs(bytes >> 30)
 }
 
 /// A filesystem's program, and the package that is named where it is not there.
-pub(super) struct Tool {
-    pub(super) program: &'static str,
-    pub(super) package: &'static str,
+pub(crate) struct Tool {
+    pub(crate) program: &'static str,
+    pub(crate) package: &'static str,
 }
 
 impl Tool {
     /// Runs it to its end and gives what it has said. When that takes longer than `limit` it is killed.
-    pub(super) fn run(&self, args: &[&OsStr], limit: Duration) -> io::Result<String> {
+    pub(crate) fn run(&self, args: &[&OsStr], limit: Duration) -> io::Result<String> {
         let mut child = Command::new(self.program)
             .args(args)
             .env("LC_ALL", "C")
@@ -43,24 +42,34 @@ impl Tool {
             .stderr(Stdio::piped())
             .spawn()
             .map_err(|error| self.missing(&error))?;
-        let (stdout, stderr) = (listen(child.stdout.take()), listen(child.stderr.take()));
+        let pipes = [
+            child.stdout.take().map(OwnedFd::from),
+            child.stderr.take().map(OwnedFd::from),
+        ];
+        let mut said = pipes.map(|pipe| Said {
+            pipe,
+            text: Vec::new(),
+        });
+        let status = self.wait(child, &mut said, limit)?;
         // What it has left to others to say is not waited for.
-        let said = |from: Receiver<Vec<u8>>| from.recv_timeout(GOING).unwrap_or_default();
-        match self.wait(child, limit)? {
-            status if status.success() => Ok(String::from_utf8_lossy(&said(stdout)).into_owned()),
-            _ => Err(self.failed(&said(stderr))),
+        listen(&mut said, None, GOING)?;
+        let [stdout, stderr] = said.map(|said| said.text);
+        if status.success() {
+            Ok(String::from_utf8_lossy(&stdout).into_owned())
+        } else {
+            Err(self.failed(&stderr))
         }
     }
 
-    fn wait(&self, mut child: Child, limit: Duration) -> io::Result<ExitStatus> {
+    fn wait(&self, mut child: Child, said: &mut [Said; 2], limit: Duration) -> io::Result<ExitStatus> {
         let pid = Pid::from_child(&child);
         let pidfd = pidfd_open(pid, PidfdFlags::empty())?;
-        if ends(&pidfd, limit)? {
+        if listen(said, Some(&pidfd), limit)? {
             return child.wait();
         }
         let _ = child.kill();
         // In the kernel no signal may reach it. Then somebody else waits for it.
-        if ends(&pidfd, GOING)? {
+        if listen(said, Some(&pidfd), GOING)? {
             let _ = child.wait();
         } else {
             thread::spawn(move || child.wait());
@@ -76,7 +85,7 @@ impl Tool {
     }
 
     /// The error of the program when that could not be started.
-    pub(super) fn missing(&self, error: &io::Error) -> io::Error {
+    pub(crate) fn missing(&self, error: &io::Error) -> io::Error {
         io::Error::new(
             error.kind(),
             format!(
@@ -87,7 +96,7 @@ impl Tool {
     }
 
     /// The error of the program when that has failed, of the last that it said. What is full stays recognisable.
-    pub(super) fn failed(&self, stderr: &[u8]) -> io::Error {
+    pub(crate) fn failed(&self, stderr: &[u8]) -> io::Error {
         let text = String::from_utf8_lossy(stderr);
         let why = text
             .lines()
@@ -102,29 +111,63 @@ impl Tool {
     }
 }
 
-/// Reads all that comes, and keeps the start of it.
-fn listen(from: Option<impl Read + Send + 'static>) -> Receiver<Vec<u8>> {
-    let (done, said) = channel();
-    if let Some(mut from) = from {
-        thread::spawn(move || {
-            let mut text = Vec::new();
-            let _ = (&mut from).take(SAID).read_to_end(&mut text);
-            let _ = io::copy(&mut from, &mut io::sink());
-            let _ = done.send(text);
-        });
-    }
-    said
+/// What comes out of a pipe; the start of it is kept.
+struct Said {
+    /// None once nothing can come any more.
+    pipe: Option<OwnedFd>,
+    text: Vec<u8>,
 }
 
-/// Whether a process ends within this time.
-fn ends(pidfd: &OwnedFd, limit: Duration) -> io::Result<bool> {
+impl Said {
+    /// Reads what there is: the pipe is ready.
+    fn read(&mut self) {
+        let mut piece = [0; 16 << 10];
+        let Some(pipe) = &self.pipe else { return };
+        match rustix::io::read(pipe, &mut piece) {
+            Err(Errno::INTR) => {}
+            Ok(0) | Err(_) => self.pipe = None,
+            Ok(length) => {
+                let room = SAID - self.text.len();
+                self.text.extend_from_slice(&piece[..length.min(room)]);
+            }
+        }
+    }
+}
+
+/// Reads what comes until a process ends or, where none is given, until nothing can come any more. Whether that was within
+/// this time. By no thread: supervisors do this as well, and clone themselves after it, which only who is alone may.
+fn listen(said: &mut [Said; 2], pidfd: Option<&OwnedFd>, limit: Duration) -> io::Result<bool> {
     let deadline = Instant::now() + limit;
     loop {
+        let pipes = said.iter().filter_map(|said| said.pipe.as_ref());
+        let mut fds: Vec<_> = pipes
+            .chain(pidfd)
+            .map(|fd| PollFd::new(fd, PollFlags::IN))
+            .collect();
+        if fds.is_empty() {
+            return Ok(true);
+        }
         let left = deadline.saturating_duration_since(Instant::now());
-        let left = Timespec::try_from(left).map_err(io::Error::other)?;
-        match poll(&mut [PollFd::new(pidfd, PollFlags::IN)], Some(&left)) {
-            Err(Errno::INTR) => {}
-            ready => return Ok(ready? > 0),
+        let timeout = Timespec::try_from(left).map_err(io::Error::other)?;
+        match poll(&mut fds, Some(&timeout)) {
+            Err(Errno::INTR) => continue,
+            Ok(0) => return Ok(false),
+            ready => drop(ready?),
+        }
+        let ready: Vec<bool> = fds.iter().map(|fd| !fd.revents().is_empty()).collect();
+        let mut ready = ready.into_iter();
+        let open = said.iter_mut().filter(|said| said.pipe.is_some());
+        // Each with its own: the process, which is last, is not taken.
+        let pairs: Vec<_> = open.zip(ready.by_ref()).collect();
+        pairs
+            .into_iter()
+            .filter(|(_, is_ready)| *is_ready)
+            .for_each(|(said, _)| said.read());
+        if pidfd.is_some() && ready.next() == Some(true) {
+            return Ok(true);
+        }
+        if left.is_zero() {
+            return Ok(false);
         }
     }
 }
