@@ -41,14 +41,8 @@ impl Apparmor {
         if !enabled.is_ok_and(|enabled| enabled.starts_with('Y')) {
             return Self::Missing;
         }
-        let file = Path::new(RUN).join("apparmor.profile");
-        // It takes the place of a profile of this name, and is not kept for the next boot, which may be of another version.
-        let loaded = fs::write(&file, TEXT).and_then(|()| {
-            let options = ["--replace", "--skip-cache"].map(AsRef::as_ref);
-            PARSER.run(&[&options[..], &[file.as_os_str()]].concat(), SHORT)
-        });
-        match loaded {
-            Ok(_) => Self::Loaded,
+        match replace() {
+            Ok(()) => Self::Loaded,
             Err(error) => Self::Refused(error.to_string()),
         }
     }
@@ -75,14 +69,42 @@ impl Apparmor {
     }
 }
 
+/// Loads the profile. It takes the place of a profile of this name, and is not kept for the next boot, which may be of
+/// another version.
+fn replace() -> io::Result<()> {
+    let file = Path::new(RUN).join("apparmor.profile");
+    fs::write(&file, TEXT)?;
+    let options = ["--replace", "--skip-cache"].map(AsRef::as_ref);
+    let all = [&options[..], &[file.as_os_str()]].concat();
+    PARSER.run(&all, SHORT).map(drop)
+}
+
+/// Loads the profile again where it was removed: operators do that with all that /etc/apparmor.d does not have
+/// (`aa-remove-unknown(8)`).
+pub(crate) fn keep() -> io::Result<()> {
+    // The kernel is asked, and changes nothing.
+    match set("current", &format!("permprofile {PROFILE}")) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+        _ => return Ok(()),
+    }
+    tracing::warn!("the AppArmor profile {PROFILE} was removed: it is loaded again");
+    tokio::task::block_in_place(replace)
+}
+
 /// Has the program that this process starts next be confined by the profile.
 pub(crate) fn confine_next_program() -> io::Result<()> {
+    set("exec", &format!("exec {PROFILE}"))
+}
+
+/// Writes one of this thread's attributes.
+fn set(attribute: &str, value: &str) -> io::Result<()> {
+    let path = format!("/proc/thread-self/attr/apparmor/{attribute}");
     let flags = OFlags::WRONLY | OFlags::CLOEXEC;
-    let attribute = rustix::fs::openat(CWD, "/proc/thread-self/attr/apparmor/exec", flags, Mode::empty())?;
+    let attribute = rustix::fs::openat(CWD, path, flags, Mode::empty())?;
     // A file of the container's in this place would say yes to everything.
     if rustix::fs::fstatfs(&attribute)?.f_type != PROC_MAGIC {
         return Err(io::Error::other("/proc is not the kernel's"));
     }
-    rustix::io::write(&attribute, format!("exec {PROFILE}").as_bytes())?;
+    rustix::io::write(&attribute, value.as_bytes())?;
     Ok(())
 }

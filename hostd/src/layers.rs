@@ -101,10 +101,21 @@ impl Store {
         result
     }
 
-    /// Whether a layer is there and as long as it must be. One that is not is set aside.
+    /// Whether a layer is there and as long as it must be. One that is damaged is set aside.
     pub fn has_whole(&self, layer: &Layer) -> Result<bool> {
         match fs::metadata(self.paths.layer(layer.id)) {
             Ok(metadata) if metadata.len() == layer.length => Ok(true),
+            Ok(metadata)
+                if tokio::task::block_in_place(|| self.verify(layer.id))
+                    .map_err(|error| disk_error(layer.id, &error))? =>
+            {
+                Err(Error::validation(format!(
+                    "layer {} has {} bytes, and not {} as the image says: make the image anew",
+                    layer.id,
+                    metadata.len(),
+                    layer.length
+                )))
+            }
             Ok(metadata) => {
                 tracing::error!(layer = %layer.id, found = metadata.len(), wanted = layer.length, "a layer is damaged");
                 self.set_aside(layer.id)?;
@@ -412,6 +423,19 @@ mod tests {
         assert_eq!(names(&paths), [format!("{digest}.squashfs")]);
     }
 
+    #[tokio::test(flavor = "multi_thread")]
+    async fn a_wrong_length_in_an_image_harms_no_layer() {
+        let (_dir, paths, store) = store();
+        let digest = Digest::of(b"a layer");
+        store.put(digest, None, pieces(b"a layer")).await.unwrap();
+        let error = store.has_whole(&Layer::squashfs(digest, 8)).unwrap_err();
+        assert!(error.message.contains("has 7 bytes, and not 8"), "{error}");
+        assert!(store.has_whole(&Layer::squashfs(digest, 7)).unwrap());
+        fs::write(paths.layer(digest), "a la").unwrap();
+        assert!(!store.has_whole(&Layer::squashfs(digest, 7)).unwrap());
+        assert!(!store.has(digest), "it is damaged");
+    }
+
     fn opened(bytes: &'static [u8], start: u64) -> Opened {
         let body = futures::stream::iter(bytes.chunks(3).map(|piece| Ok(Bytes::from_static(piece))));
         Opened {
@@ -478,7 +502,7 @@ mod tests {
         assert!(store.verify(layer.id).unwrap());
     }
 
-    #[tokio::test]
+    #[tokio::test(flavor = "multi_thread")]
     async fn a_layer_of_another_length_is_set_aside_and_fetched_again() {
         let (_dir, paths, store) = store();
         let layer = Layer::squashfs(Digest::of(b"a layer"), 7);

@@ -9,7 +9,7 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::str::FromStr as _;
 use std::time::{Duration, Instant};
 
-use common::{Cluster, block_on, eventually, instance};
+use common::{Cluster, block_on, create, eventually, instance};
 use flynn_api::client::Http;
 use flynn_api::client::discovery::DiscoveryClient;
 use flynn_api::discovery::{HOST_SERVICE, Instance, ServiceConfig, ServiceMeta};
@@ -123,14 +123,8 @@ fn names_of_services_leaders_and_instances() {
     block_on(async {
         let (cluster, gateway) = with_gateway().await;
         let client = cluster.client(0);
-        client
-            .create_service("web", &ServiceConfig::default())
-            .await
-            .unwrap();
-        client
-            .create_service("empty", &ServiceConfig::default())
-            .await
-            .unwrap();
+        create(&client, "web").await;
+        create(&client, "empty").await;
         for addr in [
             "10.0.0.1:80",
             "10.0.0.2:80",
@@ -280,10 +274,7 @@ fn a_restart_answers_at_once_by_the_last_good_view() {
     block_on(async {
         let (mut cluster, gateway) = with_gateway().await;
         let client = cluster.client(0);
-        client
-            .create_service("web", &ServiceConfig::default())
-            .await
-            .unwrap();
+        create(&client, "web").await;
         client.register("web", &instance("10.0.0.1:80")).await.unwrap();
         // With a second voter that is gone for good, nobody can lead.
         cluster.add();
@@ -309,10 +300,7 @@ fn the_gateway_takes_only_what_is_the_callers_own() {
     block_on(async {
         let (cluster, gateway) = with_gateway().await;
         let plain = plain(&cluster, gateway);
-        plain
-            .create_service("web", &ServiceConfig::default())
-            .await
-            .unwrap();
+        create(&plain, "web").await;
         // On loopback this process calls from 127.0.0.1, as a container calls from its own address.
         let host = cluster.members[0].options.host_ip;
         plain.register("web", &instance("127.0.0.1:80")).await.unwrap();

@@ -8,10 +8,10 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-use common::{Cluster, block_on, eventually};
+use common::{Cluster, block_on, create, eventually};
 use flynn_api::client::discovery::DiscoveryClient;
 use flynn_api::client::full;
-use flynn_api::discovery::{EventKind, ServiceConfig, ServiceMeta};
+use flynn_api::discovery::{EventKind, ServiceMeta};
 use flynn_api::tls::PeerIdentity;
 use flynn_api::{Error, ErrorCode, IDEMPOTENCY_KEY};
 use futures::StreamExt as _;
@@ -81,10 +81,7 @@ fn members_that_die_are_not_noticed() {
         let (mut writers, mut watches) = (Vec::new(), Vec::new());
         for number in 0..4 {
             let service = format!("s{number}");
-            client
-                .create_service(&service, &ServiceConfig::default())
-                .await
-                .unwrap();
+            create(&client, &service).await;
             let mut watch = client.watch(&service).await.unwrap();
             assert_eq!(watch.next().await.unwrap().unwrap().1.kind, EventKind::Current);
             let (sender, told) = mpsc::unbounded_channel();
@@ -140,10 +137,7 @@ fn a_write_of_the_same_name_is_done_once_at_whichever_host() {
         let tester = PeerIdentity::Host("tester".into());
         let https: Vec<_> = (0..3).map(|at| cluster.http_as(at, Some(&tester))).collect();
         let client = cluster.client(0);
-        client
-            .create_service("web", &ServiceConfig::default())
-            .await
-            .unwrap();
+        create(&client, "web").await;
         let put = async |at: usize, key: &str, index: u64| {
             let body = json!({ "data": key, "index": index }).to_string();
             let request = http::Request::put("/services/web/meta")

@@ -6,7 +6,7 @@ mod common;
 
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 
-use common::{Cluster, block_on, eventually, instance};
+use common::{Cluster, block_on, create, eventually, instance};
 use flynn_api::client::Http;
 use flynn_api::client::discovery::DiscoveryClient;
 use flynn_api::discovery::{
@@ -36,14 +36,8 @@ async fn bootstrapped() -> Cluster {
     let cluster = Cluster::one();
     cluster.ready(0).await;
     let client = cluster.client(0);
-    client
-        .create_service(CA_SERVICE, &ServiceConfig::default())
-        .await
-        .unwrap();
-    client
-        .create_service(HOST_SERVICE, &ServiceConfig::default())
-        .await
-        .unwrap();
+    create(&client, CA_SERVICE).await;
+    create(&client, HOST_SERVICE).await;
     let ca = ClusterCa::new(cluster.ca.cert_pem(), cluster.ca.key_pem());
     client
         .set_meta(CA_SERVICE, &meta(serde_json::to_value(ca).unwrap(), 0))
@@ -440,10 +434,7 @@ fn metadata_and_leaders() {
         );
         client.remove_service("pg").await.unwrap();
         assert_eq!(client.services().await.unwrap(), Vec::<String>::new());
-        client
-            .create_service("old", &ServiceConfig::default())
-            .await
-            .unwrap();
+        create(&client, "old").await;
         client.register("old", &a).await.unwrap();
         assert_eq!(
             client.set_leader("old", &a).await.unwrap_err().code,
@@ -461,10 +452,7 @@ fn bad_input_is_refused_and_named() {
             cluster.client(0),
             cluster.http_as(0, Some(&PeerIdentity::Host("t".into()))),
         );
-        client
-            .create_service("web", &ServiceConfig::default())
-            .await
-            .unwrap();
+        create(&client, "web").await;
         for name in ["Web", "a_b", "-a", "a-", &"a".repeat(64), "a.b", "%2e%2e"] {
             let error = client
                 .create_service(name, &ServiceConfig::default())

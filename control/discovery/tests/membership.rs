@@ -10,7 +10,7 @@ mod common;
 use std::collections::BTreeSet;
 use std::time::Duration;
 
-use common::{Cluster, block_on, eventually, instance};
+use common::{Cluster, block_on, create, eventually, instance};
 use flynn_api::ErrorCode;
 use flynn_api::discovery::{HOST_SERVICE, ServiceConfig, Voting};
 use flynn_discovery::Options;
@@ -124,10 +124,7 @@ fn a_voter_that_stays_dead_is_replaced_and_returns_as_a_learner() {
             until_voters(&cluster, witness, next.clone()).await;
             let service = format!("by-others-than-{dead}");
             let client = cluster.client(learner);
-            client
-                .create_service(&service, &ServiceConfig::default())
-                .await
-                .unwrap();
+            create(&client, &service).await;
             cluster.members[dead].start();
             cluster.ready(dead).await;
             eventually("the one that was dead has caught up", async || {

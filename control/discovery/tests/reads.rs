@@ -4,7 +4,7 @@
 
 mod common;
 
-use common::{Cluster, block_on, eventually, instance};
+use common::{Cluster, block_on, create, eventually, instance};
 use flynn_api::ErrorCode;
 use flynn_api::client::discovery::DiscoveryClient;
 use flynn_api::client::{Http, Watch, full};
@@ -44,10 +44,7 @@ fn each_strength_says_what_it_reflects() {
         let tester = PeerIdentity::Host("tester".into());
         let https: Vec<Http> = (0..3).map(|at| cluster.http_as(at, Some(&tester))).collect();
         let writer = cluster.client(leader);
-        writer
-            .create_service("web", &ServiceConfig::default())
-            .await
-            .unwrap();
+        create(&writer, "web").await;
         let mut last = 0;
         for round in 0..30 {
             last = writer
@@ -100,10 +97,7 @@ fn reads_at_once_are_all_answered_and_none_is_old() {
         let cluster = Cluster::three().await;
         let leader = cluster.ready(0).await;
         let writer = cluster.client(leader);
-        writer
-            .create_service("web", &ServiceConfig::default())
-            .await
-            .unwrap();
+        create(&writer, "web").await;
         let first = writer.set_meta("web", &meta(json!(0), 0)).await.unwrap().index;
         let (done, _) = tokio::sync::watch::channel(first);
         let reader = async |at: usize| {
@@ -257,10 +251,7 @@ fn a_watch_that_cannot_resume_says_so() {
         let mut cluster = Cluster::one();
         cluster.ready(0).await;
         let client = cluster.client(0);
-        client
-            .create_service("web", &ServiceConfig::default())
-            .await
-            .unwrap();
+        create(&client, "web").await;
         let mut index = client.set_meta("web", &meta(json!(0), 0)).await.unwrap().index;
         // Of another cluster, or of one that was restored since.
         let error = client
@@ -311,10 +302,7 @@ fn figures_are_told() {
         let cluster = Cluster::three().await;
         let leader = cluster.ready(0).await;
         let client = cluster.client(leader);
-        client
-            .create_service("web", &ServiceConfig::default())
-            .await
-            .unwrap();
+        create(&client, "web").await;
         let mut watch = client.watch("web").await.unwrap();
         assert_eq!(watch.next().await.unwrap().unwrap().1.kind, EventKind::Current);
         for round in 0..5 {

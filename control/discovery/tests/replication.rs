@@ -6,7 +6,7 @@ mod common;
 
 use std::time::Duration;
 
-use common::{Cluster, block_on, eventually, instance};
+use common::{Cluster, block_on, create, eventually, instance};
 use flynn_api::ErrorCode;
 use flynn_api::client::Http;
 use flynn_api::client::discovery::DiscoveryClient;
@@ -21,10 +21,7 @@ fn one_member_keeps_what_it_acknowledged() {
         let mut cluster = Cluster::one();
         cluster.ready(0).await;
         let client = cluster.client(0);
-        client
-            .create_service("web", &ServiceConfig::default())
-            .await
-            .unwrap();
+        create(&client, "web").await;
         client.register("web", &instance("10.0.0.1:80")).await.unwrap();
         let meta = ServiceMeta {
             data: json!({"a": 1}),
@@ -76,11 +73,7 @@ fn whoever_led_before_it_was_killed_does_not_lead_without_an_election() {
 fn three_members_elect_another_leader() {
     block_on(async {
         let mut cluster = Cluster::three().await;
-        cluster
-            .client(0)
-            .create_service("web", &ServiceConfig::default())
-            .await
-            .unwrap();
+        create(&cluster.client(0), "web").await;
         let leader = cluster.ready(0).await;
         let (a, b) = ((leader + 1) % 3, (leader + 2) % 3);
 
@@ -172,10 +165,7 @@ fn a_newcomer_gets_a_snapshot_and_answers_alone() {
         let mut cluster = Cluster::one();
         cluster.ready(0).await;
         let client = cluster.client(0);
-        client
-            .create_service("web", &ServiceConfig::default())
-            .await
-            .unwrap();
+        create(&client, "web").await;
         for port in 1..=400 {
             let meta = ServiceMeta {
                 data: json!(port),
@@ -228,10 +218,7 @@ fn the_silent_expire_and_the_living_stay() {
         cluster.add_with(|options| options.timing.lease = Duration::from_secs(2));
         cluster.ready(0).await;
         let client = cluster.client(0);
-        client
-            .create_service("web", &ServiceConfig::default())
-            .await
-            .unwrap();
+        create(&client, "web").await;
         let mut watch = client.watch("web").await.unwrap();
         client.register("web", &instance("10.0.0.1:80")).await.unwrap();
         client.register("web", &instance("10.0.0.2:80")).await.unwrap();
@@ -295,11 +282,7 @@ fn a_leader_that_stops_hands_over() {
             cluster.leader(other).await.filter(|next| *next != leader)
         })
         .await;
-        cluster
-            .client(other)
-            .create_service("web", &ServiceConfig::default())
-            .await
-            .unwrap();
+        create(&cluster.client(other), "web").await;
     });
 }
 
@@ -344,11 +327,7 @@ fn members_are_removed_and_move() {
             (peers.len() == 2 && peers.iter().any(|peer| peer.id == id && peer.addr == addr)).then_some(())
         })
         .await;
-        cluster
-            .client(1)
-            .create_service("web", &ServiceConfig::default())
-            .await
-            .unwrap();
+        create(&cluster.client(1), "web").await;
     });
 }
 
@@ -379,10 +358,7 @@ fn a_long_log_is_cut_short() {
         cluster.add_with(|options| options.timing.snapshot_after = 100_000);
         cluster.ready(0).await;
         let client = cluster.client(0);
-        client
-            .create_service("web", &ServiceConfig::default())
-            .await
-            .unwrap();
+        create(&client, "web").await;
         let mut meta = ServiceMeta {
             data: json!("x".repeat(900_000)),
             index: 0,
@@ -408,10 +384,7 @@ fn nobody_says_of_a_write_that_may_have_happened_that_it_has_not() {
         let learner = cluster.add();
         let leader = cluster.ready(0).await;
         let client = cluster.client(leader);
-        client
-            .create_service("web", &ServiceConfig::default())
-            .await
-            .unwrap();
+        create(&client, "web").await;
         eventually("the learner has it", async || {
             cluster.client(learner).service("web").await.ok()
         })

@@ -6,10 +6,10 @@ mod common;
 
 use std::collections::BTreeMap;
 
-use common::{Cluster, block_on, instance};
+use common::{Cluster, block_on, create, instance};
 use flynn_api::ErrorCode;
 use flynn_api::client::Watch;
-use flynn_api::discovery::{Event, EventKind, ServiceConfig, ServiceMeta, VirtualNetworks};
+use flynn_api::discovery::{Event, EventKind, ServiceMeta, VirtualNetworks};
 use futures::StreamExt as _;
 
 async fn until(stream: &mut Watch, kind: EventKind) -> Vec<Event> {
@@ -38,10 +38,7 @@ fn all_services_are_watched_in_one_stream() {
         cluster.ready(0).await;
         let client = cluster.client(0);
         for service in ["web", "empty"] {
-            client
-                .create_service(service, &ServiceConfig::default())
-                .await
-                .unwrap();
+            create(&client, service).await;
         }
         client.register("web", &instance("10.0.0.1:80")).await.unwrap();
         let secret = ServiceMeta {
@@ -64,10 +61,7 @@ fn all_services_are_watched_in_one_stream() {
         let web = client.service("web").await.unwrap();
         assert_eq!(events[1].addresses, web.addresses);
 
-        client
-            .create_service("more", &ServiceConfig::default())
-            .await
-            .unwrap();
+        create(&client, "more").await;
         client.register("more", &instance("10.0.0.2:80")).await.unwrap();
         let events = until(&mut watch, Leader).await;
         assert_eq!(told(&events), [("more", Service), ("more", Up), ("more", Leader)]);
@@ -102,10 +96,7 @@ fn heartbeats_that_stop_are_told_from_goodbyes() {
         cluster.add_with(|options| options.timing.lease = std::time::Duration::from_millis(1500));
         cluster.ready(0).await;
         let client = cluster.client(0);
-        client
-            .create_service("web", &ServiceConfig::default())
-            .await
-            .unwrap();
+        create(&client, "web").await;
         client.register("web", &instance("10.0.0.1:80")).await.unwrap();
         let mut watch = client.watch_all().await.unwrap();
         let events = until(&mut watch, EventKind::Down).await;
@@ -144,10 +135,7 @@ fn addresses_outlive_restarts_and_snapshots() {
         // More commands than there are between two snapshots.
         for at in 0..70 {
             let service = format!("s{at}");
-            client
-                .create_service(&service, &ServiceConfig::default())
-                .await
-                .unwrap();
+            create(&client, &service).await;
             if at % 3 == 0 {
                 client.remove_service(&service).await.unwrap();
                 continue;
@@ -164,10 +152,7 @@ fn addresses_outlive_restarts_and_snapshots() {
             assert_eq!(client.service(service).await.unwrap().addresses, Some(*of));
         }
         assert_eq!(client.virtual_networks().await.unwrap(), networks);
-        client
-            .create_service("next", &ServiceConfig::default())
-            .await
-            .unwrap();
+        create(&client, "next").await;
         let next = client.service("next").await.unwrap().addresses.unwrap();
         assert!(
             addresses.values().all(|of| of.number < next.number),

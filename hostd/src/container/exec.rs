@@ -9,8 +9,9 @@ use std::time::{Duration, Instant};
 
 use rustix::net::{AddressFamily, RecvFlags, SocketFlags, SocketType};
 use rustix::pipe::{PipeFlags, pipe_with};
-use rustix::process::{WaitId, WaitIdOptions, waitid};
+use rustix::process::{Signal, WaitId, WaitIdOptions, waitid};
 use rustix::thread::{ThreadNameSpaceType, move_into_thread_name_spaces};
+use tokio::time::timeout;
 
 use super::init::{self, Attempt, Failure, Watched};
 use super::{
@@ -18,6 +19,9 @@ use super::{
 };
 use crate::launch::Launch;
 use crate::sys::{self, Cloned, Polled, polled};
+
+/// How long the clone may take to leave.
+const GRACE: Duration = Duration::from_secs(2);
 
 /// A program beside the job's own. Whoever drops this ends it.
 #[derive(Debug)]
@@ -82,7 +86,11 @@ impl Drop for Execution {
         let Some(pidfd) = self.pidfd.take() else { return };
         tokio::spawn(async move {
             let Ok(pidfd) = polled(pidfd) else { return };
-            let _ = pidfd.readable().await;
+            if timeout(GRACE, pidfd.readable()).await.is_err() {
+                // It waits for something of the container's.
+                let _ = rustix::process::pidfd_send_signal(pidfd.get_ref().as_fd(), Signal::KILL);
+                let _ = pidfd.readable().await;
+            }
             let _ = waitid(WaitId::PidFd(pidfd.get_ref().as_fd()), WaitIdOptions::EXITED);
         });
     }

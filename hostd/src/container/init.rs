@@ -133,7 +133,7 @@ pub(super) fn confine(launch: &Launch) -> Result<(), Failure> {
     if !launch.apparmor {
         return Ok(());
     }
-    let what = "have AppArmor confine it (the profile is loaded by systemctl reload flynn-host)";
+    let what = "have AppArmor confine it";
     apparmor::confine_next_program().attempt(what)
 }
 

@@ -6,7 +6,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
 use flynn_api::Env;
-use rustix::fs::{Mode, OFlags};
+use rustix::fs::{FileType, Mode, OFlags, makedev};
 use rustix::process::{Gid, Resource, Rlimit, Uid};
 use rustix::thread::{CapabilitySet, CapabilitySets};
 
@@ -50,6 +50,9 @@ fn become_program(
     rustix::process::umask(Mode::WGRP | Mode::WOTH);
     limits(launch)?;
     privileges(launch)?;
+    if stdio.is_some_and(|stdio| stdio.stdin.is_none()) {
+        no_input()?;
+    }
     rustix::process::chdir(&launch.working_dir).attempt(format_args!("enter {}", launch.working_dir))?;
 
     let text = |text: &str| CString::new(text).attempt("pass a zero byte to a program");
@@ -91,17 +94,27 @@ fn streams(launch: &Launch, stdio: Option<&Stdio>, terminal: Option<&OwnedFd>) -
         return dup([terminal, terminal, terminal]);
     }
     let stdio = stdio.ok_or("neither pipes nor a terminal")?;
-    let null;
-    let stdin = if let Some(stdin) = &stdio.stdin {
+    if let Some(stdin) = &stdio.stdin {
         own(stdin)?;
-        stdin
-    } else {
-        null = rustix::fs::open("/dev/null", OFlags::RDONLY, Mode::empty()).attempt("open /dev/null")?;
-        &null
-    };
+    }
     own(&stdio.stdout)?;
     own(&stdio.stderr)?;
+    // Where there is no input, anything will do for a moment.
+    let stdin = stdio.stdin.as_ref().unwrap_or(&stdio.stdout);
     dup([stdin, &stdio.stdout, &stdio.stderr])
+}
+
+/// Has standard input be empty. With the program's own rights: what is in a container that runs may be the job's doing.
+fn no_input() -> Result<(), Failure> {
+    let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NOFOLLOW | OFlags::NONBLOCK;
+    let null = rustix::fs::open("/dev/null", flags, Mode::empty()).attempt("open /dev/null")?;
+    let stat = rustix::fs::fstat(&null).attempt("open /dev/null")?;
+    let is_device = FileType::from_raw_mode(stat.st_mode) == FileType::CharacterDevice;
+    if !is_device || stat.st_rdev != makedev(1, 3) {
+        return Err("/dev/null is not what it should be: the job has put something else there".into());
+    }
+    rustix::fs::fcntl_setfl(&null, OFlags::empty()).attempt("open /dev/null")?;
+    rustix::stdio::dup2_stdin(&null).attempt("set standard input")
 }
 
 fn dup(streams: [&OwnedFd; 3]) -> Result<(), Failure> {

@@ -9,7 +9,7 @@ use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
 
 use flynn_api::Env;
-use rustix::fs::{CWD, FileType, Mode, OFlags, makedev, mknodat};
+use rustix::fs::{CWD, FileType, Mode, OFlags, ResolveFlags, makedev, mknodat, openat2};
 use rustix::mount::{
     MountFlags, MountPropagationFlags, MoveMountFlags, OpenTreeFlags, UnmountFlags, mount, mount_bind,
     mount_change, mount_remount, move_mount, open_tree, unmount,
@@ -62,6 +62,9 @@ const LINKS: [(&str, &str); 6] = [
     ("/proc/kcore", "/dev/core"),
     ("pts/ptmx", "/dev/ptmx"),
 ];
+
+/// What is the kernel's: nothing is mounted there unless it is named.
+const TAKEN: [&str; 6] = ["/proc", "/sys", "/dev", "/dev/pts", "/dev/shm", "/dev/mqueue"];
 
 /// Makes the root file system and moves into it. Gives the host's `resolv.conf`, which is out of sight then.
 pub(super) fn set_up(around: &Around<'_>) -> Result<Vec<u8>, Failure> {
@@ -251,12 +254,33 @@ fn place_bind(bind: &Bind, mount: &OwnedFd) -> Result<(), Failure> {
             .open(&bind.target)
             .attempt(what())?;
     }
+    // The image, or a volume, may have a link there.
+    let place = openat2(
+        CWD,
+        &bind.target,
+        OFlags::PATH | OFlags::CLOEXEC,
+        Mode::empty(),
+        ResolveFlags::NO_MAGICLINKS,
+    )
+    .attempt(what())?;
+    let there = rustix::fs::fstat(&place).attempt(what())?;
+    let root = rustix::fs::stat("/").attempt(what())?;
+    let is_taken = |path: &&str| {
+        let is_meant = bind.target.starts_with(path);
+        !is_meant && rustix::fs::stat(*path).is_ok_and(|taken| taken.st_dev == there.st_dev)
+    };
+    if (there.st_dev, there.st_ino) == (root.st_dev, root.st_ino) || TAKEN.iter().any(is_taken) {
+        let target = bind.target.display();
+        return Err(format!(
+            "{target} leads where nothing may be mounted: is there a link in the image?"
+        ));
+    }
     move_mount(
         mount,
         "",
-        CWD,
-        &bind.target,
-        MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH,
+        &place,
+        "",
+        MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH | MoveMountFlags::MOVE_MOUNT_T_EMPTY_PATH,
     )
     .attempt(what())
 }

@@ -62,7 +62,12 @@ impl Daemon {
                 // Bringing the network up has taken it back; by now it may be another's.
                 status.address = None;
                 if status.state.is_terminal() && !resurrect {
-                    self.take_in(job, status, None, false);
+                    // What goes last when a job is cleaned up after is there: nobody has, or not to the end.
+                    let is_left = launch.is_some();
+                    self.take_in(job, status, None, is_left);
+                    if is_left {
+                        self.clean_up_later(id);
+                    }
                     continue;
                 }
             }
@@ -110,14 +115,18 @@ impl Daemon {
                     status.end(state, Timestamp::now());
                     status.error = Some(why.into());
                 });
-                let daemon = Arc::clone(self);
-                let pass = self.gate.beside(&format!("the end of job {id}"));
-                tokio::spawn(async move {
-                    daemon.clean_up(&id, None).await;
-                    drop(pass);
-                });
+                self.clean_up_later(id);
             }
         }
+    }
+
+    fn clean_up_later(self: &Arc<Self>, id: String) {
+        let daemon = Arc::clone(self);
+        let pass = self.gate.beside(&format!("the end of job {id}"));
+        tokio::spawn(async move {
+            daemon.clean_up(&id, None).await;
+            drop(pass);
+        });
     }
 
     fn take_in(&self, job: Job, status: Status, launch: Option<&Launch>, attended: bool) {
@@ -187,7 +196,14 @@ impl Daemon {
             if !supervisor.is_some_and(crate::status::ProcessId::is_alive) {
                 return Err(Error::conflict("its supervisor is gone"));
             }
-            place.address = Some(self.attach(&network, &entry.job, &namespace).await?);
+            let address = self.attach(&network, &entry.job, &namespace).await?;
+            place.address = Some(address);
+            let told = call(connection, &Request::Go(place)).await;
+            if told.is_err() {
+                // The next attempt gives it another one.
+                self.network.detach(&network, address).await;
+            }
+            return told;
         }
         call(connection, &Request::Go(place)).await
     }

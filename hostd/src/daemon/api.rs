@@ -343,7 +343,9 @@ async fn configure_network(
     State(daemon): Shared,
     StrictJson(config): StrictJson<NetworkConfig>,
 ) -> Result<Json<Done>> {
-    done(daemon.configure_network(config).await)
+    let configuring = Arc::clone(&daemon);
+    let configure = async move { configuring.configure_network(config).await };
+    done(daemon.to_the_end("bringing the network up", configure).await)
 }
 
 #[cfg(test)]

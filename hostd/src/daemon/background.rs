@@ -10,10 +10,13 @@ use tokio_util::sync::CancellationToken;
 
 use super::network::follow;
 use super::{Daemon, layers, register, renewal, services, usage};
-use crate::floating;
+use crate::{apparmor, floating};
 
 /// Between attempts to bring the network up.
 const NETWORK_RETRY: Duration = Duration::from_secs(5);
+
+/// How often the profile of AppArmor is looked for.
+const PROFILE_CHECK: Duration = Duration::from_secs(10);
 
 /// The loops, which run until they are stopped.
 #[derive(Debug)]
@@ -34,6 +37,9 @@ impl Background {
         tasks.spawn(renewal::keep(Arc::clone(daemon)));
         tasks.spawn(layers::keep_room(Arc::clone(daemon)));
         tasks.spawn(usage::watch(Arc::clone(daemon)));
+        if daemon.apparmor {
+            tasks.spawn(keep_profile());
+        }
         Self {
             tasks,
             floating: hold_floating(daemon),
@@ -66,6 +72,16 @@ async fn keep_network(daemon: Arc<Daemon>) {
             && let Err(error) = daemon.configure_network(config).await
         {
             tracing::error!(%error, "the network is not up; trying on");
+        }
+    }
+}
+
+/// A start sees to the profile itself; a supervisor that starts its job again cannot.
+async fn keep_profile() {
+    loop {
+        sleep(PROFILE_CHECK).await;
+        if let Err(error) = apparmor::keep() {
+            tracing::error!(%error, "jobs cannot be started again without their AppArmor profile");
         }
     }
 }

@@ -208,16 +208,9 @@ impl Daemon {
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
             .release(&self.paths, id);
-        store::tidy(&self.paths, id);
-        self.ids.release(id);
-        let Some(entry) = self.table.get(id) else { return };
-        for volume in entry
-            .job
-            .config
-            .volumes
-            .iter()
-            .filter(|volume| volume.delete_on_stop)
-        {
+        let entry = self.table.get(id);
+        let volumes = entry.iter().flat_map(|entry| &entry.job.config.volumes);
+        for volume in volumes.filter(|volume| volume.delete_on_stop) {
             let others = |volume: &str| {
                 let mut jobs = self.users(volume);
                 jobs.retain(|job| job != id);
@@ -230,6 +223,9 @@ impl Daemon {
                 tracing::warn!(job = id, volume = volume.volume_id, %error, "cannot remove its volume");
             }
         }
+        // Last what says that there was something to do; it can be much.
+        tokio::task::block_in_place(|| store::tidy(&self.paths, id));
+        self.ids.release(id);
         self.table.note(id, |entry| entry.attended = false);
         self.forget_oldest();
     }
@@ -247,7 +243,7 @@ impl Daemon {
             if !many && sinks.is_some_and(|sinks| sinks.awaited(&entry.job.id)) {
                 continue;
             }
-            match files::remove_all(&self.paths.job(&entry.job.id)) {
+            match tokio::task::block_in_place(|| files::remove_all(&self.paths.job(&entry.job.id))) {
                 Ok(()) => self.table.remove(&entry.job.id),
                 Err(error) => tracing::warn!(job = entry.job.id, %error, "cannot forget"),
             }

@@ -1,6 +1,6 @@
 //! Limits that change while a job runs.
 
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError};
 
 use flynn_api::resources::Resources;
 use flynn_api::{Error, Result};
@@ -34,6 +34,8 @@ impl Daemon {
     }
 
     fn change_limits(&self, id: &str, changes: Resources) -> Result<()> {
+        // Of two at once the second begins with what the first has made.
+        let _changing = self.limits.lock().unwrap_or_else(PoisonError::into_inner);
         let entry = self.table.get(id).ok_or_else(|| Error::not_found("job", id))?;
         if entry.status.state.is_terminal() {
             return Err(Error::conflict(format!("job {id} is over")));

@@ -114,6 +114,8 @@ struct Daemon {
     serving: Mutex<Option<Arc<Live>>>,
     /// What is held here, of certificates and trust.
     held: Mutex<Option<Held>>,
+    /// Held while limits of a job are changed.
+    limits: Mutex<()>,
     /// Held while a certificate is asked for.
     signing: tokio::sync::Mutex<()>,
     /// What this host cannot do, and what was found broken.
@@ -256,6 +258,7 @@ impl Daemon {
             updates,
             serving: Mutex::default(),
             held: Mutex::default(),
+            limits: Mutex::default(),
             signing: tokio::sync::Mutex::default(),
             notices: Mutex::new(notices),
             features,
@@ -264,8 +267,9 @@ impl Daemon {
             paths: paths.clone(),
         });
         daemon.restore_network(&stored).await;
-        daemon.adopt(stored);
+        // Before anything is forgotten that they have yet to take.
         daemon.start_sinks();
+        daemon.adopt(stored);
         daemon
             .mounts
             .lock()
@@ -295,6 +299,21 @@ impl Daemon {
             .map_err(|error| disk_error(what, &error))?;
         *config = changed;
         Ok(())
+    }
+
+    /// Has something done to its end, whether or not whoever has asked for it goes away.
+    async fn to_the_end<T: Send + 'static>(
+        &self,
+        what: &str,
+        work: impl Future<Output = Result<T>> + Send + 'static,
+    ) -> Result<T> {
+        let pass = self.gate.beside(what);
+        let done = tokio::spawn(async move {
+            let _pass = pass;
+            work.await
+        });
+        done.await
+            .map_err(|error| Error::internal(format!("{what} was cut off: {error}")))?
     }
 
     fn as_host(&self) -> prepare::Host<'_> {
@@ -375,8 +394,12 @@ impl Daemon {
             Some((address, self.known_attached(&entry.job)))
         };
         let in_use = self.table.addresses().into_iter().filter_map(attachment);
-        if self.bring_up(&wanted, in_use.collect(), &[]).await? {
+        let came_up = self.bring_up(&wanted, in_use.collect(), &[]).await?;
+        // It may have come up before, and the disk been full.
+        if self.config().network.as_ref() != Some(&wanted) {
             self.configure("remember the network", |config| config.network = Some(wanted))?;
+        }
+        if came_up {
             self.notices
                 .lock()
                 .unwrap_or_else(PoisonError::into_inner)

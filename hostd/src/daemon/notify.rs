@@ -5,6 +5,14 @@ use std::os::linux::net::SocketAddrExt as _;
 use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::net::{SocketAddr, UnixDatagram};
 
+/// Where it listens.
+const SOCKET: &str = "NOTIFY_SOCKET";
+
+/// Whether it is what has started this daemon, or the one before.
+pub(super) fn is_there() -> bool {
+    std::env::var_os(SOCKET).is_some()
+}
+
 /// This process is the daemon, and serves.
 pub(super) fn ready() {
     tell(&format!("READY=1\nMAINPID={}\n", std::process::id()));
@@ -16,7 +24,7 @@ pub(super) fn stopping() {
 }
 
 fn tell(state: &str) {
-    let Some(socket) = std::env::var_os("NOTIFY_SOCKET") else {
+    let Some(socket) = std::env::var_os(SOCKET) else {
         return;
     };
     let told = || -> io::Result<()> {

@@ -70,8 +70,14 @@ pub(super) async fn run(
     });
     connections.spawn(listen_tls(Arc::clone(daemon), sockets.tls_slot(), farewells));
     let background = Background::start(daemon);
-    if let Some(predecessor) = predecessor {
-        predecessor.serving().await;
+    if let Some(predecessor) = predecessor
+        && !predecessor.serving().await
+    {
+        // It starts another one, which would find this one in its way for ever.
+        anyhow::ensure!(
+            !notify::is_there(),
+            "the daemon that has handed over was killed: systemd starts one in its place"
+        );
     }
     notify::ready();
     tracing::info!(id = daemon.host_id, socket = host::SOCKET, "ready");
@@ -129,7 +135,9 @@ pub(super) async fn linger(
     };
     let alone = async {
         let _ = successor.wait().await;
-        // It may have handed over in its turn.
+        if !handover::is_free(daemon.paths.state()) {
+            tracing::info!("the daemon that had taken over has handed over in its turn");
+        }
         while !handover::is_free(daemon.paths.state()) {
             sleep(SUCCESSOR_CHECK).await;
         }

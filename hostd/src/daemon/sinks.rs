@@ -84,10 +84,14 @@ async fn put_sink(
         ));
     }
     sink.id = id;
-    daemon.sinks()?.put(sink.clone()).await?;
+    let (putting, wanted) = (Arc::clone(&daemon), sink.clone());
+    let put = async move { putting.sinks()?.put(wanted).await };
+    daemon.to_the_end("changing a sink", put).await?;
     Ok(Json(sink))
 }
 
 async fn remove_sink(State(daemon): Shared, Path(id): Path<String>) -> Result<Json<Done>> {
-    done(daemon.sinks()?.remove(&id).await)
+    let removing = Arc::clone(&daemon);
+    let remove = async move { removing.sinks()?.remove(&id).await };
+    done(daemon.to_the_end("removing a sink", remove).await)
 }

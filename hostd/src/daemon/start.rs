@@ -28,7 +28,10 @@ use crate::launch::{self, Bind, Launch};
 use crate::status::{Status, boot_id};
 use crate::supervisor::Backoff;
 use crate::volumes::{Wanted, is_volume_id};
-use crate::{files, identities, prepare};
+use crate::{apparmor, files, identities, prepare};
+
+/// How long a supervisor that was killed may take to die.
+const KILL: Duration = Duration::from_secs(10);
 
 /// How long a supervisor may take to open its socket.
 pub(super) const SUPERVISOR_START: Duration = Duration::from_secs(10);
@@ -241,12 +244,17 @@ impl Daemon {
             // It would make a container, and wait in vain.
             let _ = child.start_kill();
         }
-        // Whoever is left when it ends: a zombie would look like a process.
-        tokio::spawn(async move { child.wait().await });
-        let address = attached.transpose()?.flatten();
+        let address = match attached.transpose() {
+            Ok(address) => address.flatten(),
+            Err(error) => {
+                reap(child);
+                return Err(error);
+            }
+        };
         let mut connection = match connected {
             Ok(connection) => connection,
             Err(error) => {
+                reap(child);
                 if let (Some(network), Some(address)) = (&network, address) {
                     self.network.detach(network, address).await;
                 }
@@ -262,12 +270,18 @@ impl Daemon {
             .await
             .and(self.refuse_stopped(id));
         if let Err(error) = result {
-            let _ = call(&mut connection, &Request::Stop).await;
+            if call(&mut connection, &Request::Stop).await.is_err() {
+                // Or it would do later what it has heard.
+                let _ = child.start_kill();
+                let _ = timeout(KILL, child.wait()).await;
+            }
+            reap(child);
             if let (Some(network), Some(address)) = (&network, address) {
                 self.network.detach(network, address).await;
             }
             return Err(error);
         }
+        reap(child);
         Ok(connection)
     }
 
@@ -342,7 +356,14 @@ impl Daemon {
             launch.user_namespace = Some(self.ids.give(&launch)?);
         }
         launch.check_ids()?;
-        launch.apparmor = self.apparmor && prepare::is_ordinary(job, &launch);
+        if self.apparmor && prepare::is_ordinary(job, &launch) {
+            apparmor::keep().map_err(|error| {
+                Error::unavailable(format!(
+                    "the AppArmor profile for jobs was removed, and cannot be loaded again: {error}"
+                ))
+            })?;
+            launch.apparmor = true;
+        }
         Ok(launch)
     }
 
@@ -426,6 +447,11 @@ fn already(there: &Entry, job: &Job) -> Result<()> {
             job.id
         ),
     ))
+}
+
+/// Sees to it that nothing is left of a supervisor when it ends: a zombie would look like a process.
+fn reap(mut child: Child) {
+    tokio::spawn(async move { child.wait().await });
 }
 
 /// Connects to a supervisor that was just started. It closes its standard output once its socket is there; before it says

@@ -3,7 +3,7 @@
 use std::io;
 use std::pin::pin;
 use std::process::{Command, Stdio};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use axum::body::Body;
 use axum::extract::{Path, State};
@@ -34,6 +34,9 @@ const HEAR_OUT: Duration = Duration::from_secs(10);
 
 /// How long nothing may come from a sender, or be taken by the program that receives.
 const STALL: Duration = Duration::from_mins(2);
+
+/// How long a program may take to die.
+const KILL: Duration = Duration::from_secs(5);
 
 /// After so many bytes the disk is looked at again.
 const LOOK: u64 = 16 << 20;
@@ -71,12 +74,22 @@ impl Program {
         })
     }
 
-    async fn end(mut self) -> io::Result<()> {
+    async fn end(&mut self) -> io::Result<()> {
         let status = self.child.wait().await?;
         if status.success() {
             return Ok(());
         }
-        Err(self.mover.failed(&self.complaint.await.unwrap_or_default()))
+        let complaint = (&mut self.complaint).await.unwrap_or_default();
+        Err(self.mover.failed(&complaint))
+    }
+
+    /// Ends it, unless the disk keeps it from that.
+    fn kill(&mut self) {
+        let _ = self.child.start_kill();
+        let begun = Instant::now();
+        while matches!(self.child.try_wait(), Ok(None)) && begun.elapsed() < KILL {
+            std::thread::sleep(Duration::from_millis(1));
+        }
     }
 }
 
@@ -155,32 +168,59 @@ pub(super) async fn send_volume(
     })
 }
 
-/// What takes a snapshot in, once its header has come.
+/// What takes a snapshot in, once its header has come. Nothing is left of it unless it comes to its end.
 struct Taking<'a> {
-    receiving: Receiving<'a>,
+    receiving: Option<Receiving<'a>>,
     program: Program,
-    stdin: ChildStdin,
+    stdin: Option<ChildStdin>,
+}
+
+impl Drop for Taking<'_> {
+    fn drop(&mut self) {
+        if let Some(receiving) = self.receiving.take() {
+            // The program first, for it would go on; and what it has written can be much.
+            block_in_place(|| {
+                self.program.kill();
+                drop(receiving);
+            });
+        }
+    }
 }
 
 impl<'a> Taking<'a> {
     fn start(receiving: Receiving<'a>) -> Result<Self> {
         let mut program = Program::start(receiving.mover()?, Stdio::piped(), Stdio::null())?;
         let stdin = program.child.stdin.take();
-        let stdin = stdin.ok_or_else(|| Error::internal("the program that receives has no input"))?;
         Ok(Self {
-            receiving,
+            receiving: Some(receiving),
             program,
             stdin,
         })
     }
 
     /// Its program has all; what it complains of is why it did not take something.
-    async fn end(self) -> Result<Receiving<'a>> {
-        drop(self.stdin);
+    async fn end(mut self) -> Result<Receiving<'a>> {
+        drop(self.stdin.take());
         let ended = timeout(STALL, self.program.end()).await.map_err(|_| stuck())?;
         ended.map_err(|error| disk_error("receive the snapshot", &error))?;
-        Ok(self.receiving)
+        self.receiving.take().ok_or_else(gone)
     }
+
+    /// What takes it in.
+    fn receiving(&self) -> Result<&Receiving<'a>> {
+        self.receiving.as_ref().ok_or_else(gone)
+    }
+
+    /// Hands a piece to the program; false when that takes no more.
+    async fn write(&mut self, piece: &[u8]) -> Result<bool> {
+        let stdin = self.stdin.as_mut().ok_or_else(gone)?;
+        let written = timeout(STALL, stdin.write_all(piece)).await;
+        Ok(written.map_err(|_| stuck())?.is_ok())
+    }
+}
+
+fn gone() -> Error {
+    Error::internal("the snapshot is not received any more")
 }
 
 fn stuck() -> Error {
@@ -241,18 +281,18 @@ async fn take<E: std::fmt::Display>(
                 }
                 (Part::Piece(piece), Some(there)) => {
                     if std::mem::take(&mut is_start) {
-                        there.receiving.check_start(&piece)?;
+                        there.receiving()?.check_start(&piece)?;
                     }
                     unseen += piece.len() as u64;
                     if unseen >= LOOK {
                         unseen = 0;
-                        block_in_place(|| there.receiving.check_room())?;
+                        block_in_place(|| there.receiving()?.check_room())?;
                     }
-                    let written = timeout(STALL, there.stdin.write_all(&piece)).await;
-                    if written.map_err(|_| stuck())?.is_err()
+                    if !there.write(&piece).await?
                         && let Some(taking) = taking.take()
                     {
-                        let _ = taking.end().await?;
+                        let receiving = taking.end().await?;
+                        block_in_place(|| drop(receiving));
                         return Err(Error::validation(
                             "what was sent goes on after the snapshot's end",
                         ));

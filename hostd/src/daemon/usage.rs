@@ -129,14 +129,18 @@ impl Daemon {
 
 /// Tells, for ever, when jobs have not enough.
 pub(super) async fn watch(daemon: Arc<Daemon>) {
-    let mut before: BTreeMap<String, (Usage, Want)> = BTreeMap::new();
+    let look = async || {
+        let looking = Arc::clone(&daemon);
+        spawn_blocking(move || looking.look()).await
+    };
+    // What was before this daemon, others have told.
+    let there = look().await.unwrap_or_default().into_iter();
+    let mut before: BTreeMap<String, (Usage, Want)> =
+        there.map(|(id, usage)| (id, (usage, Want::default()))).collect();
     let mut looked = Instant::now();
     loop {
         sleep(INTERVAL).await;
-        let looking = Arc::clone(&daemon);
-        let Ok(now) = spawn_blocking(move || looking.look()).await else {
-            continue;
-        };
+        let Ok(now) = look().await else { continue };
         let passed = std::mem::replace(&mut looked, Instant::now()).elapsed();
         let mut after = BTreeMap::new();
         for (id, usage) in now {

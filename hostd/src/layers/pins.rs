@@ -54,8 +54,10 @@ impl Pins {
 /// An image whose layers are being brought in.
 #[must_use]
 pub struct Arriving {
-    arriving: PathBuf,
-    arrived: PathBuf,
+    from: PathBuf,
+    to: PathBuf,
+    /// The file whose lock is held while layers are collected.
+    lock: File,
 }
 
 impl Arriving {
@@ -67,14 +69,22 @@ impl Arriving {
         let arriving = arrived.with_extension(ARRIVING);
         files::write_atomic(&arriving, &manifest.canonical_json())?;
         // Who collects in this moment, and has not seen the pin, is waited for.
-        lock(paths.state())?.lock_shared()?;
-        Ok(Self { arriving, arrived })
+        let lock = lock(paths.state())?;
+        lock.lock_shared()?;
+        lock.unlock()?;
+        Ok(Self {
+            from: arriving,
+            to: arrived,
+            lock,
+        })
     }
 
     /// Gives the image its name: all its layers are there.
     pub fn finish(self) -> io::Result<()> {
-        fs::rename(&self.arriving, &self.arrived)?;
-        self.arrived.parent().map_or(Ok(()), files::sync_dir)
+        // Who lists the images in this moment would see it under neither name.
+        self.lock.lock_shared()?;
+        fs::rename(&self.from, &self.to)?;
+        self.to.parent().map_or(Ok(()), files::sync_dir)
     }
 }
 

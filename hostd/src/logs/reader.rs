@@ -77,8 +77,9 @@ impl Reader {
                 span.to = self.position;
                 return Ok(span);
             }
-            let later = |segment: &Segment| *segment > position.segment;
-            let Some(next) = segment::list(&self.dir)?.into_iter().find(later) else {
+            let segments = segment::list(&self.dir)?;
+            let later = |segment: &&Segment| **segment > position.segment;
+            let Some(next) = segments.iter().find(later).copied() else {
                 return Ok(span);
             };
             // Nothing is added to a file that has a successor, but something may have been since it was read.
@@ -86,6 +87,15 @@ impl Reader {
             if span.records > 0 {
                 span.to = self.position;
                 return Ok(span);
+            }
+            // Where that one has gone, those that followed it may have.
+            if !segments.contains(&position.segment) {
+                let before = if position.segment.0.run == next.0.run {
+                    position.next
+                } else {
+                    1
+                };
+                span.lost += next.0.seq.saturating_sub(before);
             }
             self.seek(Some(Position::start(next)));
         }

@@ -149,6 +149,32 @@ fn what_is_held_stays_up_to_the_bound() {
 }
 
 #[test]
+fn a_reader_that_has_a_file_open_notices_what_goes_behind_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut writer = writer(dir.path());
+    let (mut reader, mut records) = (Reader::new(dir.path(), None), Vec::new());
+    for run in 0..2 {
+        say(&mut writer, "first");
+        let before = reader.read(&mut records).unwrap();
+        assert_eq!((before.records, before.lost), (1, 0), "{run}");
+        assert_eq!(reader.read(&mut records).unwrap().records, 0);
+        for number in 0..100 {
+            say(&mut writer, &number.to_string());
+        }
+        let (mut lost, mut seen) = (0, 0);
+        loop {
+            let span = reader.read(&mut records).unwrap();
+            lost += span.lost;
+            seen += span.records;
+            if records.is_empty() {
+                break;
+            }
+        }
+        assert!(lost > 0 && lost + seen == 100, "{lost} and {seen} of 100");
+    }
+}
+
+#[test]
 fn who_writes_more_than_is_taken_is_slowed_down_and_no_further() {
     let dir = tempfile::tempdir().unwrap();
     let bounds = Bounds {

@@ -97,6 +97,14 @@ impl Maker {
         })
     }
 
+    /// Has the repository to itself for as long as this is held: two at once would take back what the other one signed.
+    fn lock(&self) -> anyhow::Result<File> {
+        let path = self.dir.join(".lock");
+        let file = File::create(&path).with_context(|| path.display().to_string())?;
+        file.lock()?;
+        Ok(file)
+    }
+
     fn metadata(&self) -> PathBuf {
         self.dir.join("metadata")
     }
@@ -192,6 +200,7 @@ impl Maker {
             programs,
         } = *publication;
         check_name(version)?;
+        let _lock = self.lock()?;
         let mut state = self.load()?;
         let targets = state.channels.get_mut(channel);
         let targets = targets.with_context(|| format!("the repository has no channel {channel}"))?;
@@ -248,7 +257,12 @@ impl Maker {
 
     /// Signs the timestamp anew, and the snapshot where half of its time is over. Gives when the first of them ends.
     pub(super) async fn refresh(&self) -> anyhow::Result<Timestamp> {
+        let _lock = self.lock()?;
         let mut state = self.load()?;
+        anyhow::ensure!(
+            state.root.signed.verify_role(&state.targets).is_ok(),
+            "a change of the key for targets was cut off, and no host takes what is here: rotate the role targets again"
+        );
         let half = SignedDuration::from_hours(self.days.snapshot * 12);
         let root = &state.root.signed;
         let snapshot = state.snapshot.signed.expires < Timestamp::now() + half
@@ -267,6 +281,7 @@ impl Maker {
     /// Replaces keys: `root`, `targets`, `snapshot`, `timestamp` or a channel's. New ones are made in `keys`, and
     /// what the old ones signed is signed anew; so is the root, for another two years.
     pub(super) async fn rotate(&mut self, roles: &[String], keys: &Path) -> anyhow::Result<()> {
+        let _lock = self.lock()?;
         let mut state = self.load()?;
         let mut root = state.root.signed.clone();
         let mut delegations = state.targets.signed.delegations.clone().unwrap_or_default();

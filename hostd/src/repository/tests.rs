@@ -285,35 +285,24 @@ async fn a_program_that_was_cut_off_is_gone_on_with() {
     let ground = Ground::new().await;
     ground.publish("0.1.0").await;
     let program = ground.path("fetched");
+    let begun = tokio::sync::Notify::new();
     let fetch = async || {
         let repository = ground.open(&ground.wanted()).await?;
         let release = repository.release(None).await?;
+        let progress = |have: u64| {
+            if have >= 4 {
+                begun.notify_one();
+            }
+        };
         repository
-            .fetch_program(&release, "flynn-host", &program, |_| ())
+            .fetch_program(&release, "flynn-host", &program, progress)
             .await
     };
     // As when it is killed in the midst.
     ground.server.fault("flynn-host", Fault::Stall(4), u32::MAX);
-    let begun = async {
-        let part = |entry: &fs::DirEntry| {
-            let name = entry.file_name().into_string().unwrap();
-            name.starts_with("part-")
-                && name.ends_with(".flynn-host")
-                && entry.metadata().is_ok_and(|part| part.len() == 4)
-        };
-        let dir = ground.state().join("repository");
-        while !fs::read_dir(&dir)
-            .into_iter()
-            .flatten()
-            .flatten()
-            .any(|entry| part(&entry))
-        {
-            tokio::time::sleep(Duration::from_millis(1)).await;
-        }
-    };
     tokio::select! {
         done = fetch() => panic!("{done:?}"),
-        () = begun => {}
+        () = begun.notified() => {}
     }
     ground.server.fault("flynn-host", Fault::None, 1);
     fetch().await.unwrap();
@@ -630,6 +619,96 @@ async fn releases_do_not_change_and_channels_keep_to_themselves() {
         };
         assert!(format!("{error:#}").contains(why), "{error:#}");
     }
+    // What was mistyped is not remembered.
+    let plain = Wanted {
+        channel: None,
+        ..ground.wanted()
+    };
+    assert_eq!(ground.open(&plain).await.unwrap().channel(), "nightly");
+}
+
+/// None takes back what another one signed meanwhile.
+#[tokio::test(flavor = "multi_thread")]
+async fn keepers_at_once_lose_nothing() {
+    let ground = Ground::new().await;
+    let versions = ["0.1.0", "0.2.0", "0.3.0", "0.4.0"];
+    let keepers = versions.map(|version| {
+        let (maker, images) = (ground.maker(), ground.path("images"));
+        tokio::task::spawn_blocking(move || {
+            let publication = Publication {
+                channel: "stable",
+                version,
+                images: &images,
+                programs: &[],
+            };
+            let runtime = tokio::runtime::Handle::current();
+            runtime.block_on(maker.publish(&publication)).unwrap();
+            runtime.block_on(maker.refresh()).unwrap();
+        })
+    });
+    for keeper in keepers {
+        keeper.await.unwrap();
+    }
+    for version in versions {
+        assert_eq!(ground.download(Some(version)).await.unwrap().version, version);
+    }
+}
+
+#[tokio::test]
+async fn a_change_of_keys_that_was_cut_off_is_named() {
+    let ground = Ground::new().await;
+    ground.publish("0.1.0").await;
+    let before = ground.copy("before");
+    let mut maker = ground.maker();
+    maker
+        .rotate(&["targets".into()], &ground.path("keys"))
+        .await
+        .unwrap();
+    // The root is signed first; of what follows nothing is there yet.
+    for name in ["timestamp.json", "1.targets.json"] {
+        let name = Path::new("metadata").join(name);
+        fs::copy(before.join(&name), ground.path("repository").join(&name)).unwrap();
+    }
+    let error = ground.maker().refresh().await.unwrap_err();
+    assert!(
+        error.to_string().contains("rotate the role targets again"),
+        "{error}"
+    );
+    maker
+        .rotate(&["targets".into()], &ground.path("keys"))
+        .await
+        .unwrap();
+    assert_eq!(ground.download(None).await.unwrap().version, "0.1.0");
+}
+
+/// What a host has seen of the keys stays, though the rest did not come; what it does not need goes.
+#[tokio::test]
+async fn a_verified_root_is_kept() {
+    let ground = Ground::new().await;
+    ground.publish("0.1.0").await;
+    ground.download(None).await.unwrap();
+    let stolen = ground.copy("stolen");
+    ground
+        .maker()
+        .rotate(&["timestamp".into(), "snapshot".into()], &ground.path("keys"))
+        .await
+        .unwrap();
+    let timestamp = ground.path("repository").join("metadata/timestamp.json");
+    let good = fs::read(&timestamp).unwrap();
+    fs::write(&timestamp, "{}").unwrap();
+    assert!(ground.download(None).await.is_err());
+    // A mirror that hides the new root has nothing to say any more.
+    ground.server.serve(&stolen);
+    ground.refuses("not signed by keys that this host trusts").await;
+    ground.server.serve(&ground.path("repository"));
+    fs::write(&timestamp, good).unwrap();
+    for version in ["0.2.0", "0.3.0", "0.4.0"] {
+        ground.publish(version).await;
+        assert_eq!(ground.download(None).await.unwrap().version, version);
+    }
+    let metadata = fs::read_dir(ground.state().join("repository/metadata")).unwrap();
+    let names: Vec<_> = metadata.map(|entry| entry.unwrap().file_name()).collect();
+    assert!(names.len() <= 5, "{names:?}");
 }
 
 #[tokio::test]

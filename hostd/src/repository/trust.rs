@@ -5,12 +5,13 @@
 //! checks is put back, each file whole, so that a host that is cut off here forgets nothing.
 
 use std::fs::{self, File};
+use std::io;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, bail};
 use flynn_api::{Digest, Error};
 use serde::{Deserialize, Serialize};
-use tough::schema::Target;
+use tough::schema::{Root, Signed, Target};
 use tough::{Limits, RepositoryLoader, TargetName};
 
 use super::source::Metadata;
@@ -20,6 +21,9 @@ use crate::files;
 
 /// The directory's name in the state directory.
 const DIR: &str = "repository";
+
+/// The root that is trusted, among the metadata.
+const ROOT: &str = "root.json";
 
 /// Bounds for what is not signed yet.
 const LIMITS: Limits = Limits {
@@ -90,16 +94,16 @@ impl Repository {
             .with_context(|| {
                 format!("the repository {source} is not used; what this host has stays as it was")
             })?;
-        files::write_json(&dir.join("settings.json"), &settings)?;
         let repository = Self {
             source,
-            channel: settings.channel,
+            channel: settings.channel.clone(),
             inner,
             dir,
             patience,
             _lock: lock,
         };
         repository.check_channel()?;
+        files::write_json(&repository.dir.join("settings.json"), &settings)?;
         Ok(repository)
     }
 
@@ -307,10 +311,7 @@ async fn load(
     files::remove_all(&checked)?;
     files::private_dir(&checked)?;
     if !anew {
-        for entry in fs::read_dir(&trusted)? {
-            let entry = entry?;
-            fs::copy(entry.path(), checked.join(entry.file_name()))?;
-        }
+        copy_kept(&trusted, &checked)?;
     }
     let base = source.url()?;
     let transport = Metadata {
@@ -322,19 +323,63 @@ async fn load(
         .transport(transport)
         .limits(LIMITS)
         .datastore(checked.clone());
-    let repository = loader.load().await.map_err(|error| explain::explain(&error))?;
+    let loaded = loader.load().await.map_err(|error| explain::explain(&error));
+    if loaded.is_err() && !anew {
+        keep_root(&trusted, &checked)?;
+    }
+    let repository = loaded?;
     if anew {
         files::remove_all(&trusted)?;
         files::private_dir(&trusted)?;
     }
     // The root first: what was signed by keys that it does not know any more is not looked at again.
-    files::write_json(&trusted.join("root.json"), repository.root())?;
-    for entry in fs::read_dir(&checked)? {
-        let entry = entry?;
-        if entry.file_name() != "root.json" {
-            files::write_atomic(&trusted.join(entry.file_name()), &fs::read(entry.path())?)?;
-        }
-    }
+    files::write_json(&trusted.join(ROOT), repository.root())?;
+    copy_kept(&checked, &trusted)?;
     files::remove_all(&checked)?;
     Ok(repository)
+}
+
+/// What was signed last, without which older things would be taken for new. The rest is named by these, and can be large.
+const KEPT: [&str; 4] = [
+    "timestamp.json",
+    "snapshot.json",
+    "targets.json",
+    "latest_known_time.json",
+];
+
+/// Copies what is kept; what is not is removed there.
+fn copy_kept(from: &Path, to: &Path) -> anyhow::Result<()> {
+    for entry in fs::read_dir(to)? {
+        let entry = entry?;
+        if entry.file_name() != ROOT && !KEPT.iter().any(|kept| entry.file_name() == *kept) {
+            files::remove_all(&entry.path())?;
+        }
+    }
+    for name in KEPT {
+        match fs::read(from.join(name)) {
+            Ok(bytes) => files::write_atomic(&to.join(name), &bytes)?,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+    Ok(())
+}
+
+/// Keeps a newer root that was verified, though what should follow was not: keys that it does not know any more are never
+/// believed again, and what they signed last counts for nothing (TUF 5.3.8, 5.3.11).
+fn keep_root(trusted: &Path, checked: &Path) -> anyhow::Result<()> {
+    let read = |dir: &Path| files::read_json::<Signed<Root>>(&dir.join(ROOT));
+    let (Some(newer), Some(there)) = (read(checked)?, read(trusted)?) else {
+        return Ok(());
+    };
+    if newer.signed.version <= there.signed.version {
+        return Ok(());
+    }
+    files::write_json(&trusted.join(ROOT), &newer)?;
+    for name in ["timestamp.json", "snapshot.json"] {
+        if !checked.join(name).exists() {
+            files::remove_all(&trusted.join(name))?;
+        }
+    }
+    Ok(())
 }

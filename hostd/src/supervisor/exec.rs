@@ -10,6 +10,7 @@ use flynn_api::host::{ExecRequest, TtySize, attach};
 use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt as _};
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
+use tokio::time::{Instant, timeout};
 
 use super::inside::Inside;
 use super::run::receive;
@@ -24,8 +25,10 @@ const QUEUE: usize = 16;
 /// What is read at once.
 const CHUNK: usize = 16 << 10;
 
-/// How long output may still come when the program has ended: what it has left behind may hold the pipes open.
+/// How long is waited in all for more when the program has ended, and how much there may be: what it has left behind may hold the
+/// pipes open, and go on talking. A program can have each of its pipes hold a megabyte.
 const LAST_WORDS: Duration = Duration::from_millis(500);
+const LAST_BYTES: usize = 4 << 20;
 
 /// A session that has begun.
 pub(super) struct Session {
@@ -105,15 +108,16 @@ impl Session {
             }
         };
         frames_in.take();
-        let rest = async {
-            while let Some(frame) = frames.recv().await {
-                write_frame(&mut write, frame.kind, &frame.payload).await?;
-            }
-            Ok::<_, io::Error>(())
-        };
-        // The pipes may be held open; then there is no more to wait for.
-        if let Ok(result) = tokio::time::timeout(LAST_WORDS, rest).await {
-            result?;
+        // The client takes its time; the pipes may be held open, and then there is no more to wait for.
+        let (mut left, mut patience) = (LAST_BYTES, LAST_WORDS);
+        while left > 0 {
+            let waiting = Instant::now();
+            let Ok(Some(frame)) = timeout(patience, frames.recv()).await else {
+                break;
+            };
+            patience = patience.saturating_sub(waiting.elapsed());
+            left = left.saturating_sub(frame.payload.len());
+            write_frame(&mut write, frame.kind, &frame.payload).await?;
         }
         write_frame(&mut write, last.kind, &last.payload).await?;
         write.shutdown().await

@@ -5,11 +5,16 @@ use std::os::fd::{AsFd as _, OwnedFd};
 use std::sync::Arc;
 use std::time::Duration;
 
+use tokio::time::timeout;
+
 use super::run::receive;
 use crate::cgroup::Group;
 use crate::container::{Execution, FromInit, Place};
 use crate::launch::Launch;
 use crate::sys::{Polled, polled};
+
+/// How long it may take until a program runs there.
+const SET_UP: Duration = Duration::from_secs(2);
 
 /// So much of what a program says is kept.
 const KEPT: usize = 1024;
@@ -40,9 +45,10 @@ impl Inside {
         patience: Duration,
     ) -> Result<(), String> {
         let name = args.first().map_or("", String::as_str);
-        let (word, said) = self
-            .run(place, args, patience)
+        // Who runs it there keeps the time, unless the container keeps that one from coming so far.
+        let (word, said) = timeout(patience + SET_UP, self.run(place, args, patience))
             .await
+            .map_err(|_| format!("{name} could not be started within {} ms", patience.as_millis()))?
             .map_err(|error| format!("{name} cannot be run in the container: {error}"))?;
         let said = String::from_utf8_lossy(&said);
         let said = said.trim();

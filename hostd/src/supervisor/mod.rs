@@ -37,7 +37,7 @@ use self::output::Output;
 use self::run::{End, Prepared, Run};
 use self::server::{Command, Server};
 use crate::cgroup::{Group, Hierarchies};
-use crate::container::{Place, UserNamespace};
+use crate::container::{OwnLayer, Place, UserNamespace};
 use crate::control::PROTOCOL;
 use crate::launch::Launch;
 use crate::status::{ProcessId, Status, boot_id};
@@ -49,8 +49,10 @@ const LINGER: Duration = Duration::from_secs(10);
 /// Between looks whether the job is still this supervisor's, while it waits for its network.
 const ORPHAN_CHECK: Duration = Duration::from_secs(5);
 
-/// How long connections have to take what is meant for them at the end.
+/// How long clients may take nothing of what is left for them at the end, and then how long the last of it may take them; and
+/// the client that the job was made for, who may be reading.
 const FAREWELL: Duration = Duration::from_secs(5);
+const CLIENT_FAREWELL: Duration = Duration::from_secs(15);
 
 /// Where a supervisor logs, in its job's directory.
 pub const LOG: &str = "supervisor.log";
@@ -247,6 +249,7 @@ impl Supervisor {
             output: Arc::clone(&output),
             inside: inside.subscribe(),
             place: place.subscribe(),
+            clients: Server::clients(),
         };
         let accepting = tokio::spawn(server.run(listener, open));
         let socket = launch.socket.clone();
@@ -271,6 +274,7 @@ impl Supervisor {
         accepting.abort();
         let _ = accepting.await;
         let _ = std::fs::remove_file(&socket);
+        let farewell = supervisor.client_patience();
         let Self {
             output,
             status,
@@ -279,7 +283,7 @@ impl Supervisor {
         } = supervisor;
         drop((output, status, commands));
         // Connections hold the sender; the channel ends with the last of them.
-        let _ = timeout(FAREWELL, closed.recv()).await;
+        let _ = timeout(farewell, closed.recv()).await;
         Ok(())
     }
 
@@ -354,6 +358,15 @@ impl Supervisor {
         self.terminated || self.status.borrow().stop_requested
     }
 
+    /// How long clients are waited for at the end.
+    fn client_patience(&self) -> Duration {
+        if self.launch.interactive() && !self.over() {
+            CLIENT_FAREWELL
+        } else {
+            FAREWELL
+        }
+    }
+
     async fn wait_for_go(&mut self) -> Option<End> {
         let mut orphaned = tokio::time::interval(ORPHAN_CHECK);
         while !self.over() {
@@ -413,19 +426,36 @@ impl Supervisor {
     async fn change(&self, change: impl FnOnce(&mut Status)) {
         let mut status = self.status.borrow().clone();
         change(&mut status);
-        // A full disk must not lose a state: it is kept here until there is room.
         let mut said = false;
         while let Err(error) = status.write(&self.job_dir) {
+            self.status.send_replace(status.clone());
             if !std::mem::replace(&mut said, true) {
                 tracing::error!(%error, "cannot write the job's status; trying on");
+                if status.state.is_terminal() {
+                    // The job itself may have filled the disk.
+                    self.remove_own_layer().await;
+                    continue;
+                }
             }
-            self.status.send_replace(status.clone());
-            if !status.state.is_terminal() && !status.stop_requested {
+            if !status.state.is_terminal() {
                 return;
             }
             sleep(Duration::from_secs(1)).await;
         }
         self.status.send_replace(status);
+    }
+
+    /// Removes what the container has written beside its volumes, once that is over.
+    async fn remove_own_layer(&self) {
+        let dir = Arc::clone(&self.job_dir);
+        let removal = move || {
+            for name in OwnLayer::NAMES {
+                if let Err(error) = crate::files::remove_all(&dir.join(name)) {
+                    tracing::error!(%error, name, "cannot be removed");
+                }
+            }
+        };
+        let _ = tokio::task::spawn_blocking(removal).await;
     }
 
     /// Notes the end, and gives everyone who is connected the time to hear of it.
@@ -464,7 +494,7 @@ impl Supervisor {
                 error.unwrap_or_else(|| "the job was stopped".into()),
             ),
         };
-        self.output.finish(last).await;
+        self.output.finish(last, self.client_patience()).await;
         if self.launch.interactive() && !self.over() {
             let _ = timeout(LINGER, self.output.first_client()).await;
         }

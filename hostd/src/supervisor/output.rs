@@ -11,10 +11,12 @@ use std::time::Duration;
 
 use flynn_api::client::attach::Frame;
 use flynn_api::host::{LogLine, LogStream, TtySize, attach};
+use futures::future::join_all;
 use jiff::Timestamp;
 use tokio::sync::{Notify, mpsc};
 use tokio::task::yield_now;
-use tokio::time::sleep;
+use tokio::time::{sleep, timeout};
+use tokio_util::sync::CancellationToken;
 
 use super::streams::set_size;
 use crate::launch::Launch;
@@ -29,6 +31,9 @@ const FRAME: usize = 16 << 10;
 
 /// Bytes kept for a client that is yet to come.
 const BACKLOG: usize = 64 << 10;
+
+/// Why a client gets no more.
+pub(super) const TOO_SLOW: &str = "the client was too slow for the job's output";
 
 /// The output and input of one job. Shared by the supervisor's tasks, which all run on one thread.
 #[derive(Debug)]
@@ -47,6 +52,10 @@ struct State {
     backlog: VecDeque<Frame>,
     backlog_bytes: usize,
     had_client: bool,
+    /// Frames that clients were given or that wait for one.
+    passed_on: u64,
+    /// Of this run nothing is kept for clients any more.
+    alone: CancellationToken,
     last: Option<Frame>,
     terminal: Option<Arc<OwnedFd>>,
     size: Option<TtySize>,
@@ -128,8 +137,13 @@ impl Output {
         if !self.waits && self.state().clients.is_empty() {
             return;
         }
+        let alone = self.state().alone.clone();
         for part in bytes.chunks(FRAME) {
-            self.pass_on(Frame::new(kind, part), index).await;
+            let passed_on = self.pass_on(Frame::new(kind, part), index);
+            if alone.run_until_cancelled(passed_on).await.is_none() {
+                return;
+            }
+            self.state().passed_on += 1;
         }
         // Connections are to have the time to take what they were given.
         yield_now().await;
@@ -168,6 +182,23 @@ impl Output {
             self.state().clients.retain(|client| !client.queue.is_closed());
             return;
         }
+    }
+
+    /// A number that grows as long as clients take what there is for them.
+    pub(super) fn passed_on(&self) -> u64 {
+        self.state().passed_on
+    }
+
+    /// Waits for no client any more: those that there are, and that come, hear that they were too slow.
+    pub(super) fn let_clients_go(&self) {
+        let mut state = self.state();
+        state.alone.cancel();
+        state.clients.clear();
+    }
+
+    /// A run begins: whoever comes for its output is waited for.
+    pub(super) fn begin(&self) {
+        self.state().alone = CancellationToken::new();
     }
 
     /// Logs what is left of a stream that has ended.
@@ -215,16 +246,23 @@ impl Output {
         Subscription { past, queue }
     }
 
-    /// Sends the last frame to everyone, now and later.
-    pub(super) async fn finish(&self, last: Frame) {
+    /// Sends the last frame to everyone, now and later. Who takes nothing for `patience` is let go without.
+    pub(super) async fn finish(&self, last: Frame, patience: Duration) {
+        let last = if self.state().alone.is_cancelled() {
+            Frame::new(attach::ERROR, TOO_SLOW)
+        } else {
+            last
+        };
         let clients = {
             let mut state = self.state();
             state.last = Some(last.clone());
             std::mem::take(&mut state.clients)
         };
-        for client in clients {
-            let _ = client.queue.send(last.clone()).await;
-        }
+        let sent = clients.into_iter().map(|client| {
+            let last = last.clone();
+            async move { timeout(patience, client.queue.send(last)).await }
+        });
+        join_all(sent).await;
     }
 
     /// Waits until there has been a client.

@@ -24,8 +24,6 @@ use crate::files;
 use crate::launch::Launch;
 use crate::sys::{Polled, polled};
 
-/// How long output may still come when everything in the container is dead.
-const LAST_WORDS: Duration = Duration::from_secs(2);
 /// How long a container may take, at its stop, that has not come to its program yet: it hangs, or is about to.
 const SET_UP: Duration = Duration::from_secs(1);
 /// Between an instance's goodbye and the end of its program: load balancers that cannot try another one hear of it before.
@@ -158,6 +156,7 @@ impl<'a> Run<'a> {
             pipes,
         } = container;
         let pidfd = polled(pidfd)?;
+        supervisor.output.begin();
         let streams = match pipes {
             Some(pipes) => Some(Streams::of_pipes(pipes, &supervisor.output, &supervisor.input)?),
             None => None,
@@ -390,9 +389,14 @@ impl<'a> Run<'a> {
         if let Some(services) = self.services.take() {
             services.deregister().await;
         }
+        if self.supervisor.status.borrow().paused {
+            // Or the next one would stand still as well.
+            let _ = self.supervisor.group.freeze(false);
+        }
         self.supervisor.output.set_terminal(None);
         if let Some(streams) = self.streams.take() {
-            streams.finish(LAST_WORDS).await;
+            let patience = self.supervisor.client_patience();
+            streams.finish(&self.supervisor.output, patience).await;
         }
         if let Some(why) = self.failed.take() {
             return Ok(End::Failed(why));

@@ -6,19 +6,22 @@ use std::sync::Arc;
 
 use flynn_api::client::attach::{read_frame, write_frame};
 use flynn_api::host::{ExecRequest, TtySize, attach};
-use tokio::io::{AsyncWriteExt, BufReader};
+use tokio::io::{AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _, BufReader};
 use tokio::net::{UnixListener, UnixStream};
-use tokio::sync::{mpsc, oneshot, watch};
+use tokio::sync::{Semaphore, mpsc, oneshot, watch};
 
 use super::exec::Session;
 use super::inside::Inside;
-use super::output::{Output, Subscription};
+use super::output::{Output, Subscription, TOO_SLOW};
 use crate::container::Place;
 use crate::control::{Reply, Request, read_line, write_line};
 use crate::status::Status;
 
-/// Clients at once. Each is root on this host or comes through the daemon.
-const CLIENTS: usize = 64;
+/// Connections at once. Each is of root on this host or comes through the daemon.
+const CONNECTIONS: usize = 64;
+
+/// How many of them may be clients with a stream: who has a word for the job always gets in.
+const CLIENTS: usize = 48;
 
 /// What the server asks of the supervisor's loop.
 #[derive(Debug)]
@@ -39,12 +42,18 @@ pub(super) struct Server {
     pub(super) output: Arc<Output>,
     pub(super) inside: watch::Receiver<Option<Inside>>,
     pub(super) place: watch::Receiver<Place>,
+    pub(super) clients: Arc<Semaphore>,
 }
 
 impl Server {
+    /// Room for clients.
+    pub(super) fn clients() -> Arc<Semaphore> {
+        Arc::new(Semaphore::new(CLIENTS))
+    }
+
     /// Accepts until the listener fails. `open` is held by each connection, so that the supervisor can wait for them.
     pub(super) async fn run(self, listener: UnixListener, open: mpsc::Sender<()>) {
-        let slots = Arc::new(tokio::sync::Semaphore::new(CLIENTS));
+        let slots = Arc::new(Semaphore::new(CONNECTIONS));
         loop {
             let Ok(slot) = Arc::clone(&slots).acquire_owned().await else {
                 return;
@@ -69,6 +78,7 @@ impl Server {
 
     async fn serve(mut self, stream: UnixStream) -> io::Result<()> {
         let mut stream = BufReader::with_capacity(4096, stream);
+        let clients = Arc::clone(&self.clients);
         loop {
             let request = match read_line::<Request>(&mut stream).await {
                 Ok(Some(request)) => request,
@@ -80,7 +90,16 @@ impl Server {
                 }
                 Err(error) => return Err(error),
             };
+            let is_client = matches!(request, Request::Attach { .. } | Request::Exec(_));
+            let client = if is_client {
+                clients.try_acquire().ok()
+            } else {
+                None
+            };
             let error = match request {
+                _ if is_client && client.is_none() => {
+                    Some(format!("{CLIENTS} clients are at the job: end one first"))
+                }
                 Request::Watch => return self.watch(stream).await,
                 Request::Attach {
                     stdin,
@@ -145,26 +164,36 @@ impl Server {
         }
     }
 
-    async fn watch(&mut self, mut stream: BufReader<UnixStream>) -> io::Result<()> {
+    /// Says the status, and each that follows, to who says nothing more.
+    async fn watch(&mut self, stream: BufReader<UnixStream>) -> io::Result<()> {
+        let (mut read, mut write) = tokio::io::split(stream);
         loop {
             let status = self.status.borrow_and_update().clone();
-            write_line(stream.get_mut(), &status).await?;
-            if status.state.is_terminal() || self.status.changed().await.is_err() {
+            write_line(&mut write, &status).await?;
+            if status.state.is_terminal() {
                 return Ok(());
+            }
+            tokio::select! {
+                changed = self.status.changed() => if changed.is_err() {
+                    return Ok(());
+                },
+                // The end, or who knows what.
+                _ = read.read_u8() => return Ok(()),
             }
         }
     }
 
+    /// Carries what the job says to a client, and what that says to the job, until the client closes its side: the end of the
+    /// job's input is a frame.
     async fn attached(
         self,
         stream: BufReader<UnixStream>,
         subscription: Subscription,
         stdin: bool,
     ) -> io::Result<()> {
-        let (mut read, mut write) = tokio::io::split(stream);
+        let (mut read, write) = tokio::io::split(stream);
         let Self { commands, output, .. } = self;
-        // Dropped with the connection; a frame cut off half way has then nobody to go to.
-        let reader = tokio::spawn(async move {
+        let listen = async move {
             while let Ok(Some(frame)) = read_frame(&mut read).await {
                 match frame.kind {
                     // The receiver lives as long as the supervisor.
@@ -185,30 +214,29 @@ impl Server {
                     _ => {}
                 }
             }
-        });
-        let Subscription { past, mut queue } = subscription;
-        let mut past = past.into_iter();
-        let result = loop {
-            let next = match past.next() {
-                Some(frame) => Some(frame),
-                None => queue.recv().await,
-            };
-            let Some(frame) = next else {
-                break write_frame(
-                    &mut write,
-                    attach::ERROR,
-                    b"the client was too slow for the job's output",
-                )
-                .await;
-            };
-            if let Err(error) = write_frame(&mut write, frame.kind, &frame.payload).await {
-                break Err(error);
-            }
-            if matches!(frame.kind, attach::EXIT | attach::ERROR) {
-                break write.shutdown().await;
-            }
         };
-        reader.abort();
-        result
+        tokio::select! {
+            () = listen => Ok(()),
+            said = tell(write, subscription) => said,
+        }
+    }
+}
+
+/// Gives a client its share of the output, to the last frame.
+async fn tell(mut write: impl AsyncWrite + Unpin, subscription: Subscription) -> io::Result<()> {
+    let Subscription { past, mut queue } = subscription;
+    let mut past = past.into_iter();
+    loop {
+        let next = match past.next() {
+            Some(frame) => Some(frame),
+            None => queue.recv().await,
+        };
+        let Some(frame) = next else {
+            return write_frame(&mut write, attach::ERROR, TOO_SLOW.as_bytes()).await;
+        };
+        write_frame(&mut write, frame.kind, &frame.payload).await?;
+        if matches!(frame.kind, attach::EXIT | attach::ERROR) {
+            return write.shutdown().await;
+        }
     }
 }

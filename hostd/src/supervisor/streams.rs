@@ -3,11 +3,15 @@
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
+use std::time::Duration;
 
 use flynn_api::host::{LogStream, TtySize};
+use futures::future::join_all;
 use tokio::io::Interest;
 use tokio::sync::{Mutex, mpsc};
 use tokio::task::JoinHandle;
+use tokio::time::{Instant, sleep, timeout};
+use tokio_util::sync::CancellationToken;
 
 use super::output::Output;
 use crate::container::Pipes;
@@ -17,6 +21,11 @@ use crate::sys::{Polled, polled};
 /// What is read from the program at once: what a pipe holds.
 const CHUNK: usize = 64 << 10;
 
+/// How long is waited in all for more from a pipe, and how much there may be, when everything in the container is dead: what is
+/// in it, which a program can have be a megabyte, is all, unless somebody else has it open.
+const LAST_WORDS: Duration = Duration::from_secs(2);
+const LAST_BYTES: usize = 2 << 20;
+
 /// Ctrl-D: the end of input, on a terminal.
 pub(super) const END_OF_TRANSMISSION: u8 = 4;
 
@@ -24,6 +33,8 @@ pub(super) const END_OF_TRANSMISSION: u8 = 4;
 pub(super) struct Streams {
     readers: Vec<JoinHandle<()>>,
     writer: Option<JoinHandle<()>>,
+    /// The container is dead.
+    over: CancellationToken,
 }
 
 /// What clients have sent and the program has not read. It outlives a run.
@@ -32,8 +43,11 @@ pub(super) type Input = Arc<Mutex<mpsc::Receiver<Vec<u8>>>>;
 impl Streams {
     /// Carries a program's pipes.
     pub(super) fn of_pipes(pipes: Pipes, output: &Arc<Output>, input: &Input) -> io::Result<Self> {
-        let read =
-            |fd, stream| Ok::<_, io::Error>(tokio::spawn(carry(polled(fd)?, stream, Arc::clone(output))));
+        let over = CancellationToken::new();
+        let read = |fd, stream| {
+            let carry = carry(polled(fd)?, stream, Arc::clone(output), over.clone());
+            Ok::<_, io::Error>(tokio::spawn(carry))
+        };
         let readers = vec![
             read(pipes.stdout, LogStream::Stdout)?,
             read(pipes.stderr, LogStream::Stderr)?,
@@ -44,6 +58,7 @@ impl Streams {
         Ok(Self {
             readers,
             writer: writer.transpose()?,
+            over,
         })
     }
 
@@ -52,23 +67,32 @@ impl Streams {
         let terminal = polled(terminal)?;
         output.set_terminal(Some(Arc::clone(terminal.get_ref())));
         let other = polled(terminal.get_ref().try_clone()?)?;
-        let reader = tokio::spawn(carry(terminal, LogStream::Stdout, Arc::clone(output)));
+        let over = CancellationToken::new();
+        let carry = carry(terminal, LogStream::Stdout, Arc::clone(output), over.clone());
         let writer = tokio::spawn(feed_terminal(other, Arc::clone(input)));
         Ok(Self {
-            readers: vec![reader],
+            readers: vec![tokio::spawn(carry)],
             writer: Some(writer),
+            over,
         })
     }
 
-    /// Waits until all output has been read: at most this long, for what else may hold the pipes open.
-    pub(super) async fn finish(mut self, patience: std::time::Duration) {
+    /// Waits until all output has been read and is on its way, the container being dead. Clients that take nothing of it for
+    /// `patience` are let go; the log gets it all.
+    pub(super) async fn finish(mut self, output: &Output, patience: Duration) {
         self.stop_input();
-        let all = async {
-            for reader in &mut self.readers {
-                let _ = reader.await;
+        self.over.cancel();
+        let readers = std::mem::take(&mut self.readers);
+        let mut all = join_all(readers);
+        loop {
+            let before = output.passed_on();
+            if timeout(patience, &mut all).await.is_ok() {
+                return;
             }
-        };
-        let _ = tokio::time::timeout(patience, all).await;
+            if output.passed_on() == before {
+                output.let_clients_go();
+            }
+        }
     }
 
     fn stop_input(&mut self) {
@@ -85,11 +109,22 @@ impl Drop for Streams {
     }
 }
 
-async fn carry(fd: Polled, stream: LogStream, output: Arc<Output>) {
+async fn carry(fd: Polled, stream: LogStream, output: Arc<Output>, over: CancellationToken) {
     let mut framer = Framer::default();
     let mut chunk = Vec::new();
-    loop {
-        let Ok(mut guard) = fd.readable().await else { break };
+    let (mut left, mut patience) = (LAST_BYTES, LAST_WORDS);
+    while left > 0 {
+        let waiting = Instant::now();
+        let silence = async {
+            over.cancelled().await;
+            sleep(patience).await;
+        };
+        let guard = tokio::select! {
+            biased;
+            guard = fd.readable() => guard,
+            () = silence => break,
+        };
+        let Ok(mut guard) = guard else { break };
         // Only while there is something: supervisors are many, and mostly idle.
         if chunk.is_empty() {
             chunk = vec![0; CHUNK];
@@ -97,7 +132,13 @@ async fn carry(fd: Polled, stream: LogStream, output: Arc<Output>) {
         match guard.try_io(|fd| Ok(rustix::io::read(fd.get_ref(), &mut chunk)?)) {
             // A terminal whose other side is closed fails rather than ends.
             Ok(Ok(0) | Err(_)) => break,
-            Ok(Ok(count)) => output.publish(stream, &mut framer, &chunk[..count]).await,
+            Ok(Ok(count)) => {
+                if over.is_cancelled() {
+                    left = left.saturating_sub(count);
+                    patience = patience.saturating_sub(waiting.elapsed());
+                }
+                output.publish(stream, &mut framer, &chunk[..count]).await;
+            }
             Err(_would_block) => {
                 chunk = Vec::new();
                 output.rest();

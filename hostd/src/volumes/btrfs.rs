@@ -94,7 +94,9 @@ pub(super) fn remove(data: &Path) -> io::Result<()> {
     }
 }
 
-/// Has a directory be removable whose subvolumes were removed. Linux (6.18 at least) cannot replay a log of a btrfs in
+/// Has all that was written be on the disk.
+///
+/// That makes a directory removable whose subvolumes were removed. Linux (6.18 at least) cannot replay a log of a btrfs in
 /// which a directory went in the same transaction as a subvolume in it: after a power cut within the half minute that a
 /// transaction lasts, the filesystem would not be mounted any more (`failed to lookup inode`, -ENOENT, in
 /// `check_item_in_log`). So the two are never in one.

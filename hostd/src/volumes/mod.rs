@@ -121,11 +121,9 @@ impl Volumes {
 
     /// Adds a provider. Repeated it does nothing.
     pub fn add_provider(&self, new: &NewProvider) -> Result<()> {
-        if let Some(dataset) = &new.dataset {
-            // Before it is made.
-            self.pools().check_datasets(&new.id, dataset)?;
-        }
-        let pool = Pool::new(new)?;
+        let pool = Pool::plan(new)?;
+        self.pools().place(&pool)?;
+        pool.prepare(new)?;
         self.table().add(pool, new.default)
     }
 
@@ -255,8 +253,16 @@ impl Volumes {
 
     /// Removes a volume and its data.
     pub fn remove(&self, id: &str, users: Users<'_>) -> Result<()> {
+        self.remove_if(id, users, |_| true).map(drop)
+    }
+
+    /// The same, if it is still what it is to be; whether it was.
+    fn remove_if(&self, id: &str, users: Users<'_>, is_meant: impl FnOnce(&Record) -> bool) -> Result<bool> {
         let lock = self.locks.lock(&[id]);
         let found = find(&self.pools(), id)?;
+        if !is_meant(&found.record) {
+            return Ok(false);
+        }
         found.unused(users)?;
         let failed = |error| disk_error(&format!("remove the volume {id}"), &error);
         found.close().map_err(failed)?;
@@ -268,7 +274,7 @@ impl Volumes {
         drop(lock);
         found.give_back();
         drop(old);
-        Ok(())
+        Ok(true)
     }
 }
 

@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 use std::fs::File;
 use std::io;
+use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
 
 use flynn_api::server::disk;
@@ -34,8 +35,8 @@ pub(super) struct Pool {
 }
 
 impl Pool {
-    /// What is to be a provider.
-    pub(super) fn new(new: &NewProvider) -> Result<Self> {
+    /// What is to be a provider. Nothing is made yet.
+    pub(super) fn plan(new: &NewProvider) -> Result<Self> {
         if !is_volume_id(&new.id) {
             return Err(Error::invalid_field(
                 "id",
@@ -61,55 +62,49 @@ impl Pool {
             }
             btrfs::is_there().map_err(|error| Error::invalid_field("kind", error))?;
         }
-        let mut pool = Self {
-            id: new.id.clone(),
-            kind: new.kind,
-            path,
-            dataset: None,
-        };
-        match (new.kind, &new.dataset, &new.device) {
-            (ProviderKind::Zfs, dataset, device) => {
-                pool.prepare_zfs(dataset.as_deref(), device.as_deref(), new.size)?;
-            }
-            (_, None, None) => {}
-            _ => {
-                return Err(Error::invalid_field(
-                    "kind",
-                    "only a ZFS has a dataset or makes a pool of a device",
-                ));
-            }
-        }
-        Ok(pool)
-    }
-
-    /// Sees to it that its dataset is there, and mounted in its directory.
-    fn prepare_zfs(&mut self, dataset: Option<&str>, device: Option<&str>, size: Option<u64>) -> Result<()> {
-        let dataset = match (dataset, device) {
-            (Some(dataset), None) => dataset.to_owned(),
-            (None, Some(_)) => format!("flynn-{}", self.id),
-            _ => {
+        let dataset = match (new.kind, &new.dataset, &new.device) {
+            (ProviderKind::Zfs, Some(dataset), None) => Some(dataset.clone()),
+            (ProviderKind::Zfs, None, Some(_)) => Some(format!("flynn-{}", new.id)),
+            (ProviderKind::Zfs, ..) => {
                 let rule = "a ZFS needs either a dataset, or a device of which a pool is made";
                 return Err(Error::invalid_field("dataset", rule));
             }
-        };
-        if !zfs::is_name(&dataset) {
-            return Err(Error::invalid_field("dataset", "is a name such as tank/flynn"));
-        }
-        zfs::is_there().map_err(|error| Error::invalid_field("kind", error))?;
-        if let Some(device) = device {
-            let device = Path::new(device);
-            if !device.is_absolute() {
-                return Err(Error::invalid_field("device", "is a path from / on"));
+            (_, None, None) => None,
+            _ => {
+                let rule = "only a ZFS has a dataset or makes a pool of a device";
+                return Err(Error::invalid_field("kind", rule));
             }
-            let make = || -> io::Result<()> {
-                if let (Some(size), false) = (size, device.exists()) {
-                    File::create_new(device)?.set_len(size)?;
-                }
-                zfs::make_pool(&dataset, device)
-            };
-            make().map_err(|error| Error::invalid_field("device", error))?;
+        };
+        if let Some(dataset) = &dataset {
+            if !zfs::is_name(dataset) {
+                return Err(Error::invalid_field("dataset", "is a name such as tank/flynn"));
+            }
+            zfs::is_there().map_err(|error| Error::invalid_field("kind", error))?;
         }
-        self.dataset = Some(dataset);
+        if new
+            .device
+            .as_ref()
+            .is_some_and(|device| !Path::new(device).is_absolute())
+        {
+            return Err(Error::invalid_field("device", "is a path from / on"));
+        }
+        Ok(Self {
+            id: new.id.clone(),
+            kind: new.kind,
+            path,
+            dataset,
+        })
+    }
+
+    /// Sees to it that a ZFS's dataset is there, and mounted in its directory.
+    pub(super) fn prepare(&self, new: &NewProvider) -> Result<()> {
+        let Some(dataset) = &self.dataset else {
+            return Ok(());
+        };
+        if let Some(device) = &new.device {
+            let device = Path::new(device);
+            make_pool(dataset, device, new.size).map_err(|error| Error::invalid_field("device", error))?;
+        }
         let is_marked = self.path.join(MARK).exists();
         let prepared = self.zfs().and_then(|zfs| zfs.prepare(is_marked));
         prepared.map_err(|error| Error::invalid_field("dataset", error))
@@ -197,6 +192,21 @@ impl Pool {
         names.sort();
         Ok(names)
     }
+}
+
+/// Makes a pool of a device, which is a new file of this size if there is none.
+fn make_pool(name: &str, device: &Path, size: Option<u64>) -> io::Result<()> {
+    let (Some(size), false) = (size, device.exists()) else {
+        return zfs::make_pool(name, device);
+    };
+    // It is all that volumes hold.
+    let mut options = File::options();
+    let file = options.write(true).create_new(true).mode(0o600).open(device)?;
+    let made = file.set_len(size).and_then(|()| zfs::make_pool(name, device));
+    if made.is_err() {
+        let _ = std::fs::remove_file(device);
+    }
+    made
 }
 
 #[derive(Serialize, Deserialize)]
@@ -301,22 +311,13 @@ impl Pools {
     pub(super) fn add(&mut self, pool: Pool, default: bool) -> Result<()> {
         let marked = |error| disk_error("mark the provider's directory", &error);
         let id = pool.id.clone();
-        let at = self.all.iter().position(|there| there.id == id);
-        let same_path = |there: &Pool| there.path.canonicalize().is_ok_and(|path| path == pool.path);
-        match at {
-            Some(0) if same_path(&self.all[0]) && pool.dataset.is_none() => {
+        match self.place(&pool)? {
+            Some(0) => {
                 pool.mark().map_err(marked)?;
                 self.all[0].kind = pool.kind;
             }
-            Some(at) if self.all[at] == pool => {}
-            Some(_) => {
-                return Err(Error::new(
-                    ErrorCode::ObjectExists,
-                    format!("there is another provider {id}: choose another name"),
-                ));
-            }
+            Some(_) => {}
             None => {
-                self.check_apart(&pool)?;
                 pool.mark().map_err(marked)?;
                 self.all.push(pool);
             }
@@ -327,43 +328,40 @@ impl Pools {
         self.keep()
     }
 
-    fn check_apart(&self, pool: &Pool) -> Result<()> {
-        let overlaps =
-            |there: &&Pool| there.path.starts_with(&pool.path) || pool.path.starts_with(&there.path);
-        match self.all.iter().find(overlaps) {
-            None => Ok(()),
-            Some(there) => Err(Error::invalid_field(
-                "path",
-                format!(
-                    "the provider {} is at {}: take another directory",
-                    there.id,
-                    there.path.display()
-                ),
-            )),
+    /// Where this one is on the list, if it is. Refused is what may not be put there.
+    pub(super) fn place(&self, pool: &Pool) -> Result<Option<usize>> {
+        let Some(at) = self.all.iter().position(|there| there.id == pool.id) else {
+            self.check_apart(pool)?;
+            return Ok(None);
+        };
+        let there = &self.all[at];
+        let same_path = || there.path.canonicalize().is_ok_and(|path| path == pool.path);
+        if there == pool || at == 0 && pool.dataset.is_none() && same_path() {
+            return Ok(Some(at));
         }
+        Err(Error::new(
+            ErrorCode::ObjectExists,
+            format!("there is another provider {}: choose another name", pool.id),
+        ))
     }
 
-    /// Two providers have no dataset in common, and none is among the other's volumes.
-    pub(super) fn check_datasets(&self, pool: &str, dataset: &str) -> Result<()> {
-        let within = |inner: &str, outer: &str| {
-            let rest = inner.strip_prefix(outer);
-            inner == outer || rest.is_some_and(|rest| rest.starts_with(&format!("/{}", zfs::VOLUMES)))
-        };
-        let overlaps = |there: &&Pool| {
-            let other = there.dataset.as_deref().filter(|_| there.id != pool);
-            other.is_some_and(|other| within(dataset, other) || within(other, dataset))
-        };
-        match self.all.iter().find(overlaps) {
-            None => Ok(()),
-            Some(there) => Err(Error::invalid_field(
-                "dataset",
-                format!(
-                    "the provider {} keeps its volumes in {}: take another dataset",
-                    there.id,
-                    there.dataset.as_deref().unwrap_or_default()
-                ),
-            )),
+    /// Two providers have neither a directory nor a dataset in common, and none is among the other's volumes.
+    fn check_apart(&self, pool: &Pool) -> Result<()> {
+        for there in &self.all {
+            if there.path.starts_with(&pool.path) || pool.path.starts_with(&there.path) {
+                let (id, path) = (&there.id, there.path.display());
+                let why = format!("the provider {id} is at {path}: take another directory");
+                return Err(Error::invalid_field("path", why));
+            }
+            if let (Some(theirs), Some(ours)) = (&there.dataset, &pool.dataset)
+                && (zfs::is_among(ours, theirs) || zfs::is_among(theirs, ours))
+            {
+                let id = &there.id;
+                let why = format!("the provider {id} keeps its volumes in {theirs}: take another dataset");
+                return Err(Error::invalid_field("dataset", why));
+            }
         }
+        Ok(())
     }
 
     /// Takes one off the list. What is there stays there.

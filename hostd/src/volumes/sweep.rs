@@ -5,13 +5,13 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use flynn_api::volume::{Gc, Volume};
-use flynn_api::{Error, Result};
+use flynn_api::{Error, ErrorCode, Result};
 use jiff::Timestamp;
 use uuid::Uuid;
 
 use super::found::{Found, all, find};
 use super::pools::Pool;
-use super::record::{UNFINISHED, aside};
+use super::record::{Record, UNFINISHED, aside};
 use super::{NEXT, Users, Volumes, btrfs};
 use crate::files::{self, disk_error};
 
@@ -141,18 +141,23 @@ impl Volumes {
         };
         let mut volumes = self.list(users)?;
         volumes.retain(|volume| old(volume) && volume.jobs.is_empty());
-        let mut ids: Vec<String> = volumes.into_iter().map(|volume| volume.id).collect();
         if gc.dry_run {
-            return Ok(ids);
+            return Ok(volumes.into_iter().map(|volume| volume.id).collect());
         }
         let mut kept = Vec::new();
-        ids.retain(|id| match self.remove(id, users) {
-            Ok(()) => true,
-            Err(error) => {
-                kept.push(error.message);
-                false
+        volumes.retain(|volume| {
+            // Another may have come by its name since.
+            let is_meant = |record: &Record| record.decommissioned_at == volume.decommissioned_at;
+            match self.remove_if(&volume.id, users, is_meant) {
+                Ok(removed) => removed,
+                Err(error) if error.code == ErrorCode::NotFound => false,
+                Err(error) => {
+                    kept.push(error.message);
+                    false
+                }
             }
         });
+        let ids: Vec<String> = volumes.into_iter().map(|volume| volume.id).collect();
         self.sweep();
         if kept.is_empty() {
             return Ok(ids);

@@ -123,6 +123,16 @@ impl Volumes {
                 .as_ref()
                 .and_then(|parent| parent.record.dataset.as_deref());
             let dataset = if let Some((dataset, _)) = of_parent.and_then(|name| name.split_once('@')) {
+                let used = pool
+                    .datasets()
+                    .map_err(|error| disk_error("look at the provider's volumes", &error))?;
+                if used.contains(dataset) {
+                    return Err(Error::validation(format!(
+                        "only what differs from the snapshot {} was sent, which is of a volume here that it would change: \
+                         send all of {id} (without --from)",
+                        header.from.as_deref().unwrap_or_default()
+                    )));
+                }
                 dataset.to_owned()
             } else {
                 let dataset = Uuid::new_v4().to_string();
@@ -217,6 +227,8 @@ impl Receiving<'_> {
                 return Err(Error::validation("what was sent is no snapshot of a volume"));
             }
             btrfs::set_read_only(&data).map_err(failed)?;
+            // Its program has only written it.
+            btrfs::settle(&data).map_err(failed)?;
         }
         let dir = self.pool.path.join(&self.id);
         let stored = self

@@ -18,7 +18,7 @@ use crate::files;
 use crate::tool::{SHORT, Tool};
 
 /// The dataset below the provider's own in which those of volumes are.
-pub(super) const VOLUMES: &str = "volumes";
+const VOLUMES: &str = "volumes";
 
 /// Where they are mounted, in the provider's directory.
 const MOUNTS: &str = ".data";
@@ -61,6 +61,17 @@ pub(super) fn is_name(text: &str) -> bool {
         part.starts_with(|c: char| c.is_ascii_alphanumeric()) && part.chars().all(fits)
     };
     text.len() <= 128 && text.split('/').all(part)
+}
+
+/// Whether a dataset is that of a provider, or where its volumes are.
+pub(super) fn is_among(dataset: &str, provider: &str) -> bool {
+    let below = dataset.strip_prefix(provider);
+    below.is_some_and(|below| {
+        let rest = below
+            .strip_prefix('/')
+            .and_then(|below| below.strip_prefix(VOLUMES));
+        below.is_empty() || rest.is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
+    })
 }
 
 /// Makes a pool of a disk or a file, unless it is there.

@@ -21,6 +21,10 @@ pub(crate) const TESTS: &[(&str, fn())] = &[
     ),
     ("volumes_at_links", volumes_at_links),
     (
+        "volumes_at_links_to_what_the_kernel_shows",
+        volumes_at_links_to_what_the_kernel_shows,
+    ),
+    (
         "working_directory_of_a_descriptor",
         working_directory_of_a_descriptor,
     ),
@@ -134,6 +138,36 @@ fn volumes_at_links() {
             untouched(&ground, &said);
             assert!(!said.is_empty());
         }
+    }
+}
+
+/// What is mounted there would be taken for the kernel's, by whoever sets the container up.
+fn volumes_at_links_to_what_the_kernel_shows() {
+    for (link, target) in [
+        ("/", "/link"),
+        ("/", "/link/dev"),
+        (".", "/link/proc"),
+        ("/proc", "/link/1/task/1/attr"),
+        ("/proc/sys", "/link/kernel"),
+        ("/sys", "/link/fs"),
+        ("/dev/pts", "/link"),
+        ("/proc/self/root", "/link/dev"),
+        ("/proc/self/cwd", "/link"),
+    ] {
+        let mut ground = Ground::new(&["--look", "/dev/null"]);
+        symlink(link, ground.layer().join("link")).unwrap();
+        ground.launch.binds.push(Bind {
+            source: ground.layer().with_file_name("scratch"),
+            target: target.into(),
+            writable: true,
+            ids_of_container: true,
+        });
+        let said = ground.contain();
+        let is_named = |line: &String| line.starts_with("failed: ") && line.contains(target);
+        assert!(
+            said.len() == 1 && said.iter().all(is_named),
+            "{link}, {target}: {said:?}"
+        );
     }
 }
 

@@ -50,4 +50,12 @@ pub(crate) async fn jobs_are_confined_and_the_platform_s_are_not() {
         "flynn-job (enforce)",
         "{beside:?}"
     );
+
+    // Whoever tidies up removes it.
+    let removed = Command::new("apparmor_parser")
+        .args(["--remove", "/run/flynn/apparmor.profile"])
+        .status();
+    assert!(removed.unwrap().success());
+    let (_, lines) = host.script("cat /proc/self/attr/current").await;
+    assert_eq!(lines, ["flynn-job (enforce)"]);
 }

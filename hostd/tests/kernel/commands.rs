@@ -4,6 +4,7 @@ use std::fs;
 use std::process::{Command, Output};
 
 use flynn_api::host::{JobState, label};
+use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
 use serde_json::Value;
 
 use crate::host::{BINARY, Host, kill, lives};
@@ -158,8 +159,17 @@ pub(crate) async fn machines_are_looked_at_before_they_are_hosts() {
     ] {
         assert_eq!(of(name)["outcome"], "ok", "{}", of(name));
     }
-    // This machine's may be a small one.
-    assert_ne!(of("disk")["outcome"], "fail", "{}", of("disk"));
+    // This machine's disk may have any room.
+    let disk = host.state.with_file_name("disk");
+    fs::create_dir(&disk).unwrap();
+    for (size, outcome) in [(c"size=30g", "ok"), (c"size=10g", "warn"), (c"size=1g", "fail")] {
+        mount("tmpfs", &disk, "tmpfs", MountFlags::empty(), Some(size)).unwrap();
+        let (checks, _) = json(&["preflight", "--json", "--state", disk.to_str().unwrap()]);
+        let checks = checks.as_array().unwrap();
+        let room = checks.iter().find(|check| check["name"] == "disk").unwrap();
+        assert_eq!(room["outcome"], outcome, "{room}");
+        unmount(&disk, UnmountFlags::empty()).unwrap();
+    }
     let _taken = std::net::TcpListener::bind("192.0.2.1:1111").unwrap();
     let (checks, content) = json(&["preflight", "--json", "--state", state, "--address", "192.0.2.99"]);
     let text = checks.to_string();

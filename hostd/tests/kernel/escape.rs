@@ -1,7 +1,8 @@
 //! Ways out of a job that go through the daemon and its supervisors. Those through the container's own walls are tried
 //! by the escape suite.
 
-use flynn_api::host::JobState;
+use flynn_api::client::attach::read_frame;
+use flynn_api::host::{ExecRequest, JobState, attach};
 use flynn_api::image::{Artifact, Entrypoint, ImageManifest};
 use rustix::fs::{StatVfsMountFlags, statvfs};
 
@@ -50,6 +51,33 @@ pub(crate) async fn images_grant_no_capabilities() {
         .insert(flynn_api::host::label::SYSTEM_APP.into(), "true".into());
     let (ended, _) = host.finish(&job).await;
     assert_eq!(ended.status, JobState::Done, "{ended:?}");
+}
+
+/// Whoever starts a program beside a job's opens nothing for it that the job could not.
+pub(crate) async fn a_job_s_null_device_is_not_trusted() {
+    let host = Host::boot().await;
+    for (place, why) in [
+        ("ln -s /proc/kallsyms /dev/null", "open /dev/null"),
+        ("mkfifo -m 666 /dev/null", "not what it should be"),
+        ("echo > /dev/null", "not what it should be"),
+    ] {
+        let mut job = host.job(&format!("rm /dev/null; {place}; echo placed; sleep 1000"));
+        job.config.host_user_namespace = true;
+        host.run(&job).await;
+        host.says(&job.id, "placed").await;
+        let exec = ExecRequest {
+            args: ["readlink", "/proc/self/fd/0"].map(str::to_owned).into(),
+            ..ExecRequest::default()
+        };
+        let mut stream = host.api.exec(&job.id, &exec).await.unwrap();
+        let answer = read_frame(&mut stream).await.unwrap().unwrap();
+        let said = String::from_utf8_lossy(&answer.payload);
+        assert!(
+            answer.kind == attach::ERROR && said.contains(why),
+            "{place}: {said}"
+        );
+        host.api.stop_job(&job.id).await.unwrap();
+    }
 }
 
 /// As deep as no stack and no descriptor table is.

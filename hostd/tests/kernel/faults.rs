@@ -2,16 +2,16 @@
 
 use std::fs;
 use std::os::unix::ffi::OsStrExt as _;
-use std::path::Path;
-use std::time::Duration;
+use std::path::{Path, PathBuf};
 
 use flynn_api::ErrorCode;
-use flynn_api::host::{JobState, Mount, label};
+use flynn_api::host::{JobState, Mount, VolumeBinding, label};
 use flynn_hostd::container::OwnLayer;
+use flynn_hostd::paths::Paths;
 use flynn_hostd::status::Status;
 use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
 
-use crate::host::{Host, kill, lives};
+use crate::host::{Host, PATIENCE, kill, lives};
 use crate::job_limits::resources;
 
 pub(crate) async fn containers_outlive_the_daemon() {
@@ -49,9 +49,13 @@ pub(crate) async fn containers_outlive_the_daemon() {
 
 pub(crate) async fn an_end_without_a_daemon_is_kept() {
     let host = Host::boot().await;
-    let job = host.job("read x < /dev/zero; sleep 0.3; echo last; exit 11");
-    let mut job = job;
-    job.config.args[2] = "sleep 0.5; echo last; exit 11".into();
+    let mut job = host.job("echo x > /file; sleep 0.5; echo last; exit 11");
+    job.config.volumes.push(VolumeBinding {
+        volume_id: "scratch".into(),
+        path: "/scratch".into(),
+        delete_on_stop: true,
+        limit: None,
+    });
     let running = host.run(&job).await;
     host.kill_daemon();
     let supervisor = running.supervisor_pid.unwrap();
@@ -64,6 +68,15 @@ pub(crate) async fn an_end_without_a_daemon_is_kept() {
     let ended = host.end(&job.id).await;
     assert_eq!((ended.status, ended.exit_status), (JobState::Crashed, Some(11)));
     assert_eq!(host.lines(&job.id).await.last().unwrap().msg, "last");
+    // Nor is anything left of it.
+    let dir = host.state.join("jobs").join(&job.id);
+    let tidy = host.until(async || {
+        let left = OwnLayer::NAMES.iter().chain(&["root", "launch.json"]);
+        let is_left = left.into_iter().any(|name| dir.join(name).exists());
+        let volume = host.api.volume("scratch").await;
+        (!is_left && volume.is_err_and(|error| error.code == ErrorCode::NotFound)).then_some(())
+    });
+    assert!(tidy.await.is_some(), "{}", host.log());
 }
 
 pub(crate) async fn a_container_dies_with_its_supervisor() {
@@ -94,41 +107,82 @@ fn supervisors_of(job_dir: &Path) -> Vec<u32> {
     .collect()
 }
 
-/// At whatever moment of a start: while it makes the job's disk, its groups, or the container.
+/// In words, and whether it has come.
+type Moment = (&'static str, fn(&Start<'_>) -> bool);
+
+/// What can be seen of a start, one after the other; once seen it stays so.
+const MOMENTS: [Moment; 7] = [
+    ("there is a supervisor", |_| true),
+    ("it is in the job's status", |start| {
+        start.status().is_some_and(|status| status.supervisor.is_some())
+    }),
+    ("its socket is there", |start| Paths::socket(start.id).exists()),
+    ("the job has groups", |start| {
+        !start.host.job_groups(start.id).is_empty()
+    }),
+    ("its disk is being made", |start| {
+        start.dir().join("temp.ext4").exists()
+    }),
+    ("its container is being made", |start| {
+        supervisors_of(&start.dir()).len() > 1 || start.runs()
+    }),
+    ("it runs", |start| start.runs()),
+];
+
+/// A job that is being started.
+struct Start<'a> {
+    host: &'a Host,
+    id: &'a str,
+}
+
+impl Start<'_> {
+    fn dir(&self) -> PathBuf {
+        self.host.state.join("jobs").join(self.id)
+    }
+
+    fn status(&self) -> Option<Status> {
+        Status::read(&self.dir()).ok().flatten()
+    }
+
+    fn runs(&self) -> bool {
+        self.status().is_some_and(|status| status.started_at.is_some())
+    }
+}
+
+/// At each moment of a start, the supervisor as well as what it has made of itself.
 pub(crate) async fn supervisors_killed_while_they_start_leave_nothing() {
     let long = std::env::var("FLYNN_TEST_LONG").is_ok_and(|long| long == "1");
     let host = Host::boot().await;
     host.finish(&host.job("true")).await;
     let (mut before, mut after) = (0, 0);
-    for round in 0..if long { 300 } else { 30 } {
+    let rounds = if long { 20 } else { 2 };
+    let strikes = (0..rounds)
+        .flat_map(|_| MOMENTS)
+        .flat_map(|moment| [(moment, true), (moment, false)]);
+    for ((moment, is_come), first) in strikes {
         let mut job = host.job("sleep 1000");
         job.resources = resources(&["temp_disk=16MB", "memory=64MB"]);
-        let dir = host.state.join("jobs").join(&job.id);
-        // Most is done within the first moments.
-        let delay = match round % 3 {
-            0 => Duration::from_millis(7 * round % 200),
-            _ => Duration::from_micros(rand::random_range(0..30_000)),
+        let start = Start {
+            host: &host,
+            id: &job.id,
         };
+        let dir = start.dir();
         let strike = async {
             let look = async {
-                while supervisors_of(&dir).is_empty() {
-                    tokio::task::yield_now().await;
+                loop {
+                    let found = supervisors_of(&dir);
+                    // The last is often the container's init.
+                    let struck = if first { found.first() } else { found.last() };
+                    match struck {
+                        Some(pid) if is_come(&start) => return *pid,
+                        _ => tokio::task::yield_now().await,
+                    }
                 }
             };
-            let there = tokio::time::timeout(Duration::from_mins(1), look).await;
-            there.expect("a supervisor");
-            tokio::time::sleep(delay).await;
-            let found = supervisors_of(&dir);
-            // The last is often the container's init.
-            let struck = if round % 2 == 0 {
-                found.first()
-            } else {
-                found.last()
-            };
-            eprintln!("{} after {delay:?}: {struck:?} of {found:?}", job.id);
-            if let Some(pid) = struck {
-                kill(*pid, 9);
-            }
+            let struck = tokio::time::timeout(PATIENCE, look).await;
+            let struck = struck.unwrap_or_else(|_| panic!("never came: {moment}\n{}", host.log()));
+            eprintln!("{} when {moment}: {struck}", job.id);
+            kill(struck, 9);
         };
         let (added, ()) = tokio::join!(host.api.add_job(&job), strike);
         if let Ok(()) = added {
@@ -149,7 +203,7 @@ pub(crate) async fn supervisors_killed_while_they_start_leave_nothing() {
         });
         assert!(
             gone.await.is_some(),
-            "round {round}: something is left\n{}",
+            "killed when {moment}: something is left\n{}",
             host.log()
         );
     }
@@ -362,6 +416,40 @@ pub(crate) async fn a_full_disk_is_said_and_survived() {
         .unwrap()
         .unwrap();
     assert_eq!(stored.exit_status, Some(12));
+}
+
+/// Without anybody who makes room: what it has written goes with it.
+pub(crate) async fn a_job_that_fills_the_disk_can_end() {
+    let host = Host::new(|state| {
+        mount("tmpfs", state, "tmpfs", MountFlags::empty(), Some(c"size=16m")).unwrap();
+    });
+    host.start().await;
+    host.put_layer(&host.layer_file).await.unwrap();
+    let fill = "dd if=/dev/zero of=/fill bs=64k 2> /dev/null;";
+    for (then, stopped) in [("exit 3", false), ("sleep 1000", true)] {
+        let job = host.job(&format!("{fill} {then}"));
+        host.run(&job).await;
+        if stopped {
+            let full = host.until(async || (host.api.status().await.ok()?.disk_free == 0).then_some(()));
+            assert!(full.await.is_some());
+            host.api.stop_job(&job.id).await.unwrap();
+        }
+        let ended = host.end(&job.id).await;
+        let wanted = if stopped {
+            JobState::Done
+        } else {
+            JobState::Crashed
+        };
+        assert_eq!(ended.status, wanted, "{ended:?}");
+        let dir = host.state.join("jobs").join(&job.id);
+        let tidy = host.until(async || {
+            let stored = Status::read(&dir).ok().flatten()?.state;
+            (stored == wanted && !dir.join("upper").exists()).then_some(())
+        });
+        assert!(tidy.await.is_some(), "{}", host.log());
+        // There is room again.
+        host.finish(&host.job("true")).await;
+    }
 }
 
 pub(crate) async fn a_new_boot_is_noticed() {

@@ -116,6 +116,14 @@ impl Host {
 
     /// The same, from this file.
     pub(crate) async fn start_program(&self, program: &Path) {
+        let child = self.command(program).stdin(Stdio::null()).spawn().unwrap();
+        self.daemon.replace(Some(child));
+        let answered = self.until(async || self.api.status().await.ok()).await;
+        assert!(answered.is_some(), "the daemon does not answer:\n{}", self.log());
+    }
+
+    /// A daemon of this host's.
+    pub(crate) fn command(&self, program: &Path) -> Command {
         let log = fs::File::options()
             .create(true)
             .append(true)
@@ -125,7 +133,8 @@ impl Host {
         // A daemon before may have made room for jobs, and a leaf for itself.
         let enter = r#"while [ "$1" != -- ]; do echo $$ > "$1/cgroup.procs" || echo $$ > "$1/flynn-host/cgroup.procs"
             shift; done; shift; exec "$@""#;
-        let child = Command::new("sh")
+        let mut command = Command::new("sh");
+        command
             .args(["-euc", enter, "sh"])
             .args(&self.groups)
             .arg("--")
@@ -133,14 +142,9 @@ impl Host {
             .args(["daemon", "--id", "one", "--address", "192.0.2.1", "--state"])
             .arg(&self.state)
             .env("RUST_LOG", "debug")
-            .stdin(Stdio::null())
             .stdout(Stdio::null())
-            .stderr(log)
-            .spawn()
-            .unwrap();
-        self.daemon.replace(Some(child));
-        let answered = self.until(async || self.api.status().await.ok()).await;
-        assert!(answered.is_some(), "the daemon does not answer:\n{}", self.log());
+            .stderr(log);
+        command
     }
 
     pub(crate) fn log(&self) -> String {

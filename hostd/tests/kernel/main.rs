@@ -8,6 +8,7 @@
 
 mod apparmor;
 mod attached;
+mod clients;
 mod commands;
 mod container;
 mod cycles;
@@ -24,6 +25,7 @@ mod openapi;
 #[path = "../sinks/receiver.rs"]
 mod receiver;
 mod streams;
+mod takeover;
 mod upgrade;
 mod user_namespaces;
 mod volumes;
@@ -71,22 +73,24 @@ fn main() -> ExitCode {
             a_container_dies_with_its_supervisor a_kept_job_survives_its_supervisor a_stop_between_two_starts_is_kept
             a_broken_record_harms_no_other
             a_container_that_hangs_is_stopped_soon devices_are_refused_before_the_start
-            wrong_layers_leave_nothing a_full_disk_is_said_and_survived a_new_boot_is_noticed a_kept_job_comes_back_after_a_shutdown
+            wrong_layers_leave_nothing a_full_disk_is_said_and_survived a_job_that_fills_the_disk_can_end a_new_boot_is_noticed a_kept_job_comes_back_after_a_shutdown
             two_daemons_do_not_share_a_state;
         disk: a_disk_that_is_full_at_any_step_is_said_and_survived;
         upgrade: an_update_is_noticed_by_nobody nobody_lingers_without_a_successor an_update_that_fails_changes_nothing a_new_program_is_put_in_place
             supervisors_of_other_versions_are_understood
             updates_under_load_lose_nothing kills_under_load_lose_nothing;
+        clients: who_leaves_makes_room who_is_slow_gets_it_all who_stands_still_holds_up_no_end;
+        takeover: nobody_is_in_the_way_of_systemd_s_next;
         commands: tags_and_drains_are_kept what_is_ill_is_mended what_there_is_to_know_is_collected
             machines_are_looked_at_before_they_are_hosts;
         cycles: cycles_leave_nothing;
         images: damaged_layers_are_set_aside_and_fetched_again fetches_go_on_after_the_daemon_s_end
             layers_are_collected_before_the_disk_is_full collecting_takes_nothing_from_starting_jobs
             releases_survive_kills_of_the_downloader a_release_s_program_takes_over a_full_disk_in_the_middle_leaves_what_came;
-        network: containers_have_addresses addresses_of_spares_come_back services_are_registered missing_layers_are_fetched
+        network: containers_have_addresses a_network_is_remembered_in_the_end addresses_of_spares_come_back services_are_registered missing_layers_are_fetched
             other_hosts_are_encrypted_with_or_named;
         openapi: calls_are_as_the_document_says;
-        escape: our_program_is_read_only_for_containers images_grant_no_capabilities deep_directories_are_removed;
+        escape: our_program_is_read_only_for_containers images_grant_no_capabilities a_job_s_null_device_is_not_trusted deep_directories_are_removed;
     ];
     let on_ext4: Tests = tests![
         faults: supervisors_killed_while_they_start_leave_nothing;

@@ -33,6 +33,22 @@ pub(crate) fn networked(host: &Host, script: &str) -> Job {
     job
 }
 
+/// A network that came up while the disk was full is remembered when it is asked for again.
+pub(crate) async fn a_network_is_remembered_in_the_end() {
+    let host = Host::boot().await;
+    let in_the_way = host.state.join("host.json.tmp");
+    fs::create_dir(&in_the_way).unwrap();
+    assert!(host.api.configure_network(&config()).await.is_err());
+    fs::remove_dir(&in_the_way).unwrap();
+    host.api.configure_network(&config()).await.unwrap();
+    host.kill_daemon();
+    host.start().await;
+    assert_eq!(
+        host.api.status().await.unwrap().subnet.as_deref(),
+        Some("100.100.7.0/24")
+    );
+}
+
 pub(crate) async fn containers_have_addresses() {
     let host = Host::boot().await;
     host.api.configure_network(&config()).await.unwrap();

@@ -140,9 +140,10 @@ pub(crate) async fn nobody_lingers_without_a_successor() {
     // Nor is it enough that the successor has ended, which has handed over as well.
     let next = host.update(None).await.unwrap();
     let last = host.update(None).await.unwrap();
-    let gone = host.until(async || (!lives(next.pid)).then_some(()));
-    assert!(gone.await.is_some(), "{}", host.log());
-    sleep(Duration::from_secs(2)).await;
+    // The first one finds that the second has gone, and that the third is there.
+    let noticed = || host.log().contains("has handed over in its turn");
+    let looked = host.until(async || (!lives(next.pid) && noticed()).then_some(()));
+    assert!(looked.await.is_some(), "{}", host.log());
     assert!(!host.first_daemon_ended(), "it has a client");
     kill(last.pid, 9);
     let ended = host.until(async || host.first_daemon_ended().then_some(()));

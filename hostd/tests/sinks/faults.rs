@@ -1,5 +1,6 @@
 //! What is lost, and what comes twice, when connections break, servers die and daemons restart.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use flynn_api::sink::Sink;
@@ -127,6 +128,45 @@ pub(crate) fn a_loud_job_holds_up_no_other() {
     let loud = receiver.received.lock().unwrap().of("one-1");
     assert!(loud < 10_000, "it came after {loud} lines of the loud job");
     host.stop(&sinks);
+}
+
+/// Nor does one that never stops keep out who comes while it talks.
+pub(crate) fn who_comes_later_has_a_turn() {
+    let host = Host::new();
+    let sinks = host.sinks();
+    let receiver = Receiver::start(Breaking::Never, false);
+    host.put(&sinks, syslog(&format!("syslog://{}", receiver.address)));
+    let (over, mut loud) = (AtomicBool::new(false), host.job("one-1"));
+    let line = "x".repeat(1000);
+    std::thread::scope(|scope| {
+        let _ended = Ended(&over);
+        scope.spawn(|| {
+            // Always a backlog ahead of what the receiver takes.
+            while !over.load(Ordering::Relaxed) {
+                for _ in 0..1000 {
+                    say(&mut loud, &line);
+                }
+                loud.flush();
+            }
+        });
+        receiver.until("the loud job's lines", |received| received.of("one-1") > 20_000);
+        let mut late = host.job("one-2");
+        say(&mut late, "a word");
+        late.flush();
+        receiver.until("the word of a job that came later", |received| {
+            received.of("one-2") == 1
+        });
+    });
+    host.stop(&sinks);
+}
+
+/// Says so when it goes, also with a test that has failed.
+struct Ended<'a>(&'a AtomicBool);
+
+impl Drop for Ended<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
 }
 
 /// With nobody to take them, lines go once there are too many; what is left says how many.

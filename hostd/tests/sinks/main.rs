@@ -19,7 +19,7 @@ use libtest_mimic::{Arguments, Trial};
 type Test = (&'static str, Option<String>, fn());
 
 fn main() -> ExitCode {
-    let tests: [Test; 8] = [
+    let tests: [Test; 9] = [
         (
             "aggregators_get_each_line_once",
             None,
@@ -39,6 +39,11 @@ fn main() -> ExitCode {
             "a_loud_job_holds_up_no_other",
             None,
             faults::a_loud_job_holds_up_no_other,
+        ),
+        (
+            "who_comes_later_has_a_turn",
+            None,
+            faults::who_comes_later_has_a_turn,
         ),
         ("what_is_dropped_is_said", None, faults::what_is_dropped_is_said),
         (

@@ -245,8 +245,9 @@ fn complaints(platform: &Platform) -> Result<()> {
             .flynn()
             .args(["-a", APP, "env", "set", &large])
             .output()?;
-        refuses_for_want_of_room(&output)
-    })?;
+        Ok(refusal(&output))
+    })
+    .and_then(|said| says_full(&said))?;
 
     let postgres = processes(platform, "postgres")?[0].to_string();
     let write = "psql -qh /data/run -U flynn flynn -c \
@@ -258,17 +259,14 @@ fn complaints(platform: &Platform) -> Result<()> {
             let inside = ["--target", &postgres, "--all", "sh", "-c", write];
             platform.host().exec("nsenter", inside)?;
             let output = platform.output(["apps"])?;
-            refuses_for_want_of_room(&output)
+            Ok(refusal(&output))
         },
     )
+    .and_then(|said| says_full(&said))
 }
 
-/// Whether it is refused. Another reason is none: what breaks off when the disk is full may say that only the next time.
-fn refuses_for_want_of_room(output: &Output) -> Result<Option<()>> {
-    if output.status.success() {
-        return Ok(None);
-    }
-    says_full(&String::from_utf8_lossy(&output.stderr)).map(Some)
+fn refusal(output: &Output) -> Option<String> {
+    (!output.status.success()).then(|| String::from_utf8_lossy(&output.stderr).into_owned())
 }
 
 fn says_full(said: &str) -> Result<()> {

@@ -214,8 +214,8 @@ pub(super) enum End {
     HostGone,
 }
 
-/// Pipes both ways until the job's last frame. Each direction holds one piece at a time; an end of the caller's
-/// input is passed on, and the output goes on.
+/// Pipes both ways until the job's last frame, or until the caller closes their side: the end of the job's input is a frame.
+/// Each direction holds one piece at a time.
 pub(super) async fn pipe(caller: TokioIo<hyper::upgrade::Upgraded>, host: Upgraded) -> End {
     let (mut from_caller, mut to_caller) = tokio::io::split(caller);
     let (mut from_host, mut to_host) = tokio::io::split(host);
@@ -223,18 +223,13 @@ pub(super) async fn pipe(caller: TokioIo<hyper::upgrade::Upgraded>, host: Upgrad
         let mut piece = vec![0; 16 * 1024];
         loop {
             match from_caller.read(&mut piece).await {
-                Ok(0) => {
-                    let _ = to_host.shutdown().await;
-                    // The output decides when it is over.
-                    return std::future::pending::<End>().await;
-                }
-                Ok(n) => {
+                Ok(n @ 1..) => {
                     if to_host.write_all(&piece[..n]).await.is_err() || to_host.flush().await.is_err() {
                         // The host says why on the other half, or breaks off there too.
                         return std::future::pending::<End>().await;
                     }
                 }
-                Err(_) => return End::CallerGone,
+                Ok(0) | Err(_) => return End::CallerGone,
             }
         }
     };

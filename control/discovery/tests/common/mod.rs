@@ -18,7 +18,7 @@ use std::time::{Duration, Instant};
 
 use flynn_api::client::Http;
 use flynn_api::client::discovery::DiscoveryClient;
-use flynn_api::discovery::Instance;
+use flynn_api::discovery::{Instance, ServiceConfig};
 use flynn_api::server::CancellationToken;
 use flynn_api::tls::{self, Ca, Identity, PeerIdentity};
 use flynn_discovery::Options;
@@ -347,6 +347,14 @@ pub async fn eventually<T>(what: &str, ask: impl AsyncFn() -> Option<T>) -> T {
         );
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
+}
+
+/// Makes a service.
+pub async fn create(client: &DiscoveryClient, service: &str) {
+    client
+        .create_service(service, &ServiceConfig::default())
+        .await
+        .unwrap();
 }
 
 /// An instance at this address.

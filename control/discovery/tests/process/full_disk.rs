@@ -3,12 +3,12 @@
 use std::path::{Path, PathBuf};
 
 use flynn_api::ErrorCode;
-use flynn_api::discovery::{ServiceConfig, ServiceMeta};
+use flynn_api::discovery::ServiceMeta;
 use flynn_discovery::raft::journal::{Journal, Record};
 use serde_json::json;
 
 use crate::common::process::Apart;
-use crate::common::{Cluster, Member, block_on, eventually};
+use crate::common::{Cluster, Member, block_on, create, eventually};
 
 /// The process's data directory as it sees it.
 fn data(member: &Member) -> PathBuf {
@@ -40,10 +40,7 @@ async fn full_disk() {
     cluster.add();
     cluster.ready(0).await;
     let (client, member) = (&cluster.client(0), &cluster.members[0]);
-    client
-        .create_service("web", &ServiceConfig::default())
-        .await
-        .unwrap();
+    create(client, "web").await;
     let mut last = client.set_meta("web", &meta(1, 0)).await.unwrap();
 
     let filler = data(member).join("filler");

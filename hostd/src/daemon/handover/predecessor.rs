@@ -42,10 +42,9 @@ impl Predecessor {
         }
     }
 
-    /// From here on this daemon answers.
-    pub(in crate::daemon) async fn serving(self) {
-        // One that has died meanwhile need not hear it.
-        let _ = self.0.send(&FromSuccessor::Serving, &[]).await;
+    /// From here on this daemon answers. False when that one has died meanwhile.
+    pub(in crate::daemon) async fn serving(self) -> bool {
+        self.0.send(&FromSuccessor::Serving, &[]).await.is_ok()
     }
 
     /// This daemon cannot take over.

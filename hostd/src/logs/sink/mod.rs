@@ -58,6 +58,8 @@ pub struct Sinks {
     cursors: PathBuf,
     jobs: PathBuf,
     find_leader: FindLeader,
+    /// Those that are wanted. One of them may not run.
+    wanted: Mutex<BTreeMap<String, Sink>>,
     running: Mutex<BTreeMap<String, Running>>,
     /// Held while one is added or removed.
     changing: tokio::sync::Mutex<()>,
@@ -67,7 +69,6 @@ pub struct Sinks {
 type Family = (&'static str, &'static str, &'static str, fn(&SinkStatus) -> u64);
 
 struct Running {
-    sink: Sink,
     progress: Arc<Progress>,
     stop: CancellationToken,
     thread: JoinHandle<()>,
@@ -81,6 +82,7 @@ impl Sinks {
             cursors: state.join("sinks"),
             jobs: jobs.to_owned(),
             find_leader,
+            wanted: Mutex::default(),
             running: Mutex::default(),
             changing: tokio::sync::Mutex::default(),
         };
@@ -99,6 +101,7 @@ impl Sinks {
                 Ok(running) => drop(sinks.running().insert(sink.id.clone(), running)),
                 Err(error) => tracing::error!(sink = sink.id, %error, "cannot be used"),
             }
+            sinks.wanted().insert(sink.id.clone(), sink);
         }
         sinks.release();
         Ok(sinks)
@@ -108,9 +111,13 @@ impl Sinks {
         self.running.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    fn wanted(&self) -> MutexGuard<'_, BTreeMap<String, Sink>> {
+        self.wanted.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Lets go of what was held for sinks that are gone.
     fn release(&self) {
-        let ids: Vec<String> = self.running().keys().cloned().collect();
+        let ids: Vec<String> = self.wanted().keys().cloned().collect();
         let there = |sink: &str| ids.iter().any(|id| id == sink);
         for job in std::fs::read_dir(&self.jobs).into_iter().flatten().flatten() {
             if let Err(error) = crate::logs::segment::release(&job.path().join("log"), &there) {
@@ -141,7 +148,6 @@ impl Sinks {
             .spawn(move || runtime.block_on(shipper::run(parts, stopped)))
             .map_err(|error| Error::internal(format!("cannot start a thread: {error}")))?;
         Ok(Running {
-            sink: sink.clone(),
             progress,
             stop,
             thread,
@@ -193,25 +199,32 @@ impl Sinks {
 
     /// All sinks, and how they do. Looks at the disk.
     pub fn list(&self) -> Vec<SinkStatus> {
-        let sinks: Vec<_> = {
-            let running = self.running();
-            let sinks = running.values();
-            sinks
-                .map(|running| (running.sink.clone(), Arc::clone(&running.progress)))
-                .collect()
+        let sinks = self.wanted().clone();
+        let progress_of = |id: &str| {
+            self.running()
+                .get(id)
+                .map(|running| Arc::clone(&running.progress))
         };
-        let status = |(sink, progress): (Sink, Arc<Progress>)| progress.status(&sink, &self.jobs);
-        sinks.into_iter().map(status).collect()
+        let status = |sink: &Sink| {
+            let progress = progress_of(&sink.id).unwrap_or_else(|| {
+                let progress = Progress::default();
+                progress.disconnected("it could not be begun: add it again".into());
+                Arc::new(progress)
+            });
+            progress.status(sink, &self.jobs)
+        };
+        sinks.values().map(status).collect()
     }
 
-    /// Adds a sink, or changes the one of that id, which goes on from where it was. Repeated it does nothing.
+    /// Adds a sink, or changes the one of that id, which goes on from where it was. Repeated it does nothing. To
+    /// be done to its end.
     pub async fn put(&self, sink: Sink) -> Result<()> {
         check_id(&sink.id)?;
         let _changing = self.changing.lock().await;
         drop(self.read(&sink)?);
-        let mut sinks = self.sinks();
+        let mut sinks = self.wanted().clone();
         match sinks.get(&sink.id) {
-            Some(there) if *there == sink => return Ok(()),
+            Some(there) if *there == sink && self.running().contains_key(&sink.id) => return Ok(()),
             None if sinks.len() >= MAX_SINKS => {
                 return Err(Error::new(
                     flynn_api::ErrorCode::LimitExceeded,
@@ -228,10 +241,10 @@ impl Sinks {
         Ok(())
     }
 
-    /// Removes a sink. What is held for it is let go.
+    /// Removes a sink. What is held for it is let go. To be done to its end.
     pub async fn remove(&self, id: &str) -> Result<()> {
         let _changing = self.changing.lock().await;
-        let mut sinks = self.sinks();
+        let mut sinks = self.wanted().clone();
         if sinks.remove(id).is_none() {
             return Err(Error::not_found("sink", id));
         }
@@ -264,20 +277,14 @@ impl Sinks {
         }
     }
 
-    fn sinks(&self) -> BTreeMap<String, Sink> {
-        let running = self.running();
-        let sinks = running.iter();
-        sinks
-            .map(|(id, running)| (id.clone(), running.sink.clone()))
-            .collect()
-    }
-
     fn save(&self, sinks: BTreeMap<String, Sink>) -> Result<()> {
         let stored = Stored {
             version: VERSION,
-            sinks: sinks.into_values().collect(),
+            sinks: sinks.values().cloned().collect(),
         };
-        files::write_json(&self.file, &stored).map_err(|error| disk_error("remember the sinks", &error))
+        files::write_json(&self.file, &stored).map_err(|error| disk_error("remember the sinks", &error))?;
+        *self.wanted() = sinks;
+        Ok(())
     }
 
     async fn stop(&self, id: &str) {

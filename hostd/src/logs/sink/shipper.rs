@@ -63,6 +63,8 @@ struct Shipper {
     parts: Parts,
     watch: Watch,
     jobs: BTreeMap<Job, Log>,
+    /// Some jobs could not be taken up.
+    missed: bool,
     /// Those that may have something to be sent, the next one first.
     ready: VecDeque<Job>,
     window: Window,
@@ -111,6 +113,7 @@ pub(super) async fn run(parts: Parts, stop: CancellationToken) {
         parts,
         watch,
         jobs: BTreeMap::new(),
+        missed: false,
         ready: VecDeque::new(),
         window: Window::new(acknowledges),
         begun: now,
@@ -213,11 +216,20 @@ impl Shipper {
         self.jobs.retain(|id, _| ids.contains(id));
         self.unsaved |= self.jobs.len() < before;
         self.parts.progress.retain(|id| ids.contains(id));
+        let is_known = std::mem::take(&mut self.missed);
         for id in ids {
             if !self.jobs.contains_key(&id) {
                 let position = stored.get(&id).copied();
-                if let Err(error) = self.take_up(&id, position) {
-                    tracing::debug!(job = &*id, %error, "cannot watch its log");
+                match self.take_up(&id, position) {
+                    // It has just gone.
+                    Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                    Err(error) => {
+                        self.missed = true;
+                        if !is_known {
+                            tracing::warn!(sink = self.parts.sink, job = &*id, %error, "cannot watch its log; trying on");
+                        }
+                    }
+                    Ok(()) => {}
                 }
                 self.make_ready(&id);
             }
@@ -286,6 +298,8 @@ impl Shipper {
                 tokio::select! {
                     biased;
                     _ = tick.tick() => self.tick(&connection),
+                    // Others have their turn as well, however much this one has to say.
+                    changes = self.watch.changes() => self.notice(changes),
                     () = std::future::ready(()) => {}
                 }
                 continue;
@@ -377,6 +391,9 @@ impl Shipper {
         {
             let read = self.window.taken(self.begun.elapsed(), taken);
             self.known(read);
+        }
+        if self.missed {
+            self.look(&BTreeMap::new());
         }
         let busy = self.saving.as_ref().is_some_and(|saving| !saving.is_finished());
         if self.unsaved && !busy && self.saved.elapsed() >= SAVE {

@@ -368,17 +368,38 @@ pub(crate) async fn datasets_survive_kills() {
     };
     host.api.add_provider(&again).await.unwrap();
     host.api.create_volume("tank", &new("one", None)).await.unwrap();
-    // Among its volumes there is no room for another provider's.
-    let path = host.state.with_file_name("within");
-    fs::create_dir(&path).unwrap();
-    for dataset in [pool.dataset.clone(), format!("{}/volumes/within", pool.dataset)] {
-        let within = NewProvider {
-            id: "within".into(),
+    // Among its volumes there is no room for another provider's, and nothing is made of what is refused.
+    let beside = host.state.with_file_name("beside");
+    let below = pool.path.join("below");
+    fs::create_dir(&beside).unwrap();
+    fs::create_dir(&below).unwrap();
+    let (within, other) = (
+        format!("{}/volumes/within", pool.dataset),
+        format!("{}/other", pool.dataset),
+    );
+    for (path, dataset, why) in [
+        (&beside, &pool.dataset, "take another dataset"),
+        (&beside, &within, "take another dataset"),
+        (&below, &other, "take another directory"),
+    ] {
+        let overlapping = NewProvider {
+            id: "overlapping".into(),
             path: path.display().to_string(),
-            dataset: Some(dataset),
+            dataset: Some(dataset.clone()),
             ..again.clone()
         };
-        let refused = host.api.add_provider(&within).await.unwrap_err();
-        assert!(refused.message.contains("take another dataset"), "{refused}");
+        let refused = host.api.add_provider(&overlapping).await.unwrap_err();
+        assert!(refused.message.contains(why), "{refused}");
     }
+    for dataset in [&within, &other] {
+        assert!(!zfs(&["list", dataset.as_str()]).0, "{dataset} was made");
+    }
+    let apart = NewProvider {
+        id: "apart".into(),
+        path: beside.display().to_string(),
+        dataset: Some(other.clone()),
+        ..again
+    };
+    host.api.add_provider(&apart).await.unwrap();
+    assert!(zfs(&["list", other.as_str()]).0);
 }
