@@ -1,5 +1,6 @@
 //! What the daemon says to a supervisor over the job's socket: one line of JSON, answered by one line of JSON; after
-//! `watch` by many, and after `attach` and `exec` by frames both ways ([`flynn_api::host::attach`]).
+//! `watch` by many, and after `attach` and `exec` by frames both ways ([`flynn_api::host::attach`]). Whoever closes their side has
+//! left.
 //!
 //! A job keeps its supervisor when the daemon is updated, and so either may be the older one. A supervisor says in its
 //! [`Status`] which version of the protocol it speaks; versions only add to those before. A daemon does not ask for what

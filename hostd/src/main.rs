@@ -30,7 +30,13 @@ enum Command {
     /// Run the daemon
     Daemon(DaemonArgs),
     /// Write this host's configuration, and nothing else
-    Init(HostArgs),
+    Init {
+        #[command(flatten)]
+        host: HostArgs,
+        /// Print it as JSON
+        #[arg(long)]
+        json: bool,
+    },
     /// Keep one job (the daemon starts this)
     #[command(hide = true)]
     Supervise {
@@ -177,10 +183,14 @@ fn run(command: Command) -> anyhow::Result<ExitCode> {
                 takeover: args.takeover,
             }))?;
         }
-        Command::Init(args) => {
-            flynn_hostd::files::private_dir(&args.state)?;
-            let config = HostConfig::load(&args.state, &args.overrides())?;
-            println!("host {} at {}", config.id, config.address);
+        Command::Init { host, json } => {
+            flynn_hostd::files::private_dir(&host.state)?;
+            let config = HostConfig::load(&host.state, &host.overrides())?;
+            if json {
+                println!("{}", serde_json::to_string_pretty(&config)?);
+            } else {
+                println!("host {} at {}", config.id, config.address);
+            }
         }
         Command::Bootstrap(args) => runtime(bootstrap::run(&args))?,
         Command::Join(args) => runtime(join::run(&args))?,

@@ -83,7 +83,12 @@ pub(super) async fn run(host: &HostClient, args: Args) -> anyhow::Result<()> {
                 );
             }
         }
-        Command::Remove { id } => reach(host.remove_sink(&id).await)?,
+        Command::Remove { id } => {
+            reach(host.remove_sink(&id).await)?;
+            if args.json {
+                print_json(&serde_json::json!({ "id": id }))?;
+            }
+        }
     }
     Ok(())
 }

@@ -7,6 +7,7 @@ mod destroy;
 mod discoverd;
 pub mod download;
 mod drain;
+mod each;
 mod exec;
 mod fix;
 mod image;
@@ -68,34 +69,28 @@ pub enum Operator {
         /// Only the last lines
         #[arg(short = 'n', long)]
         lines: Option<u32>,
+        /// Each line as JSON
+        #[arg(long)]
+        json: bool,
     },
     /// Send the logs of this host's jobs to syslog servers and log aggregators
     LogSink(log_sink::Args),
     /// Stop jobs
-    Stop {
-        /// Their ids, or the starts of them
-        #[arg(required = true)]
-        jobs: Vec<String>,
-    },
+    Stop(each::Jobs),
     /// Send a signal to a job's process
     Signal {
         /// The job's id, or the start of it
         job: String,
         /// Its number, or a name such as HUP
         signal: String,
+        /// As JSON
+        #[arg(long)]
+        json: bool,
     },
     /// Have jobs stand still, all their processes, out of discoverd
-    Pause {
-        /// Their ids, or the starts of them
-        #[arg(required = true)]
-        jobs: Vec<String>,
-    },
+    Pause(each::Jobs),
     /// Have paused jobs go on
-    Resume {
-        /// Their ids, or the starts of them
-        #[arg(required = true)]
-        jobs: Vec<String>,
-    },
+    Resume(each::Jobs),
     /// Show or change the limits of a running job
     Limit(limit::Args),
     /// Start a job from an image and stay attached to it
@@ -185,37 +180,55 @@ pub async fn operate(command: Operator) -> anyhow::Result<ExitCode> {
                 println!("{}", show::everything(&job)?);
             }
         }
-        Operator::Log { job, follow, lines } => {
+        Operator::Log {
+            job,
+            follow,
+            lines,
+            json,
+        } => {
             let mut log = host.log(&find(&host, &job).await?, lines, follow).await?;
             while let Some(line) = log.next().await {
                 let (_, line) = line?;
                 match line.stream {
+                    _ if json => println!("{}", serde_json::to_string(&line)?),
                     LogStream::Stdout => println!("{}", line.msg),
                     LogStream::Stderr => eprintln!("{}", line.msg),
                     LogStream::Init => eprintln!("[flynn] {}", line.msg),
                 }
             }
         }
-        Operator::Stop { jobs } => {
-            for job in jobs {
-                let id = find(&host, &job).await?;
+        Operator::Stop(each::Jobs { jobs, json }) => {
+            let stop = async |job: &str| {
+                let id = find(&host, job).await?;
                 host.stop_job(&id).await?;
-                println!("{id} is stopping");
-            }
+                Ok(id)
+            };
+            each::each(&jobs, json, |id| format!("{id} is stopping"), stop).await?;
         }
-        Operator::Signal { job, signal } => {
+        Operator::Signal { job, signal, json } => {
             let number = signal_number(&signal).with_context(|| format!("{signal:?} is no signal"))?;
-            host.signal_job(&find(&host, &job).await?, number).await?;
+            let send = async |job: &str| {
+                let id = find(&host, job).await?;
+                host.signal_job(&id, number).await?;
+                Ok(id)
+            };
+            each::each(&[job], json, |id| format!("{id} has got {signal}"), send).await?;
         }
-        Operator::Pause { jobs } => {
-            for job in jobs {
-                host.pause_job(&find(&host, &job).await?).await?;
-            }
+        Operator::Pause(each::Jobs { jobs, json }) => {
+            let pause = async |job: &str| {
+                let id = find(&host, job).await?;
+                host.pause_job(&id).await?;
+                Ok(id)
+            };
+            each::each(&jobs, json, |id| format!("{id} stands still"), pause).await?;
         }
-        Operator::Resume { jobs } => {
-            for job in jobs {
-                host.resume_job(&find(&host, &job).await?).await?;
-            }
+        Operator::Resume(each::Jobs { jobs, json }) => {
+            let resume = async |job: &str| {
+                let id = find(&host, job).await?;
+                host.resume_job(&id).await?;
+                Ok(id)
+            };
+            each::each(&jobs, json, |id| format!("{id} goes on"), resume).await?;
         }
         Operator::Limit(args) => limit::run(&host, args).await?,
         Operator::Run(args) => return run::run(&host, args).await,

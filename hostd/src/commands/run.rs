@@ -10,7 +10,7 @@ use flynn_api::host::{AttachRequest, ContainerConfig, Job, VolumeBinding};
 use flynn_api::image::{Artifact, ImageManifest};
 use flynn_api::resources::Resources;
 
-use super::{attach, reach};
+use super::{attach, print_json, reach};
 
 /// How to run a job by hand.
 #[derive(clap::Args, Debug)]
@@ -33,6 +33,9 @@ pub struct RunArgs {
     /// Do not stay attached; print the job's id
     #[arg(short, long)]
     detach: bool,
+    /// Print it as JSON
+    #[arg(long, requires = "detach")]
+    json: bool,
     /// The image: its manifest, or an artifact that has one, as a JSON file
     image: PathBuf,
     /// Program and arguments, instead of the image's
@@ -47,7 +50,11 @@ pub(super) async fn run(host: &HostClient, args: RunArgs) -> anyhow::Result<Exit
     let id = job.id.clone();
     reach(host.add_job(&job).await)?;
     if args.detach {
-        println!("{id}");
+        if args.json {
+            print_json(&serde_json::json!({ "id": id }))?;
+        } else {
+            println!("{id}");
+        }
         return Ok(ExitCode::SUCCESS);
     }
     let request = AttachRequest {

@@ -17,6 +17,7 @@ use tokio::io::AsyncWriteExt as _;
 use tokio_util::io::ReaderStream;
 use uuid::Uuid;
 
+use super::each::each;
 use super::network::amount;
 use super::show::{everything, table};
 use super::{print_json, reach};
@@ -204,10 +205,11 @@ pub(super) async fn run(host: &HostClient, args: Args) -> anyhow::Result<()> {
             show(json, &volume, || lines)
         }
         Command::Delete { volumes } => {
-            for id in &volumes {
+            let delete = async |id: &str| {
                 reach(host.delete_volume(id).await)?;
-            }
-            show(json, &volumes, || volumes.join("\n"))
+                Ok(id.to_owned())
+            };
+            each(&volumes, json, str::to_owned, delete).await
         }
         Command::Snapshot { volume, id } => {
             let volume = find(host, &volume).await?;

@@ -6,6 +6,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
 use flynn_api::Env;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{FileType, Mode, OFlags, makedev};
 use rustix::process::{Gid, Resource, Rlimit, Uid};
 use rustix::thread::{CapabilitySet, CapabilitySets};
@@ -28,7 +29,7 @@ pub(super) fn run(
     errors: &OwnedFd,
     filters: &seccomp::Filters,
 ) -> ! {
-    let failure = match become_program(launch, env, stdio, terminal, filters) {
+    let failure = match become_program(launch, env, stdio, terminal, errors, filters) {
         Ok(never) => match never {},
         Err(failure) => failure,
     };
@@ -41,6 +42,7 @@ fn become_program(
     env: &Env,
     stdio: Option<&Stdio>,
     terminal: Option<&OwnedFd>,
+    errors: &OwnedFd,
     filters: &seccomp::Filters,
 ) -> Result<std::convert::Infallible, Failure> {
     sys::reset_signals();
@@ -50,6 +52,7 @@ fn become_program(
     rustix::process::umask(Mode::WGRP | Mode::WOTH);
     limits(launch)?;
     privileges(launch)?;
+    die_with_parent(errors)?;
     if stdio.is_some_and(|stdio| stdio.stdin.is_none()) {
         no_input()?;
     }
@@ -102,6 +105,19 @@ fn streams(launch: &Launch, stdio: Option<&Stdio>, terminal: Option<&OwnedFd>) -
     // Where there is no input, anything will do for a moment.
     let stdin = stdio.stdin.as_ref().unwrap_or(&stdio.stdout);
     dup([stdin, &stdio.stdout, &stdio.stderr])
+}
+
+/// Has the program end with the process that keeps it: a change of who it is, before, would undo this.
+fn die_with_parent(errors: &OwnedFd) -> Result<(), Failure> {
+    let signal = Some(rustix::process::Signal::KILL);
+    rustix::process::set_parent_process_death_signal(signal).attempt("bind to its keeper")?;
+    // One that has died before reads this no more.
+    let mut reader = [PollFd::new(errors, PollFlags::empty())];
+    poll(&mut reader, Some(&Timespec::default())).attempt("look for its keeper")?;
+    if reader[0].revents().contains(PollFlags::ERR) {
+        sys::exit_now(125);
+    }
+    Ok(())
 }
 
 /// Has standard input be empty. With the program's own rights: what is in a container that runs may be the job's doing.

@@ -40,6 +40,7 @@ impl Daemon {
         {
             self.ids.adopt(launch);
         }
+        let mut over = Vec::new();
         for (
             Stored {
                 job,
@@ -66,7 +67,7 @@ impl Daemon {
                     let is_left = launch.is_some();
                     self.take_in(job, status, None, is_left);
                     if is_left {
-                        self.clean_up_later(id);
+                        over.push(id);
                     }
                     continue;
                 }
@@ -115,8 +116,12 @@ impl Daemon {
                     status.end(state, Timestamp::now());
                     status.error = Some(why.into());
                 });
-                self.clean_up_later(id);
+                over.push(id);
             }
+        }
+        // Once it is known who else uses what they have used.
+        for id in over {
+            self.clean_up_later(id);
         }
     }
 

@@ -49,10 +49,10 @@ const LINGER: Duration = Duration::from_secs(10);
 /// Between looks whether the job is still this supervisor's, while it waits for its network.
 const ORPHAN_CHECK: Duration = Duration::from_secs(5);
 
-/// How long clients may take nothing of what is left for them at the end, and then how long the last of it may take them; and
-/// the client that the job was made for, who may be reading.
+/// How long clients may take nothing of what is left for them at the end; and the client that the job was made for, who may be
+/// reading.
 const FAREWELL: Duration = Duration::from_secs(5);
-const CLIENT_FAREWELL: Duration = Duration::from_secs(15);
+const CLIENT_FAREWELL: Duration = Duration::from_secs(30);
 
 /// Where a supervisor logs, in its job's directory.
 pub const LOG: &str = "supervisor.log";
@@ -281,9 +281,14 @@ impl Supervisor {
             commands,
             ..
         } = supervisor;
-        drop((output, status, commands));
+        drop((status, commands));
         // Connections hold the sender; the channel ends with the last of them.
-        let _ = timeout(farewell, closed.recv()).await;
+        loop {
+            let before = output.written();
+            if timeout(farewell, closed.recv()).await.is_ok() || output.written() == before {
+                break;
+            }
+        }
         Ok(())
     }
 

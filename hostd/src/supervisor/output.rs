@@ -54,8 +54,10 @@ struct State {
     had_client: bool,
     /// Frames that clients were given or that wait for one.
     passed_on: u64,
-    /// Of this run nothing is kept for clients any more.
-    alone: CancellationToken,
+    /// What clients have been sent of that.
+    written: u64,
+    /// Nobody came in time for this run's output.
+    alone: bool,
     last: Option<Frame>,
     terminal: Option<Arc<OwnedFd>>,
     size: Option<TtySize>,
@@ -65,6 +67,8 @@ struct State {
 struct Client {
     wants: [bool; 2],
     queue: mpsc::Sender<Frame>,
+    /// It has taken nothing for too long.
+    let_go: CancellationToken,
 }
 
 /// A client's share of the output: what is there already, then what comes. The end of the queue without a last frame
@@ -137,12 +141,8 @@ impl Output {
         if !self.waits && self.state().clients.is_empty() {
             return;
         }
-        let alone = self.state().alone.clone();
         for part in bytes.chunks(FRAME) {
-            let passed_on = self.pass_on(Frame::new(kind, part), index);
-            if alone.run_until_cancelled(passed_on).await.is_none() {
-                return;
-            }
+            self.pass_on(Frame::new(kind, part), index).await;
             self.state().passed_on += 1;
         }
         // Connections are to have the time to take what they were given.
@@ -162,6 +162,9 @@ impl Output {
             let woken = self.changed.notified();
             let queues = {
                 let mut state = self.state();
+                if state.alone {
+                    return;
+                }
                 if !state.had_client && state.backlog_bytes < BACKLOG {
                     state.backlog_bytes += frame.payload.len();
                     state.backlog.push_back(frame);
@@ -169,15 +172,17 @@ impl Output {
                 }
                 state.had_client.then(|| {
                     let wanting = state.clients.iter().filter(|client| client.wants[index]);
-                    wanting.map(|client| client.queue.clone()).collect::<Vec<_>>()
+                    wanting
+                        .map(|client| (client.queue.clone(), client.let_go.clone()))
+                        .collect::<Vec<_>>()
                 })
             };
             let Some(queues) = queues else {
                 woken.await;
                 continue;
             };
-            for queue in queues {
-                let _ = queue.send(frame.clone()).await;
+            for (queue, let_go) in queues {
+                let _ = let_go.run_until_cancelled(queue.send(frame.clone())).await;
             }
             self.state().clients.retain(|client| !client.queue.is_closed());
             return;
@@ -189,16 +194,34 @@ impl Output {
         self.state().passed_on
     }
 
-    /// Waits for no client any more: those that there are, and that come, hear that they were too slow.
+    /// The same, of what has left for them.
+    pub(super) fn written(&self) -> u64 {
+        self.state().written
+    }
+
+    /// A frame has left for a client.
+    pub(super) fn note_written(&self) {
+        self.state().written += 1;
+    }
+
+    /// Lets those clients go that are waited for, and waits for none that is yet to come.
     pub(super) fn let_clients_go(&self) {
         let mut state = self.state();
-        state.alone.cancel();
-        state.clients.clear();
+        state.clients.retain(|client| {
+            let is_waited_for = client.queue.capacity() == 0;
+            if is_waited_for {
+                client.let_go.cancel();
+            }
+            !is_waited_for
+        });
+        state.alone = !state.had_client;
+        drop(state);
+        self.changed.notify_waiters();
     }
 
     /// A run begins: whoever comes for its output is waited for.
     pub(super) fn begin(&self) {
-        self.state().alone = CancellationToken::new();
+        self.state().alone = false;
     }
 
     /// Logs what is left of a stream that has ended.
@@ -239,6 +262,7 @@ impl Output {
             state.clients.push(Client {
                 wants: [stdout, stderr],
                 queue: sender,
+                let_go: CancellationToken::new(),
             });
         }
         drop(state);
@@ -248,7 +272,7 @@ impl Output {
 
     /// Sends the last frame to everyone, now and later. Who takes nothing for `patience` is let go without.
     pub(super) async fn finish(&self, last: Frame, patience: Duration) {
-        let last = if self.state().alone.is_cancelled() {
+        let last = if self.state().alone {
             Frame::new(attach::ERROR, TOO_SLOW)
         } else {
             last

@@ -4,6 +4,7 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
+use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -395,8 +396,7 @@ impl<'a> Run<'a> {
         }
         self.supervisor.output.set_terminal(None);
         if let Some(streams) = self.streams.take() {
-            let patience = self.supervisor.client_patience();
-            streams.finish(&self.supervisor.output, patience).await;
+            self.finish_output(streams).await;
         }
         if let Some(why) = self.failed.take() {
             return Ok(End::Failed(why));
@@ -416,6 +416,28 @@ impl<'a> Run<'a> {
             oom_killed,
             why: self.why.take(),
         })
+    }
+}
+
+impl Run<'_> {
+    /// Passes on what is left. Whoever stops the job meanwhile does not wait for its clients.
+    async fn finish_output(&mut self, streams: Streams) {
+        let output = Arc::clone(&self.supervisor.output);
+        let mut finishing = pin!(streams.finish(&output, self.supervisor.client_patience()));
+        let was_over = self.supervisor.over();
+        loop {
+            tokio::select! {
+                biased;
+                () = &mut finishing => return,
+                Some(command) = self.supervisor.commands.recv() => {
+                    self.supervisor.without_program(command).await;
+                }
+                _ = self.supervisor.terminate.recv() => self.supervisor.terminated = true,
+            }
+            if self.supervisor.over() && !was_over {
+                output.let_clients_go();
+            }
+        }
     }
 }
 

@@ -193,6 +193,7 @@ impl Server {
     ) -> io::Result<()> {
         let (mut read, write) = tokio::io::split(stream);
         let Self { commands, output, .. } = self;
+        let told = Arc::clone(&output);
         let listen = async move {
             while let Ok(Some(frame)) = read_frame(&mut read).await {
                 match frame.kind {
@@ -217,13 +218,17 @@ impl Server {
         };
         tokio::select! {
             () = listen => Ok(()),
-            said = tell(write, subscription) => said,
+            said = tell(write, subscription, &told) => said,
         }
     }
 }
 
 /// Gives a client its share of the output, to the last frame.
-async fn tell(mut write: impl AsyncWrite + Unpin, subscription: Subscription) -> io::Result<()> {
+async fn tell(
+    mut write: impl AsyncWrite + Unpin,
+    subscription: Subscription,
+    output: &Output,
+) -> io::Result<()> {
     let Subscription { past, mut queue } = subscription;
     let mut past = past.into_iter();
     loop {
@@ -235,6 +240,7 @@ async fn tell(mut write: impl AsyncWrite + Unpin, subscription: Subscription) ->
             return write_frame(&mut write, attach::ERROR, TOO_SLOW.as_bytes()).await;
         };
         write_frame(&mut write, frame.kind, &frame.payload).await?;
+        output.note_written();
         if matches!(frame.kind, attach::EXIT | attach::ERROR) {
             return write.shutdown().await;
         }

@@ -77,8 +77,8 @@ impl Streams {
         })
     }
 
-    /// Waits until all output has been read and is on its way, the container being dead. Clients that take nothing of it for
-    /// `patience` are let go; the log gets it all.
+    /// Waits until all output has been read and is on its way, the container being dead. When nobody takes anything of it for
+    /// `patience`, who is waited for is let go; the log gets it all.
     pub(super) async fn finish(mut self, output: &Output, patience: Duration) {
         self.stop_input();
         self.over.cancel();

@@ -77,13 +77,15 @@ pub(crate) async fn who_is_slow_gets_it_all() {
     assert_eq!(both, ((BYTES, 3), (BYTES, 3)));
 }
 
-/// A client that takes nothing any more is let go, and what it had is given back.
+/// A client that takes nothing any more is let go, what it had is given back, and another one gets all.
 pub(crate) async fn who_stands_still_holds_up_no_end() {
     let host = Host::boot().await;
     let mut job = host.job("yes");
     job.config.stdin = true;
     let running = host.run(&job).await;
     let mut client = host.api.attach(&request(&job)).await.unwrap();
+    let mut other = host.api.attach(&request(&job)).await.unwrap();
+    let other = tokio::spawn(async move { read_all(&mut other).await });
     let first = read_frame(&mut client).await.unwrap().unwrap();
     assert_eq!(first.kind, attach::STDOUT);
     // Until all that is on the way is full, and the job waits.
@@ -99,7 +101,9 @@ pub(crate) async fn who_stands_still_holds_up_no_end() {
     });
     assert!(full.await.is_some());
     host.api.stop_job(&job.id).await.unwrap();
-    host.end(&job.id).await;
+    let ended = host.end(&job.id).await;
+    let (_, _, exit) = other.await.unwrap();
+    assert_eq!(Some(exit), ended.exit_status);
     let gone = host.until(async || (!lives(running.supervisor_pid.unwrap())).then_some(()));
     assert!(gone.await.is_some(), "{}", host.log());
     // What was on its way comes, and then the end: never one that says that this was all.

@@ -137,6 +137,56 @@ pub(crate) async fn what_there_is_to_know_is_collected() {
     );
 }
 
+/// One that fails keeps the others from nothing, and what came of each is said.
+pub(crate) async fn commands_say_what_came_of_each() {
+    let host = Host::boot().await;
+    let (one, two) = (host.job("echo a line; sleep 1000"), host.job("sleep 1000"));
+    host.run(&one).await;
+    host.run(&two).await;
+    host.says(&one.id, "a line").await;
+    let log = flynn_host(&["log", &one.id, "--json"]);
+    let line: Value = serde_json::from_slice(&log.stdout).unwrap();
+    assert_eq!(
+        (&line["msg"], &line["stream"]),
+        (&"a line".into(), &"stdout".into())
+    );
+    let (sent, content) = json(&["signal", &one.id, "WINCH", "--json"]);
+    assert!(content && sent == serde_json::json!([{ "id": one.id }]), "{sent}");
+    let (paused, content) = json(&["pause", &one.id, "--json"]);
+    assert!(content && paused[0]["error"].is_null(), "{paused}");
+    let (stopped, content) = json(&["stop", &one.id, "nobody", &two.id, "--json"]);
+    let ids = [0, 1, 2].map(|index| stopped[index]["id"].clone());
+    assert_eq!(ids, [one.id.as_str(), "nobody", two.id.as_str()].map(Value::from));
+    assert!(
+        !content
+            && stopped[1]["error"]
+                .as_str()
+                .is_some_and(|why| why.contains("no job nobody")),
+        "{stopped}"
+    );
+    for job in [one, two] {
+        assert_eq!(host.end(&job.id).await.status, JobState::Done);
+    }
+    let one = flynn_host(&["stop", "nobody"]);
+    assert!(!one.status.success() && String::from_utf8_lossy(&one.stderr).contains("no job nobody"));
+    let state = host.state.with_file_name("another");
+    let state = state.to_str().unwrap();
+    let (config, _) = json(&[
+        "init",
+        "--state",
+        state,
+        "--id",
+        "two",
+        "--address",
+        "192.0.2.2",
+        "--json",
+    ]);
+    assert_eq!(
+        (&config["id"], &config["address"]),
+        (&"two".into(), &"192.0.2.2".into())
+    );
+}
+
 pub(crate) async fn machines_are_looked_at_before_they_are_hosts() {
     let host = Host::boot().await;
     let state = host.state.to_str().unwrap();

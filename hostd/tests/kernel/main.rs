@@ -82,7 +82,7 @@ fn main() -> ExitCode {
         clients: who_leaves_makes_room who_is_slow_gets_it_all who_stands_still_holds_up_no_end;
         takeover: nobody_is_in_the_way_of_systemd_s_next;
         commands: tags_and_drains_are_kept what_is_ill_is_mended what_there_is_to_know_is_collected
-            machines_are_looked_at_before_they_are_hosts;
+            machines_are_looked_at_before_they_are_hosts commands_say_what_came_of_each;
         cycles: cycles_leave_nothing;
         images: damaged_layers_are_set_aside_and_fetched_again fetches_go_on_after_the_daemon_s_end
             layers_are_collected_before_the_disk_is_full collecting_takes_nothing_from_starting_jobs
@@ -116,7 +116,7 @@ fn main() -> ExitCode {
         snapshots: snapshots_forks_and_rollbacks;
         transfer: snapshots_are_sent_and_received streams_write_nowhere_else;
         crashes: volumes_survive_kills;
-        power: subvolumes_survive_power_cuts images_survive_power_cuts;
+        power: subvolumes_survive_power_cuts what_was_received_survives_a_power_cut images_survive_power_cuts;
     ];
     let on_zfs: Tests = tests![
         zfs: a_full_dataset_is_contained datasets_have_snapshots datasets_are_sent_and_received datasets_survive_kills;

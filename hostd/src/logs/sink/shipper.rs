@@ -25,6 +25,9 @@ use crate::logs::reader::{Reader, Span, records};
 use crate::logs::record::{Id, Record};
 use crate::logs::segment::{self, Position, Segment};
 
+/// Between attempts to take up a job.
+const AGAIN: Duration = Duration::from_secs(5);
+
 /// Between looks at what the other side has.
 const TICK: Duration = Duration::from_millis(250);
 
@@ -63,8 +66,10 @@ struct Shipper {
     parts: Parts,
     watch: Watch,
     jobs: BTreeMap<Job, Log>,
-    /// Some jobs could not be taken up.
-    missed: bool,
+    /// Where those were that are not taken up yet.
+    stored: BTreeMap<Job, Position>,
+    /// Since when some could not be.
+    missed: Option<Instant>,
     /// Those that may have something to be sent, the next one first.
     ready: VecDeque<Job>,
     window: Window,
@@ -109,11 +114,13 @@ pub(super) async fn run(parts: Parts, stop: CancellationToken) {
         }
     };
     let (now, acknowledges) = (Instant::now(), parts.acknowledges);
+    let stored = parts.cursors.read();
     let shipper = Shipper {
         parts,
         watch,
         jobs: BTreeMap::new(),
-        missed: false,
+        stored,
+        missed: None,
         ready: VecDeque::new(),
         window: Window::new(acknowledges),
         begun: now,
@@ -126,8 +133,7 @@ pub(super) async fn run(parts: Parts, stop: CancellationToken) {
 
 impl Shipper {
     async fn run(mut self, stop: &CancellationToken) {
-        let stored = self.parts.cursors.read();
-        self.look(&stored);
+        self.look();
         let mut pause = BACKOFF.0;
         loop {
             let Some(connected) = stop.run_until_cancelled(self.connect()).await else {
@@ -199,7 +205,7 @@ impl Shipper {
             self.make_ready(id);
         }
         if changes.jobs || changes.lost {
-            self.look(&BTreeMap::new());
+            self.look();
         }
         if changes.lost {
             self.make_all_ready();
@@ -207,7 +213,7 @@ impl Shipper {
     }
 
     /// Takes up jobs that have come, and drops those that are gone. Jobs go on from where it is stored that they were.
-    fn look(&mut self, stored: &BTreeMap<Job, Position>) {
+    fn look(&mut self) {
         let ids: BTreeSet<Job> = match self.watch.ids() {
             Ok(ids) => ids.into_iter().collect(),
             Err(error) => return tracing::warn!(sink = self.parts.sink, %error, "cannot list the jobs"),
@@ -216,20 +222,21 @@ impl Shipper {
         self.jobs.retain(|id, _| ids.contains(id));
         self.unsaved |= self.jobs.len() < before;
         self.parts.progress.retain(|id| ids.contains(id));
-        let is_known = std::mem::take(&mut self.missed);
+        self.stored.retain(|id, _| ids.contains(id));
+        let is_known = self.missed.take().is_some();
         for id in ids {
             if !self.jobs.contains_key(&id) {
-                let position = stored.get(&id).copied();
+                let position = self.stored.get(&id).copied();
                 match self.take_up(&id, position) {
                     // It has just gone.
                     Err(error) if error.kind() == io::ErrorKind::NotFound => {}
                     Err(error) => {
-                        self.missed = true;
+                        self.missed = Some(Instant::now());
                         if !is_known {
                             tracing::warn!(sink = self.parts.sink, job = &*id, %error, "cannot watch its log; trying on");
                         }
                     }
-                    Ok(()) => {}
+                    Ok(()) => drop(self.stored.remove(&id)),
                 }
                 self.make_ready(&id);
             }
@@ -392,8 +399,8 @@ impl Shipper {
             let read = self.window.taken(self.begun.elapsed(), taken);
             self.known(read);
         }
-        if self.missed {
-            self.look(&BTreeMap::new());
+        if self.missed.is_some_and(|missed| missed.elapsed() >= AGAIN) {
+            self.look();
         }
         let busy = self.saving.as_ref().is_some_and(|saving| !saving.is_finished());
         if self.unsaved && !busy && self.saved.elapsed() >= SAVE {
@@ -423,7 +430,12 @@ impl Shipper {
 
     fn read(&self) -> BTreeMap<Job, Position> {
         let read = |(id, log): (&Job, &Log)| Some((Job::clone(id), log.read?));
-        self.jobs.iter().filter_map(read).collect()
+        let taken_up = self.jobs.iter().filter_map(read);
+        let others = self
+            .stored
+            .iter()
+            .map(|(id, position)| (Job::clone(id), *position));
+        others.chain(taken_up).collect()
     }
 
     /// What was sent and may be lost is to be sent again.

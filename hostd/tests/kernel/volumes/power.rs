@@ -9,6 +9,7 @@ use flynn_api::volume::{NewProvider, ProviderKind, Resize};
 use rustix::mount::{UnmountFlags, unmount};
 use tokio::sync::Notify;
 
+use super::transfer::piped;
 use super::{Btrfs, MIB, cannot_grow, copy, new, output, run};
 use crate::host::{Host, PATIENCE};
 
@@ -188,6 +189,36 @@ async fn survives(filesystem: &str, kind: ProviderKind) {
         );
         host.api.delete_volume(id).await.unwrap();
     }
+}
+
+/// Whoever has sent it may remove their own as soon as it is taken.
+pub(crate) async fn what_was_received_survives_a_power_cut() {
+    let host = Host::boot().await;
+    let source = Btrfs::provide(&host, "source").await;
+    let mut disk = Disk::new(&host, "btrfs");
+    let provider = NewProvider {
+        id: DISK.into(),
+        kind: ProviderKind::Btrfs,
+        path: disk.path.display().to_string(),
+        ..NewProvider::default()
+    };
+    host.api.add_provider(&provider).await.unwrap();
+    host.api.create_volume("source", &new("one", None)).await.unwrap();
+    let noise: Vec<u8> = (0..10 * MIB)
+        .map(|i| (i.wrapping_mul(2_654_435_761) >> 13).to_le_bytes()[0])
+        .collect();
+    fs::write(source.data("one").join("noise"), &noise).unwrap();
+    host.api.snapshot_volume("one", &copy("kept")).await.unwrap();
+    let (sent, stream) = piped(&["send", "kept"], &[]);
+    assert!(sent, "{}", String::from_utf8_lossy(&stream));
+    host.api.delete_volume("kept").await.unwrap();
+    let (received, said) = piped(&["receive", "--provider", DISK], &stream);
+    assert!(received, "{}", String::from_utf8_lossy(&said));
+    host.kill_daemon();
+    disk.cut(&host).await;
+    host.start().await;
+    let there = fs::read(disk.path.join("kept/data/noise")).unwrap();
+    assert!(there == noise, "{} of {} bytes", there.len(), noise.len());
 }
 
 pub(crate) async fn subvolumes_survive_power_cuts() {

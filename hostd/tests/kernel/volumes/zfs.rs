@@ -1,6 +1,7 @@
 //! Volumes on ZFS: zfs-fuse, a daemon of each test's own.
 
 use std::fs;
+use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
@@ -104,6 +105,9 @@ impl Pool {
             "400MB",
         ]);
         assert!(ok, "{text}{}", host.log());
+        // It has all that volumes hold.
+        let mode = fs::metadata(&device).unwrap().permissions().mode();
+        assert_eq!(mode & 0o777, 0o600);
         Self {
             path,
             dataset: format!("flynn-{id}"),
