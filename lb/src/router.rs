@@ -95,6 +95,12 @@ impl Router {
         self.now().known
     }
 
+    /// Whether all is known that requests are answered by: the routes, and who serves each.
+    pub fn is_informed(&self) -> bool {
+        let now = self.now();
+        now.known && now.services.values().all(|service| service.members().known)
+    }
+
     /// Routes by port that cannot be served, and why: `3000` for TCP, `3000/udp` for UDP.
     pub fn refused(&self) -> BTreeMap<String, String> {
         let refused = self.refused.read().unwrap_or_else(PoisonError::into_inner);

@@ -27,6 +27,9 @@ use crate::tls::{self, Certificates};
 /// How long requests under way may take once the router stops: less than a job's patience.
 const DRAIN: Duration = Duration::from_secs(25);
 
+/// How long requests may wait at the start for what is to be known.
+const INFORMED: Duration = Duration::from_secs(5);
+
 /// What the router must be told.
 #[derive(Clone)]
 pub struct Options {
@@ -170,7 +173,10 @@ pub async fn serve(
             tls: Some(tls),
         },
     ];
-    let doors = serve::serve(Arc::clone(&router), doors, stop.clone(), DRAIN);
+    let doors = async {
+        informed(&router).await;
+        serve::serve(Arc::clone(&router), doors, stop.clone(), DRAIN).await
+    };
     let end = async {
         shutdown.await;
         tracing::info!("letting requests finish");
@@ -183,6 +189,19 @@ pub async fn serve(
         Err(error) = api => Err(error).context("cannot serve the status"),
         _ = tasks => anyhow::bail!("the router's tasks ended"),
         () = end => Ok(()),
+    }
+}
+
+/// Waits until requests can be answered by what is so. Whoever comes before waits at the sockets: they would hear that no route leads
+/// where one does. What does not come within a while may be long in coming.
+async fn informed(router: &Router) {
+    let look = async {
+        while !router.is_informed() {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    if tokio::time::timeout(INFORMED, look).await.is_err() {
+        tracing::warn!("not all routes and instances are known yet; serving those that are");
     }
 }
 

@@ -397,6 +397,19 @@ async fn a_killed_instance_costs_no_request() {
     );
 }
 
+/// Whoever comes before the router knows its routes waits until it does.
+#[tokio::test]
+async fn the_first_request_is_answered_like_any_other() {
+    let control = Control::start().await;
+    let backend = Backend::start("one").await;
+    control.set_backends("web", &[&backend]);
+    control.set_routes(vec![route("a.test")]);
+    for _ in 0..5 {
+        let router = Running::start(&control).await;
+        assert_eq!(router.get("a.test", "/").await.unwrap().status, 200);
+    }
+}
+
 #[tokio::test]
 async fn without_those_who_tell_it_the_router_goes_on() {
     let (control, router, _backend) = simple().await;
