@@ -51,7 +51,8 @@ impl Daemon {
 
 impl Drop for Daemon {
     fn drop(&mut self) {
-        let mounts = fs::read_to_string("/proc/self/mounts").unwrap_or_default();
+        // Those of this thread: each test has its own.
+        let mounts = fs::read_to_string("/proc/thread-self/mounts").unwrap_or_default();
         let of_zfs = mounts.lines().filter(|line| line.contains(" fuse.zfs "));
         let mut places: Vec<&str> = of_zfs.filter_map(|line| line.split(' ').nth(1)).collect();
         places.sort_unstable();
