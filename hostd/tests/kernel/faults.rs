@@ -20,7 +20,18 @@ pub(crate) async fn containers_outlive_the_daemon() {
     let before = host.run(&job).await;
     host.says(&job.id, "line 3").await;
     host.kill_daemon();
-    std::thread::sleep(std::time::Duration::from_millis(200));
+    // It says more while there is no daemon.
+    let log = host.state.join("jobs").join(&job.id).join("log");
+    let logged = || {
+        let files = fs::read_dir(&log).unwrap().flatten();
+        files.map(|file| file.metadata().unwrap().len()).sum::<u64>()
+    };
+    let there = logged();
+    assert!(
+        host.until(async || (logged() > there).then_some(()))
+            .await
+            .is_some()
+    );
     host.start().await;
     let after = host.wait(&job.id, |job| job.status == JobState::Running).await;
     assert_eq!(
@@ -49,7 +60,8 @@ pub(crate) async fn containers_outlive_the_daemon() {
 
 pub(crate) async fn an_end_without_a_daemon_is_kept() {
     let host = Host::boot().await;
-    let mut job = host.job("echo x > /file; sleep 0.5; echo last; exit 11");
+    let mut job =
+        host.job("echo x > /file; while [ ! -e /scratch/go ]; do sleep 0.01; done; echo last; exit 11");
     job.config.volumes.push(VolumeBinding {
         volume_id: "scratch".into(),
         path: "/scratch".into(),
@@ -58,6 +70,7 @@ pub(crate) async fn an_end_without_a_daemon_is_kept() {
     });
     let running = host.run(&job).await;
     host.kill_daemon();
+    fs::write(host.state.join("volumes/scratch/data/go"), "").unwrap();
     let supervisor = running.supervisor_pid.unwrap();
     assert!(
         host.until(async || (!lives(supervisor)).then_some(()))
