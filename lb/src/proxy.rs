@@ -183,7 +183,7 @@ fn again(request: &Request<Body>) -> Option<Request<Body>> {
     })
 }
 
-type Sent = (Response<Incoming>, InFlight, Connection);
+type Sent = (Response<Incoming>, InFlight, Option<Connection>);
 
 /// Sends a request to one backend after another until one answers.
 async fn send(
@@ -241,7 +241,8 @@ fn choose(backends: &[Arc<Backend>], tried: &[usize], wanted: Option<&str>) -> O
 }
 
 enum Attempt {
-    Answered(Box<Response<Incoming>>, Connection),
+    /// The answer's head, and its connection unless it has ended.
+    Answered(Box<Response<Incoming>>, Option<Connection>),
     /// It failed; with the request, if it may be sent to another backend.
     Failed(Option<Box<Request<Body>>>),
 }
@@ -253,7 +254,7 @@ async fn attempt(
 ) -> Result<Attempt, headers::Refusal> {
     let backend = in_flight.backend();
     loop {
-        let (mut connection, kept) = match backend.take_idle() {
+        let (connection, kept) = match backend.take_idle() {
             Some(connection) => (connection, true),
             None => match Connection::open(backend.addr).await {
                 Ok(connection) => (connection, false),
@@ -268,7 +269,7 @@ async fn attempt(
         let copy = again(&request);
         let answer = tokio::time::timeout(ANSWER_TIMEOUT, connection.send(request)).await;
         let failure = match answer {
-            Ok(Ok(response)) => return Ok(Attempt::Answered(Box::new(response), connection)),
+            Ok(Ok((response, connection))) => return Ok(Attempt::Answered(Box::new(response), connection)),
             Ok(Err(failure)) => failure,
             Err(_) => {
                 return Err((
@@ -338,11 +339,11 @@ struct Passing {
 }
 
 impl Passing {
-    fn new(body: Incoming, in_flight: InFlight, connection: Connection) -> Self {
+    fn new(body: Incoming, in_flight: InFlight, connection: Option<Connection>) -> Self {
         let mut passing = Self {
             body,
             in_flight: Some(in_flight),
-            connection: Some(connection),
+            connection,
         };
         if passing.body.is_end_stream() {
             passing.end();
