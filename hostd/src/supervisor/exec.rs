@@ -2,13 +2,14 @@
 
 use std::io;
 use std::os::fd::OwnedFd;
+use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
 use flynn_api::client::attach::{Frame, read_frame, write_frame};
 use flynn_api::host::{ExecRequest, TtySize, attach};
 use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt as _};
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinSet;
 use tokio::time::{Instant, timeout};
 
@@ -64,63 +65,71 @@ impl Session {
         mut self,
         stream: impl AsyncRead + AsyncWrite + Send + 'static,
     ) -> io::Result<()> {
-        let (read, mut write) = tokio::io::split(stream);
-        let (frames_in, mut frames) = mpsc::channel(QUEUE);
-        let (orders_in, mut orders) = mpsc::channel(QUEUE);
+        let (read, write) = tokio::io::split(stream);
+        let (frames_in, frames) = mpsc::channel(QUEUE);
+        let (orders_in, orders) = mpsc::channel(QUEUE);
         let (stdin_in, stdin) = mpsc::channel(QUEUE);
-        let mut stdin = Some(stdin);
+        let (end_in, end) = oneshot::channel();
         // Ended with the session. A program that waits for its output to be read may not read its input meanwhile: each has
         // a task of its own.
         let mut tasks = JoinSet::new();
         tasks.spawn(listen(read, stdin_in, orders_in));
+        // Nor does a client that reads nothing have to be without a word to the program: what it wants is done beside.
+        let mut told = pin!(tell(write, frames, end));
+        let end = tokio::select! {
+            end = self.govern(&mut tasks, frames_in, stdin, orders) => end?,
+            error = &mut told => return error,
+        };
+        // Without a client, whom would it be for?
+        let Some(end) = end else { return Ok(()) };
+        let _ = end_in.send(end);
+        told.await
+    }
+
+    /// Hands the program its streams and does what the client wants until the program has ended: with what is said of that. `None`
+    /// when the client has left.
+    async fn govern(
+        &mut self,
+        tasks: &mut JoinSet<()>,
+        frames: mpsc::Sender<Frame>,
+        stdin: mpsc::Receiver<Vec<u8>>,
+        mut orders: mpsc::Receiver<Frame>,
+    ) -> io::Result<Option<Frame>> {
+        let mut stdin = Some(stdin);
         if let Some(pipes) = self.execution.pipes.take() {
-            tasks.spawn(speak(polled(pipes.stdout)?, attach::STDOUT, frames_in.clone()));
-            tasks.spawn(speak(polled(pipes.stderr)?, attach::STDERR, frames_in.clone()));
-            if let Some(frames) = stdin.take() {
-                tasks.spawn(feed(pipes.stdin.map(polled).transpose()?, frames, &[]));
+            tasks.spawn(speak(polled(pipes.stdout)?, attach::STDOUT, frames.clone()));
+            tasks.spawn(speak(polled(pipes.stderr)?, attach::STDERR, frames.clone()));
+            if let Some(pieces) = stdin.take() {
+                tasks.spawn(feed(pipes.stdin.map(polled).transpose()?, pieces, &[]));
             }
         }
-        let mut frames_in = Some(frames_in);
         let mut terminal: Option<Arc<OwnedFd>> = None;
-        let last = loop {
+        loop {
             tokio::select! {
                 word = receive(self.execution.keeper()) => match word? {
                     Some(FromInit::Terminal(fd)) => {
                         let output = polled(fd)?;
                         terminal = Some(Arc::clone(output.get_ref()));
-                        if let (Some(bytes), Some(frames)) = (stdin.take(), frames_in.clone()) {
+                        if let Some(pieces) = stdin.take() {
                             let input = polled(output.get_ref().try_clone()?)?;
-                            tasks.spawn(feed(Some(input), bytes, &[END_OF_TRANSMISSION]));
-                            tasks.spawn(speak(output, attach::STDOUT, frames));
+                            tasks.spawn(feed(Some(input), pieces, &[END_OF_TRANSMISSION]));
+                            tasks.spawn(speak(output, attach::STDOUT, frames.clone()));
                         }
                     }
                     Some(FromInit::Running) => {}
-                    Some(FromInit::Exited(status)) => break Frame::new(attach::EXIT, status.to_be_bytes()),
-                    Some(FromInit::Failed(why)) => break Frame::new(attach::ERROR, why),
-                    None => break Frame::new(attach::ERROR, "the program was killed with its container"),
+                    Some(FromInit::Exited(status)) => return Ok(Some(Frame::new(attach::EXIT, status.to_be_bytes()))),
+                    Some(FromInit::Failed(why)) => return Ok(Some(Frame::new(attach::ERROR, why))),
+                    None => {
+                        let why = "the program was killed with its container";
+                        return Ok(Some(Frame::new(attach::ERROR, why)));
+                    }
                 },
-                Some(frame) = frames.recv() => write_frame(&mut write, frame.kind, &frame.payload).await?,
                 order = orders.recv() => match order {
                     Some(order) => self.obey(order, terminal.as_ref()),
-                    // Whom would it be for?
-                    None => return Ok(()),
+                    None => return Ok(None),
                 },
             }
-        };
-        frames_in.take();
-        // The client takes its time; the pipes may be held open, and then there is no more to wait for.
-        let (mut left, mut patience) = (LAST_BYTES, LAST_WORDS);
-        while left > 0 {
-            let waiting = Instant::now();
-            let Ok(Some(frame)) = timeout(patience, frames.recv()).await else {
-                break;
-            };
-            patience = patience.saturating_sub(waiting.elapsed());
-            left = left.saturating_sub(frame.payload.len());
-            write_frame(&mut write, frame.kind, &frame.payload).await?;
         }
-        write_frame(&mut write, last.kind, &last.payload).await?;
-        write.shutdown().await
     }
 
     /// Does what the client wants beside input. What goes wrong with it is the program's doing, and shows in its end.
@@ -153,6 +162,36 @@ async fn listen(mut read: impl AsyncRead + Unpin, stdin: mpsc::Sender<Vec<u8>>, 
             return;
         }
     }
+}
+
+/// Tells the client what the program says, and at last its end.
+async fn tell(
+    mut write: impl AsyncWrite + Unpin,
+    mut frames: mpsc::Receiver<Frame>,
+    mut end: oneshot::Receiver<Frame>,
+) -> io::Result<()> {
+    let end = loop {
+        tokio::select! {
+            Some(frame) = frames.recv() => write_frame(&mut write, frame.kind, &frame.payload).await?,
+            end = &mut end => match end {
+                Ok(end) => break end,
+                Err(_) => return Ok(()),
+            },
+        }
+    };
+    // The client takes its time; the pipes may be held open, and then there is no more to wait for.
+    let (mut left, mut patience) = (LAST_BYTES, LAST_WORDS);
+    while left > 0 {
+        let waiting = Instant::now();
+        let Ok(Some(frame)) = timeout(patience, frames.recv()).await else {
+            break;
+        };
+        patience = patience.saturating_sub(waiting.elapsed());
+        left = left.saturating_sub(frame.payload.len());
+        write_frame(&mut write, frame.kind, &frame.payload).await?;
+    }
+    write_frame(&mut write, end.kind, &end.payload).await?;
+    write.shutdown().await
 }
 
 /// Gives the program its input. Its end, an empty piece, closes a pipe, or is typed as `end` at a terminal.

@@ -4,20 +4,42 @@ use std::fs;
 use std::time::Duration;
 
 use flynn_api::client::attach::read_frame;
-use flynn_api::host::{ExecRequest, attach};
+use flynn_api::host::{ExecRequest, Job, attach};
 use flynn_hostd::paths::Paths;
-use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
 use tokio::net::UnixStream;
 use tokio::time::sleep;
 
-use crate::attached::{read_all, request};
-use crate::host::{Host, lives};
+use crate::attached::{read_all, request, send};
+use crate::host::{Host, lives, pids_below};
 
 /// More than a supervisor has room for.
 const MANY: usize = 70;
 
-/// More than all pipes, queues and sockets on the way to a client hold together.
-const BYTES: usize = 4_000_000;
+/// Numbers its lines until nobody takes them any more, and keeps the number of the last that was taken.
+const TALK: &str = "i=0; while :; do i=$((i+1)); echo $i $FILL; echo $i > /taken; done";
+
+/// A job that does as `TALK`, and whoever runs in it.
+fn talker(host: &Host, script: &str) -> Job {
+    let mut job = host.job(script);
+    job.config.env.insert("FILL".into(), "x".repeat(1000));
+    job.config.stdin = true;
+    job
+}
+
+/// Waits until nothing more is taken of what `TALK` says: how many lines were.
+async fn stuck(host: &Host, job: &Job) -> usize {
+    let file = host.state.join("jobs").join(&job.id).join("upper/taken");
+    let (mut before, mut equal) = (0, 0);
+    let taken = host.until(async || {
+        let now: usize = fs::read_to_string(&file).ok()?.trim().parse().ok()?;
+        equal = if now == before { equal + 1 } else { 0 };
+        before = now;
+        // Half a second.
+        (equal == 50).then_some(now)
+    });
+    taken.await.expect("it is never stuck")
+}
 
 /// However many come, look and leave, there is room for who has a word for the job.
 pub(crate) async fn who_leaves_makes_room() {
@@ -49,57 +71,65 @@ pub(crate) async fn who_leaves_makes_room() {
     assert!(gone.await.is_some());
 }
 
-/// Reads a little, and the rest when the program has been over for longer than anything else is waited for.
-async fn slowly(stream: &mut (impl AsyncRead + Unpin)) -> (usize, i32) {
-    let first = read_frame(stream).await.unwrap().unwrap();
-    assert_eq!(first.kind, attach::STDOUT);
+/// Kills the program that says what nobody takes, and reads that when the program has been dead for longer than anything else is
+/// waited for.
+async fn killed(host: &Host, job: &Job, stream: &mut (impl AsyncRead + AsyncWrite + Unpin)) {
+    let taken = stuck(host, job).await;
+    send(stream, attach::SIGNAL, &9_i32.to_be_bytes()).await;
+    let over = host.until(async || talkers(host, job).is_empty().then_some(()));
+    assert!(over.await.is_some(), "it lives");
+    // Not a wait for anything: so long does the client take its time.
     sleep(Duration::from_secs(4)).await;
-    let (rest, _, exit) = read_all(stream).await;
-    (first.payload.len() + rest.len(), exit)
+    let (said, _, exit) = read_all(stream).await;
+    assert_eq!(exit, 128 + 9);
+    let said = String::from_utf8(said).unwrap();
+    let numbers = said.lines().map(|line| line.split(' ').next().unwrap());
+    let numbers: Vec<usize> = numbers.map(|number| number.parse().unwrap()).collect();
+    assert!(numbers.iter().copied().eq(1..=numbers.len()), "some are missing");
+    assert!(numbers.len() >= taken, "{} of {taken}", numbers.len());
+}
+
+/// Processes of a job that run `TALK`.
+fn talkers(host: &Host, job: &Job) -> Vec<u32> {
+    let groups = host.job_groups(&job.id);
+    let mut pids = groups.first().map(|group| pids_below(group)).unwrap_or_default();
+    pids.retain(|pid| {
+        let args = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+        args.starts_with(b"/bin/sh\0") && args.windows(6).any(|word| word == b"/taken")
+    });
+    pids
 }
 
 pub(crate) async fn who_is_slow_gets_it_all() {
     let host = Host::boot().await;
-    let script = format!("head -c {BYTES} /dev/zero; exit 3");
-    let standing = host.job("sleep 1000");
+    let standing = talker(&host, "sleep 1000");
     host.run(&standing).await;
     let exec = ExecRequest {
-        args: ["/bin/sh", "-c", &script].map(str::to_owned).into(),
+        args: ["/bin/sh", "-c", TALK].map(str::to_owned).into(),
         ..ExecRequest::default()
     };
     let mut beside = host.api.exec(&standing.id, &exec).await.unwrap();
-    let mut job = host.job(&script);
-    job.config.stdin = true;
+    let mut job = talker(&host, TALK);
     job.config.disable_log = true;
     host.run(&job).await;
     let mut own = host.api.attach(&request(&job)).await.unwrap();
-    let both = tokio::join!(slowly(&mut beside), slowly(&mut own));
-    assert_eq!(both, ((BYTES, 3), (BYTES, 3)));
+    tokio::join!(
+        killed(&host, &standing, &mut beside),
+        killed(&host, &job, &mut own)
+    );
 }
 
 /// A client that takes nothing any more is let go, what it had is given back, and another one gets all.
 pub(crate) async fn who_stands_still_holds_up_no_end() {
     let host = Host::boot().await;
-    let mut job = host.job("yes");
-    job.config.stdin = true;
+    let job = talker(&host, TALK);
     let running = host.run(&job).await;
     let mut client = host.api.attach(&request(&job)).await.unwrap();
     let mut other = host.api.attach(&request(&job)).await.unwrap();
     let other = tokio::spawn(async move { read_all(&mut other).await });
     let first = read_frame(&mut client).await.unwrap().unwrap();
     assert_eq!(first.kind, attach::STDOUT);
-    // Until all that is on the way is full, and the job waits.
-    let log = host.state.join("jobs").join(&job.id).join("log");
-    let logged = || {
-        let files = fs::read_dir(&log).unwrap().flatten();
-        files.map(|file| file.metadata().unwrap().len()).sum::<u64>()
-    };
-    let mut before = 0;
-    let full = host.until(async || {
-        sleep(Duration::from_millis(200)).await;
-        (std::mem::replace(&mut before, logged()) == before).then_some(())
-    });
-    assert!(full.await.is_some());
+    stuck(&host, &job).await;
     host.api.stop_job(&job.id).await.unwrap();
     let ended = host.end(&job.id).await;
     let (_, _, exit) = other.await.unwrap();
