@@ -8,7 +8,7 @@
 //! - [`config`]: the clusters in `~/.flynnrc`; [`pin`]: trust in one of them by its certificate's digest.
 //! - [`context`]: which cluster and app a command is about, and clients for them.
 //! - [`archive`]: images on disk, in the forms that docker and OCI tools write.
-//! - [`attach`]: a job's terminal on this one.
+//! - [`attach`]: a job at this process's terminal.
 //! - [`commands`]: one module per command.
 
 mod archive;
@@ -21,7 +21,6 @@ mod git;
 mod output;
 mod pin;
 mod prompt;
-mod terminal;
 mod wait;
 
 use std::process::ExitCode;

@@ -7,7 +7,7 @@
 
 mod support;
 
-use std::io::{Read as _, Write as _};
+use std::io::{BufRead as _, BufReader, Read as _, Write as _};
 use std::os::unix::fs::PermissionsExt as _;
 use std::process::Stdio;
 use std::time::{Duration, Instant};
@@ -538,6 +538,25 @@ fn programs_run_with_pipes() {
     );
     assert_eq!(run.resources.0["memory"].limit, Some(64 << 20));
     assert!(run.release_env && run.disable_log && !held.runs[1].disable_log);
+}
+
+/// A signal reaches a program that reads none of its input, however much of that there is.
+#[test]
+fn programs_that_read_nothing_hear_signals() {
+    let cluster = with_app();
+    let mut child = cluster
+        .command(&["-a", "shop", "run", "deaf"])
+        .stdin(std::fs::File::open("/dev/zero").unwrap())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut output = BufReader::new(child.stdout.take().unwrap()).lines();
+    let mut said = || output.next().unwrap().unwrap();
+    while said() != "a window is full" {}
+    rustix::process::kill_process(rustix::process::Pid::from_child(&child), Signal::INT).unwrap();
+    assert_eq!(said(), "signal 2");
+    assert_eq!(said(), format!("{} bytes", flynn_api::host::attach::WINDOW));
+    assert_eq!(child.wait().unwrap().code(), Some(7));
 }
 
 #[test]

@@ -1,10 +1,10 @@
 //! `flynn-host exec`: another program in a job's container.
 
-use std::io::IsTerminal as _;
 use std::process::ExitCode;
 
 use anyhow::Context as _;
 use flynn_api::client::host::HostClient;
+use flynn_api::client::terminal;
 use flynn_api::host::ExecRequest;
 
 use super::attach;
@@ -32,7 +32,7 @@ pub struct ExecArgs {
 }
 
 pub(super) async fn exec(host: &HostClient, job: &str, args: ExecArgs) -> anyhow::Result<ExitCode> {
-    let terminal = !args.no_tty && std::io::stdin().is_terminal() && std::io::stdout().is_terminal();
+    let tty = !args.no_tty && terminal::is_interactive();
     let variable = |text: &String| {
         let pair = text
             .split_once('=')
@@ -44,9 +44,9 @@ pub(super) async fn exec(host: &HostClient, job: &str, args: ExecArgs) -> anyhow
         args: args.command,
         working_dir: args.workdir,
         uid: args.user,
-        tty: terminal,
-        tty_size: terminal.then(attach::terminal_size).flatten(),
+        tty,
+        tty_size: tty.then(terminal::size).flatten(),
         stdin: true,
     };
-    attach::attach(host.exec(job, &request).await?, terminal).await
+    attach::attach(host.exec(job, &request).await?, tty).await
 }

@@ -1,11 +1,11 @@
 //! `flynn-host run`: a job from an image's manifest, attached.
 
-use std::io::IsTerminal as _;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::Context as _;
 use flynn_api::client::host::HostClient;
+use flynn_api::client::terminal;
 use flynn_api::host::{AttachRequest, ContainerConfig, Job, VolumeBinding};
 use flynn_api::image::{Artifact, ImageManifest};
 use flynn_api::resources::Resources;
@@ -45,8 +45,8 @@ pub struct RunArgs {
 
 pub(super) async fn run(host: &HostClient, args: RunArgs) -> anyhow::Result<ExitCode> {
     let host_id = reach(host.status().await)?.id;
-    let terminal = !args.detach && std::io::stdin().is_terminal() && std::io::stdout().is_terminal();
-    let job = args.job(&host_id, terminal)?;
+    let tty = !args.detach && terminal::is_interactive();
+    let job = args.job(&host_id, tty)?;
     let id = job.id.clone();
     reach(host.add_job(&job).await)?;
     if args.detach {
@@ -63,11 +63,11 @@ pub(super) async fn run(host: &HostClient, args: RunArgs) -> anyhow::Result<Exit
         tty_size: job.config.tty_size,
         lines: 0,
     };
-    attach::attach(host.attach(&request).await?, terminal).await
+    attach::attach(host.attach(&request).await?, tty).await
 }
 
 impl RunArgs {
-    fn job(&self, host_id: &str, terminal: bool) -> anyhow::Result<Job> {
+    fn job(&self, host_id: &str, tty: bool) -> anyhow::Result<Job> {
         let volume = |text: &String| {
             let (id, path) = text
                 .split_once(':')
@@ -97,8 +97,8 @@ impl RunArgs {
                 volumes: self.volumes.iter().map(volume).collect::<anyhow::Result<_>>()?,
                 working_dir: self.workdir.clone(),
                 host_network: self.hostnet,
-                tty: terminal,
-                tty_size: terminal.then(attach::terminal_size).flatten(),
+                tty,
+                tty_size: tty.then(terminal::size).flatten(),
                 stdin: !self.detach,
                 ..ContainerConfig::default()
             },

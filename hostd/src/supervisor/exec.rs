@@ -13,6 +13,7 @@ use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinSet;
 use tokio::time::{Instant, timeout};
 
+use super::input::{Piece, Window};
 use super::inside::Inside;
 use super::run::receive;
 use super::streams::{END_OF_TRANSMISSION, set_size, write_all};
@@ -68,14 +69,15 @@ impl Session {
         let (read, write) = tokio::io::split(stream);
         let (frames_in, frames) = mpsc::channel(QUEUE);
         let (orders_in, orders) = mpsc::channel(QUEUE);
-        let (stdin_in, stdin) = mpsc::channel(QUEUE);
+        let (stdin_in, stdin) = mpsc::unbounded_channel();
         let (end_in, end) = oneshot::channel();
         // Ended with the session. A program that waits for its output to be read may not read its input meanwhile: each has
         // a task of its own.
         let mut tasks = JoinSet::new();
-        tasks.spawn(listen(read, stdin_in, orders_in));
+        let window = Window::new();
+        tasks.spawn(listen(read, Arc::clone(&window), stdin_in, orders_in));
         // Nor does a client that reads nothing have to be without a word to the program: what it wants is done beside.
-        let mut told = pin!(tell(write, frames, end));
+        let mut told = pin!(tell(write, frames, &window, end));
         let end = tokio::select! {
             end = self.govern(&mut tasks, frames_in, stdin, orders) => end?,
             error = &mut told => return error,
@@ -92,7 +94,7 @@ impl Session {
         &mut self,
         tasks: &mut JoinSet<()>,
         frames: mpsc::Sender<Frame>,
-        stdin: mpsc::Receiver<Vec<u8>>,
+        stdin: mpsc::UnboundedReceiver<Piece>,
         mut orders: mpsc::Receiver<Frame>,
     ) -> io::Result<Option<Frame>> {
         let mut stdin = Some(stdin);
@@ -153,11 +155,16 @@ impl Session {
 }
 
 /// Passes on what the client sends, until it leaves.
-async fn listen(mut read: impl AsyncRead + Unpin, stdin: mpsc::Sender<Vec<u8>>, orders: mpsc::Sender<Frame>) {
+async fn listen(
+    mut read: impl AsyncRead + Unpin,
+    window: Arc<Window>,
+    stdin: mpsc::UnboundedSender<Piece>,
+    orders: mpsc::Sender<Frame>,
+) {
     while let Ok(Some(frame)) = read_frame(&mut read).await {
         if frame.kind == attach::STDIN {
-            // Nobody takes it any more: its end still matters.
-            let _ = stdin.send(frame.payload).await;
+            // Where nobody takes it any more, what follows still matters.
+            let _ = stdin.send(window.piece(frame.payload).await);
         } else if orders.send(frame).await.is_err() {
             return;
         }
@@ -168,11 +175,13 @@ async fn listen(mut read: impl AsyncRead + Unpin, stdin: mpsc::Sender<Vec<u8>>, 
 async fn tell(
     mut write: impl AsyncWrite + Unpin,
     mut frames: mpsc::Receiver<Frame>,
+    window: &Window,
     mut end: oneshot::Receiver<Frame>,
 ) -> io::Result<()> {
     let end = loop {
         tokio::select! {
             Some(frame) = frames.recv() => write_frame(&mut write, frame.kind, &frame.payload).await?,
+            taken = window.taken() => write_frame(&mut write, taken.kind, &taken.payload).await?,
             end = &mut end => match end {
                 Ok(end) => break end,
                 Err(_) => return Ok(()),
@@ -195,10 +204,10 @@ async fn tell(
 }
 
 /// Gives the program its input. Its end, an empty piece, closes a pipe, or is typed as `end` at a terminal.
-async fn feed(fd: Option<Polled>, mut pieces: mpsc::Receiver<Vec<u8>>, end: &'static [u8]) {
+async fn feed(fd: Option<Polled>, mut pieces: mpsc::UnboundedReceiver<Piece>, end: &'static [u8]) {
     let Some(fd) = fd else { return };
     while let Some(piece) = pieces.recv().await {
-        let bytes = if piece.is_empty() { end } else { &piece };
+        let bytes = if piece.bytes.is_empty() { end } else { &piece.bytes };
         if bytes.is_empty() || write_all(&fd, bytes).await.is_err() {
             return;
         }

@@ -6,6 +6,7 @@
 
 mod backoff;
 mod exec;
+mod input;
 mod inside;
 mod output;
 mod run;
@@ -236,7 +237,7 @@ impl Supervisor {
             listener,
         } = job;
         let listener = tokio::net::UnixListener::from_std(listener)?;
-        let (stdin, input) = mpsc::channel(16);
+        let (stdin, input) = mpsc::unbounded_channel();
         let output = Arc::new(Output::new(&launch, &job_dir, stdin));
         let (commands_in, commands) = mpsc::channel(16);
         let status = watch::Sender::new(status);

@@ -18,6 +18,7 @@ use tokio::task::yield_now;
 use tokio::time::{sleep, timeout};
 use tokio_util::sync::CancellationToken;
 
+use super::input::Piece;
 use super::streams::set_size;
 use crate::launch::Launch;
 use crate::logs::record::Origin;
@@ -42,7 +43,7 @@ pub(super) struct Output {
     state: Mutex<State>,
     changed: Notify,
     /// Input from clients.
-    pub(super) stdin: mpsc::Sender<Vec<u8>>,
+    pub(super) stdin: mpsc::UnboundedSender<Piece>,
 }
 
 #[derive(Debug, Default)]
@@ -80,7 +81,7 @@ pub(super) struct Subscription {
 
 impl Output {
     /// Of this job; input is sent into `stdin`.
-    pub(super) fn new(launch: &Launch, job_dir: &Path, stdin: mpsc::Sender<Vec<u8>>) -> Self {
+    pub(super) fn new(launch: &Launch, job_dir: &Path, stdin: mpsc::UnboundedSender<Piece>) -> Self {
         let origin = Origin {
             job_id: launch.job_id.clone(),
             app_id: launch.app_id.clone(),

@@ -11,6 +11,7 @@ use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::{Semaphore, mpsc, oneshot, watch};
 
 use super::exec::Session;
+use super::input::Window;
 use super::inside::Inside;
 use super::output::{Output, Subscription, TOO_SLOW};
 use crate::container::Place;
@@ -194,11 +195,13 @@ impl Server {
         let (mut read, write) = tokio::io::split(stream);
         let Self { commands, output, .. } = self;
         let told = Arc::clone(&output);
+        let window = Window::new();
+        let sent = Arc::clone(&window);
         let listen = async move {
             while let Ok(Some(frame)) = read_frame(&mut read).await {
                 match frame.kind {
                     // The receiver lives as long as the supervisor.
-                    attach::STDIN if stdin => drop(output.stdin.send(frame.payload).await),
+                    attach::STDIN if stdin => drop(output.stdin.send(sent.piece(frame.payload).await)),
                     attach::RESIZE => {
                         if let Ok(size) = serde_json::from_slice::<TtySize>(&frame.payload) {
                             output.resize(size);
@@ -218,7 +221,7 @@ impl Server {
         };
         tokio::select! {
             () = listen => Ok(()),
-            said = tell(write, subscription, &told) => said,
+            said = tell(write, subscription, &told, &window) => said,
         }
     }
 }
@@ -228,13 +231,20 @@ async fn tell(
     mut write: impl AsyncWrite + Unpin,
     subscription: Subscription,
     output: &Output,
+    window: &Window,
 ) -> io::Result<()> {
     let Subscription { past, mut queue } = subscription;
     let mut past = past.into_iter();
     loop {
         let next = match past.next() {
             Some(frame) => Some(frame),
-            None => queue.recv().await,
+            None => tokio::select! {
+                frame = queue.recv() => frame,
+                taken = window.taken() => {
+                    write_frame(&mut write, taken.kind, &taken.payload).await?;
+                    continue;
+                }
+            },
         };
         let Some(frame) = next else {
             return write_frame(&mut write, attach::ERROR, TOO_SLOW.as_bytes()).await;

@@ -13,6 +13,7 @@ use tokio::task::JoinHandle;
 use tokio::time::{Instant, sleep, timeout};
 use tokio_util::sync::CancellationToken;
 
+use super::input::Piece;
 use super::output::Output;
 use crate::container::Pipes;
 use crate::logs::Framer;
@@ -38,7 +39,7 @@ pub(super) struct Streams {
 }
 
 /// What clients have sent and the program has not read. It outlives a run.
-pub(super) type Input = Arc<Mutex<mpsc::Receiver<Vec<u8>>>>;
+pub(super) type Input = Arc<Mutex<mpsc::UnboundedReceiver<Piece>>>;
 
 impl Streams {
     /// Carries a program's pipes.
@@ -150,8 +151,8 @@ async fn carry(fd: Polled, stream: LogStream, output: Arc<Output>, over: Cancell
 
 async fn feed_pipe(fd: Polled, input: Input) {
     let mut input = input.lock().await;
-    while let Some(bytes) = input.recv().await {
-        if bytes.is_empty() || write_all(&fd, &bytes).await.is_err() {
+    while let Some(piece) = input.recv().await {
+        if piece.bytes.is_empty() || write_all(&fd, &piece.bytes).await.is_err() {
             break;
         }
     }
@@ -162,13 +163,13 @@ async fn feed_pipe(fd: Polled, input: Input) {
 
 async fn feed_terminal(fd: Polled, input: Input) {
     let mut input = input.lock().await;
-    while let Some(bytes) = input.recv().await {
-        let bytes = if bytes.is_empty() {
-            vec![END_OF_TRANSMISSION]
+    while let Some(piece) = input.recv().await {
+        let bytes = if piece.bytes.is_empty() {
+            &[END_OF_TRANSMISSION]
         } else {
-            bytes
+            piece.bytes.as_slice()
         };
-        if write_all(&fd, &bytes).await.is_err() {
+        if write_all(&fd, bytes).await.is_err() {
             break;
         }
     }

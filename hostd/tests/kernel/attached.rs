@@ -30,6 +30,7 @@ pub(crate) async fn read_all(stream: &mut (impl AsyncRead + Unpin)) -> (Vec<u8>,
             attach::STDOUT => out.extend(frame.payload),
             attach::STDERR => err.extend(frame.payload),
             attach::EXIT => return (out, err, i32::from_be_bytes(frame.payload.try_into().unwrap())),
+            attach::TAKEN => {}
             kind => panic!("kind {kind}: {}", String::from_utf8_lossy(&frame.payload)),
         }
     }

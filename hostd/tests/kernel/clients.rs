@@ -76,7 +76,8 @@ pub(crate) async fn who_leaves_makes_room() {
 async fn killed(host: &Host, job: &Job, stream: &mut (impl AsyncRead + AsyncWrite + Unpin)) {
     let taken = stuck(host, job).await;
     send(stream, attach::SIGNAL, &9_i32.to_be_bytes()).await;
-    let over = host.until(async || talkers(host, job).is_empty().then_some(()));
+    let talks = [b"/bin/sh\0-c\0", TALK.as_bytes()].concat();
+    let over = host.until(async || programs(host, job, &talks).is_empty().then_some(()));
     assert!(over.await.is_some(), "it lives");
     // Not a wait for anything: so long does the client take its time.
     sleep(Duration::from_secs(4)).await;
@@ -89,14 +90,11 @@ async fn killed(host: &Host, job: &Job, stream: &mut (impl AsyncRead + AsyncWrit
     assert!(numbers.len() >= taken, "{} of {taken}", numbers.len());
 }
 
-/// Processes of a job that run `TALK`.
-fn talkers(host: &Host, job: &Job) -> Vec<u32> {
+/// Processes of a job with such a command line.
+fn programs(host: &Host, job: &Job, begins: &[u8]) -> Vec<u32> {
     let groups = host.job_groups(&job.id);
     let mut pids = groups.first().map(|group| pids_below(group)).unwrap_or_default();
-    pids.retain(|pid| {
-        let args = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
-        args.starts_with(b"/bin/sh\0") && args.windows(6).any(|word| word == b"/taken")
-    });
+    pids.retain(|pid| fs::read(format!("/proc/{pid}/cmdline")).is_ok_and(|args| args.starts_with(begins)));
     pids
 }
 
@@ -117,6 +115,37 @@ pub(crate) async fn who_is_slow_gets_it_all() {
         killed(&host, &standing, &mut beside),
         killed(&host, &job, &mut own)
     );
+}
+
+/// What a client sends behind a window of input that nobody reads arrives, and so does the news that it has left.
+pub(crate) async fn who_reads_no_input_holds_up_nothing_else() {
+    let host = Host::boot().await;
+    let mut job = host.job("sleep 1000");
+    job.config.stdin = true;
+    host.run(&job).await;
+    let exec = ExecRequest {
+        args: ["/bin/sleep", "1001"].map(str::to_owned).into(),
+        stdin: true,
+        ..ExecRequest::default()
+    };
+    let window = vec![b'x'; attach::WINDOW];
+    let mut left = host.api.exec(&job.id, &exec).await.unwrap();
+    send(&mut left, attach::STDIN, &window).await;
+    let mut beside = host.api.exec(&job.id, &exec).await.unwrap();
+    send(&mut beside, attach::STDIN, &window).await;
+    let run = host.until(async || (programs(&host, &job, b"/bin/sleep\x001001\0").len() == 2).then_some(()));
+    assert!(run.await.is_some());
+    drop(left);
+    let ended =
+        host.until(async || (programs(&host, &job, b"/bin/sleep\x001001\0").len() == 1).then_some(()));
+    assert!(ended.await.is_some(), "it outlives its client");
+    send(&mut beside, attach::SIGNAL, &9_i32.to_be_bytes()).await;
+    assert_eq!(read_all(&mut beside).await.2, 128 + 9);
+
+    let mut own = host.api.attach(&request(&job)).await.unwrap();
+    send(&mut own, attach::STDIN, &window).await;
+    send(&mut own, attach::SIGNAL, &9_i32.to_be_bytes()).await;
+    assert_eq!(read_all(&mut own).await.2, 128 + 9);
 }
 
 /// A client that takes nothing any more is let go, what it had is given back, and another one gets all.

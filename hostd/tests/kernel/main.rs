@@ -79,7 +79,8 @@ fn main() -> ExitCode {
         upgrade: an_update_is_noticed_by_nobody nobody_lingers_without_a_successor an_update_that_fails_changes_nothing a_new_program_is_put_in_place
             supervisors_of_other_versions_are_understood
             updates_under_load_lose_nothing kills_under_load_lose_nothing;
-        clients: who_leaves_makes_room who_is_slow_gets_it_all who_stands_still_holds_up_no_end;
+        clients: who_leaves_makes_room who_is_slow_gets_it_all who_stands_still_holds_up_no_end
+            who_reads_no_input_holds_up_nothing_else;
         takeover: nobody_is_in_the_way_of_systemd_s_next;
         commands: tags_and_drains_are_kept what_is_ill_is_mended what_there_is_to_know_is_collected
             machines_are_looked_at_before_they_are_hosts commands_say_what_came_of_each;

@@ -11,6 +11,7 @@ pub mod host;
 mod hosts;
 pub mod receive;
 mod retry;
+pub mod terminal;
 mod transport;
 mod watch;
 

@@ -122,6 +122,12 @@ pub mod attach {
     pub const EXIT: u8 = 6;
     /// From the job, last: why there is no exit status, as text.
     pub const ERROR: u8 = 7;
+    /// From the job: how many bytes of input it has taken since it last said so, four bytes big-endian.
+    pub const TAKEN: u8 = 8;
     /// The longest payload.
     pub const MAX: usize = 1 << 20;
+    /// How much input may be under way (RFC 4254, section 5.2, has such windows): what is sent behind it, signals and the news that
+    /// a client has left among that, does not wait for the program to read. Whoever sends more before [`TAKEN`] makes room for it has
+    /// all that follows wait.
+    pub const WINDOW: usize = 1 << 20;
 }

@@ -3,6 +3,7 @@
 use std::process::ExitCode;
 
 use clap::Args;
+use flynn_api::client::terminal;
 use flynn_api::host::ExecRequest;
 use flynn_api::{Env, ErrorCode};
 
@@ -10,7 +11,6 @@ use super::pair;
 use crate::attach;
 use crate::context::Context;
 use crate::failure::{Result, advise};
-use crate::terminal;
 
 #[derive(Args)]
 pub(super) struct Exec {

@@ -4,6 +4,7 @@ use std::process::ExitCode;
 
 use clap::Args;
 use flynn_api::Env;
+use flynn_api::client::terminal;
 use flynn_api::controller::NewJob;
 
 use super::{limit, pair};
@@ -11,7 +12,6 @@ use crate::attach;
 use crate::context::Context;
 use crate::failure::Result;
 use crate::output;
-use crate::terminal;
 
 #[derive(Args)]
 pub(super) struct Run {

@@ -540,8 +540,24 @@ async fn echo(mut stream: impl tokio::io::AsyncRead + tokio::io::AsyncWrite + Un
     write_frame(&mut stream, attach::STDERR, b"to stderr\r\n")
         .await
         .unwrap();
+    // Of one that is deaf nothing is taken.
+    let (deaf, mut untaken) = (job.args == ["deaf"], 0);
     while let Ok(Some(frame)) = read_frame(&mut stream).await {
         let text = match frame.kind {
+            attach::STDIN if deaf => {
+                untaken += frame.payload.len();
+                if untaken < attach::WINDOW {
+                    continue;
+                }
+                b"a window is full\n".to_vec()
+            }
+            attach::SIGNAL if deaf => {
+                let said = format!("signal {}\n{untaken} bytes\n", frame.payload[3]);
+                write_frame(&mut stream, attach::STDOUT, said.as_bytes())
+                    .await
+                    .unwrap();
+                break;
+            }
             attach::STDIN if frame.payload.is_empty() || frame.payload == b"q" => break,
             attach::STDIN => frame.payload,
             attach::RESIZE => {
