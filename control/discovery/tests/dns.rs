@@ -7,6 +7,8 @@ mod common;
 use std::collections::BTreeSet;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::str::FromStr as _;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use common::{Cluster, block_on, create, eventually, instance};
@@ -22,7 +24,8 @@ use hickory_proto::op::{Edns, Message, OpCode, Query, ResponseCode};
 use hickory_proto::rr::{DNSClass, Name, RData, RecordType};
 use proptest::prelude::*;
 use serde_json::json;
-use tokio::net::{TcpListener, TcpStream, UdpSocket};
+use tokio::net::{TcpListener, TcpSocket, TcpStream, UdpSocket};
+use tokio::time::timeout;
 
 /// A cluster of one with a lease, so that its gateway is open, and the gateway's address.
 async fn with_gateway() -> (Cluster, Ipv4Addr) {
@@ -420,7 +423,7 @@ fn reply(query: &Message, count: u8) -> Message {
 }
 
 async fn server(upstreams: Vec<SocketAddr>) -> SocketAddr {
-    let server = Server::new(std::sync::Arc::new(View::default()), Upstreams::new(upstreams));
+    let server = Server::new(Arc::new(View::default()), Upstreams::new(upstreams));
     let (udp, tcp) = udp_and_tcp().await;
     let addr = tcp.local_addr().unwrap();
     tokio::spawn(server.clone().serve_tcp(tcp));
@@ -453,6 +456,129 @@ fn other_names_are_forwarded() {
                 .answers
                 .len(),
             40
+        );
+    });
+}
+
+#[test]
+fn an_upstream_that_does_not_know_is_not_the_last_word() {
+    block_on(async {
+        let asked = Arc::new(AtomicUsize::new(0));
+        let count = Arc::clone(&asked);
+        let ill = upstream(move |query| {
+            count.fetch_add(1, Ordering::Relaxed);
+            let mut answer = reply(query, 0);
+            answer.metadata.response_code = ResponseCode::ServFail;
+            vec![answer.to_vec().unwrap()]
+        })
+        .await;
+        let well = upstream(|query| vec![reply(query, 1).to_vec().unwrap()]).await;
+        let dns = server(vec![ill, well]).await;
+        for name in ["a.example.", "b.example."] {
+            assert_eq!(ask(dns, name, RecordType::A).await.answers.len(), 1);
+        }
+        assert_eq!(
+            asked.load(Ordering::Relaxed),
+            1,
+            "the one that knows is asked first then"
+        );
+        let alone = server(vec![ill]).await;
+        let answer = ask(alone, "a.example.", RecordType::A).await;
+        assert_eq!(answer.metadata.response_code, ResponseCode::ServFail);
+    });
+}
+
+#[test]
+fn who_asks_alike_is_asked_for_once() {
+    block_on(async {
+        let upstream = UdpSocket::bind("127.0.0.1:0").await.unwrap();
+        let dns = server(vec![upstream.local_addr().unwrap()]).await;
+        let client = UdpSocket::bind("127.0.0.1:0").await.unwrap();
+        let names = ["same.example."; 10].into_iter().chain(["last.example."]);
+        let mut ids = BTreeSet::new();
+        for (id, name) in (1..).zip(names) {
+            let mut query = query(name, RecordType::A);
+            query.metadata.id = id;
+            ids.insert(id);
+            client.send_to(&query.to_vec().unwrap(), dns).await.unwrap();
+        }
+        let mut buffer = [0; 512];
+        for _ in 0..2 {
+            let (length, from) = upstream.recv_from(&mut buffer).await.unwrap();
+            let answer = reply(&Message::from_vec(&buffer[..length]).unwrap(), 1);
+            upstream.send_to(&answer.to_vec().unwrap(), from).await.unwrap();
+        }
+        while !ids.is_empty() {
+            let received = timeout(Duration::from_secs(20), client.recv_from(&mut buffer)).await;
+            let (length, _) = received.unwrap().unwrap();
+            let answer = Message::from_vec(&buffer[..length]).unwrap();
+            assert!(
+                ids.remove(&answer.metadata.id) && answer.answers.len() == 1,
+                "{answer:?}"
+            );
+        }
+        assert!(upstream.try_recv_from(&mut buffer).is_err(), "a third was sent");
+    });
+}
+
+#[test]
+fn one_client_leaves_room_for_others_and_for_what_is_known() {
+    block_on(async {
+        let known = ["kept.example.", "other.example."].map(|name| Name::from_str(name).unwrap());
+        let unknown = Arc::new(Mutex::new(BTreeSet::new()));
+        let seen = Arc::clone(&unknown);
+        let upstream = upstream(move |query| {
+            let name = query.queries[0].name();
+            if known.contains(name) {
+                return vec![reply(query, 1).to_vec().unwrap()];
+            }
+            seen.lock().unwrap().insert(name.to_string());
+            Vec::new()
+        })
+        .await;
+        let dns = server(vec![upstream]).await;
+        assert_eq!(ask(dns, "kept.example.", RecordType::A).await.answers.len(), 1);
+        let busy = UdpSocket::bind("127.0.0.1:0").await.unwrap();
+        for number in 0..70 {
+            let query = query(&format!("{number}.silent.example."), RecordType::A);
+            busy.send_to(&query.to_vec().unwrap(), dns).await.unwrap();
+        }
+        let mut buffer = [0; 512];
+        busy.recv_from(&mut buffer).await.unwrap();
+        assert_eq!(ask(dns, "kept.example.", RecordType::A).await.answers.len(), 1);
+        let other = UdpSocket::bind("127.0.0.2:0").await.unwrap();
+        let query = query("other.example.", RecordType::A).to_vec().unwrap();
+        other.send_to(&query, dns).await.unwrap();
+        let received = timeout(Duration::from_secs(20), other.recv_from(&mut buffer)).await;
+        let (length, _) = received.unwrap().unwrap();
+        assert_eq!(Message::from_vec(&buffer[..length]).unwrap().answers.len(), 1);
+        for _ in 1..70 {
+            let answered = timeout(Duration::from_secs(20), busy.recv_from(&mut buffer)).await;
+            answered.unwrap().unwrap();
+        }
+        assert_eq!(unknown.lock().unwrap().len(), 64);
+    });
+}
+
+/// Connections that say nothing hold up nobody else.
+#[test]
+fn one_client_has_a_part_of_the_connections() {
+    block_on(async {
+        let dns = server(Vec::new()).await;
+        let mut silent = Vec::new();
+        for _ in 0..300 {
+            silent.push(TcpStream::connect(dns).await.unwrap());
+        }
+        let socket = TcpSocket::new_v4().unwrap();
+        socket.bind("127.0.0.2:0".parse().unwrap()).unwrap();
+        let mut other = socket.connect(dns).await.unwrap();
+        let answer = timeout(
+            Duration::from_secs(5),
+            ask_tcp(&mut other, "none.discoverd.", RecordType::A),
+        );
+        assert_eq!(
+            answer.await.unwrap().metadata.response_code,
+            ResponseCode::NXDomain
         );
     });
 }

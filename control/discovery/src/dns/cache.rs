@@ -7,8 +7,9 @@ use std::collections::HashMap;
 
 /// Answers that are kept.
 const MAX_KEPT: usize = 4096;
-/// The longest answer that is kept.
+/// The longest answer that is kept, and the longest query that one is kept for.
 const MAX_LENGTH: usize = 1232;
+const MAX_QUERY: usize = 512;
 /// The longest that one is kept, in seconds; and one that says that there is nothing.
 const MAX_TTL: u32 = 3600;
 const MAX_NEGATIVE_TTL: u32 = 60;
@@ -44,9 +45,7 @@ impl Cache {
             .get(&*key(query, end))
             .filter(|entry| now < entry.until)?;
         let mut answer = entry.answer.to_vec();
-        answer[..2].copy_from_slice(&query[..2]);
-        // As the client has written it.
-        answer[HEADER..end].copy_from_slice(&query[HEADER..end]);
+        readdress(&mut answer, query, end);
         let age = u32::try_from(now.saturating_sub(entry.kept) / 1000).unwrap_or(u32::MAX);
         for at in &entry.ttls {
             if let Some(field) = answer.get_mut(*at..).and_then(<[u8]>::first_chunk_mut::<4>) {
@@ -61,7 +60,7 @@ impl Cache {
         let Some((ttl, ttls)) = lifetime(answer, end).filter(|(ttl, _)| *ttl > 0) else {
             return;
         };
-        if answer.len() > MAX_LENGTH {
+        if answer.len() > MAX_LENGTH || query.len() > MAX_QUERY {
             return;
         }
         if self.entries.len() >= MAX_KEPT {
@@ -80,10 +79,18 @@ impl Cache {
     }
 }
 
-fn key(query: &[u8], end: usize) -> Box<[u8]> {
+/// Makes an answer to the same question one to this query: its id, and the question as the client has written it.
+pub(super) fn readdress(answer: &mut [u8], query: &[u8], end: usize) {
+    answer[..2].copy_from_slice(&query[..2]);
+    answer[HEADER..end].copy_from_slice(&query[HEADER..end]);
+}
+
+/// What queries that ask alike have in common: all but the id and how the name is written. Of the question's `end` the type and the
+/// class are four bytes, which are no letters.
+pub(super) fn key(query: &[u8], end: usize) -> Box<[u8]> {
     let mut key: Box<[u8]> = query[2..].into();
-    // The lengths of labels, the type and the class are below the letters, or alike for all who ask for the same.
-    key[HEADER - 2..end - 2].make_ascii_lowercase();
+    // The lengths of labels are below the letters.
+    key[HEADER - 2..end - 2 - 4].make_ascii_lowercase();
     key
 }
 
@@ -119,11 +126,12 @@ fn lifetime(answer: &[u8], end: usize) -> Option<(u32, Vec<usize>)> {
     if at != answer.len() {
         return None;
     }
-    let ttl = if answers > 0 {
+    // That there is nothing, also behind an alias, holds for as long as the SOA says; without one it is not to be kept (RFC 2308).
+    let there = answers > 0 && code == NO_ERROR && negative.is_none();
+    let ttl = if there {
         least.min(MAX_TTL)
     } else {
-        // That there is nothing holds for as long as the SOA says; without one it is not to be kept (RFC 2308).
-        negative?.min(MAX_NEGATIVE_TTL)
+        negative?.min(MAX_NEGATIVE_TTL).min(least)
     };
     Some((ttl, ttls))
 }
@@ -230,20 +238,69 @@ mod tests {
         }
     }
 
+    #[test]
+    fn nothing_behind_an_alias_is_kept_no_longer() {
+        let mut cache = Cache::default();
+        for (name, code) in [
+            ("alias.", ResponseCode::NXDomain),
+            ("bare.", ResponseCode::NoError),
+        ] {
+            let name = query(name, 1);
+            put(&mut cache, &name, &reply(&name, &[3600], code, Some(5)));
+            assert!(kept(&cache, &name, 4_999).is_some() && kept(&cache, &name, 5_000).is_none());
+        }
+        let name = query("no-soa.", 1);
+        put(
+            &mut cache,
+            &name,
+            &reply(&name, &[3600], ResponseCode::NXDomain, None),
+        );
+        assert!(kept(&cache, &name, 0).is_none());
+    }
+
+    #[test]
+    fn types_are_no_letters() {
+        let mut cache = Cache::default();
+        let mut https = query("example.com.", 1);
+        let end = question_end(&https).unwrap();
+        https[end - 3] = 65;
+        put(
+            &mut cache,
+            &https,
+            &reply(&https, &[60], ResponseCode::NoError, None),
+        );
+        assert!(cache.get(&https, end, 0).is_some());
+        let mut other = https.clone();
+        other[end - 3] = 97;
+        assert!(cache.get(&other, end, 0).is_none());
+    }
+
+    #[test]
+    fn long_queries_fill_nothing() {
+        let mut cache = Cache::default();
+        let mut long = query("example.com.", 1);
+        let answer = reply(&long, &[60], ResponseCode::NoError, None);
+        long.resize(MAX_QUERY + 1, 0);
+        put(&mut cache, &long, &answer);
+        assert!(cache.entries.is_empty());
+    }
+
     proptest::proptest! {
         #[test]
-        fn any_answer_is_judged(tail: Vec<u8>, counts: [u8; 6]) {
+        fn any_answer_is_judged(at: proptest::sample::Index, byte: u8, cut: proptest::sample::Index, minimum: Option<u32>) {
             let mut cache = Cache::default();
             let name = query("a.example.", 1);
-            let mut answer = name.clone();
-            for (at, count) in counts.iter().enumerate() {
-                answer[6 + at] = count % 3 * u8::try_from(at % 2).unwrap();
-            }
-            answer.extend_from_slice(&tail);
-            put(&mut cache, &name, &answer);
             let end = question_end(&name).unwrap();
+            let mut answer = reply(&name, &[300, 20], ResponseCode::NoError, minimum);
+            // The question is compared before.
+            let damaged = end + at.index(answer.len() - end);
+            answer[damaged] = byte;
+            if byte % 4 == 0 {
+                answer.truncate(end + cut.index(answer.len() - end));
+            }
+            put(&mut cache, &name, &answer);
             if let Some(kept) = cache.get(&name, end, 0) {
-                proptest::prop_assert_eq!(kept.len(), answer.len());
+                proptest::prop_assert_eq!(kept, answer);
             }
         }
     }

@@ -1,17 +1,21 @@
 //! Asks upstream resolvers what is not ours.
 //!
 //! The client's message goes out as it came, under an id and from a port that nobody can guess; what comes back is
-//! taken when it comes from the upstream, has that id and repeats the question. Upstreams are asked in turn, and what
-//! they answer is kept for as long as they say.
+//! taken when it comes from the upstream, has that id and repeats the question. Upstreams are asked in turn, the one that
+//! answered last first, until one knows an answer; what they answer is kept for as long as they say. Who asks alike at
+//! the same time is asked for once: many equal queries under way are what a forger needs (RFC 5452, section 5).
 
+use std::collections::HashMap;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use tokio::net::{TcpStream, UdpSocket};
+use tokio::sync::OnceCell;
 
-use super::cache::Cache;
+use super::cache::{Cache, key, readdress};
 use super::zone::{MAX_UDP_PAYLOAD, Transport, failure};
 use super::{read_framed, write_framed};
 
@@ -22,6 +26,8 @@ const ROUNDS: usize = 2;
 const HEADER: usize = 12;
 /// The bit that says that the answer was cut.
 const TRUNCATED: u8 = 0x02;
+/// Codes of a server that could not or would not answer, where another may: SERVFAIL, NOTIMP, REFUSED.
+const UNANSWERED: [u8; 3] = [2, 4, 5];
 
 /// The resolvers that are asked.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -63,38 +69,94 @@ impl Upstreams {
 #[derive(Debug)]
 pub struct Forwarder {
     upstreams: Upstreams,
+    /// Which of them answered last.
+    first: AtomicUsize,
     cache: Mutex<Cache>,
+    under_way: Mutex<HashMap<Asked, Arc<OnceCell<Vec<u8>>>>>,
     began: Instant,
 }
+
+/// What is asked: all of a query but its id, and the transport.
+type Asked = (Box<[u8]>, Transport);
 
 impl Forwarder {
     /// Asks these.
     pub fn new(upstreams: Upstreams) -> Self {
         Self {
             upstreams,
+            first: AtomicUsize::default(),
             cache: Mutex::default(),
+            under_way: Mutex::default(),
             began: Instant::now(),
         }
     }
 
+    /// The answer to a query, if it is known from before.
+    pub fn kept(&self, query: &[u8], transport: Transport) -> Option<Vec<u8>> {
+        let end = question_end(query)?;
+        let kept = self.cache().get(query, end, self.now())?;
+        Some(fit(query, kept, transport))
+    }
+
     /// The answer to a query of a client: an upstream's, or that nobody could answer.
     pub async fn answer(&self, query: &[u8], transport: Transport) -> Vec<u8> {
-        let end = question_end(query);
-        if let Some(kept) = end.and_then(|end| self.cache().get(query, end, self.now())) {
-            return fit(query, kept, transport);
+        let Some(end) = question_end(query) else {
+            return fit(query, self.ask(query, transport).await, transport);
+        };
+        let asked = (key(query, end), transport);
+        let answer = Arc::clone(self.under_way().entry(asked.clone()).or_default());
+        // Who waits for another's goes on itself when that one is given up.
+        let told = answer.get_or_init(async || {
+            // It may have come since this was looked for.
+            let kept = self.cache().get(query, end, self.now());
+            if let Some(kept) = kept {
+                return kept;
+            }
+            let answer = self.ask(query, transport).await;
+            if question_end(&answer) == Some(end) {
+                self.cache().put(query, end, &answer, self.now());
+            }
+            answer
+        });
+        let mut told = told.await.clone();
+        self.under_way().remove(&asked);
+        if question_end(&told) == Some(end) {
+            readdress(&mut told, query, end);
+        } else if let Some(id) = told.first_chunk_mut::<2>() {
+            id.copy_from_slice(&query[..2]);
         }
-        for upstream in std::iter::repeat_n(&self.upstreams.0, ROUNDS).flatten() {
-            match ask(*upstream, query, transport).await {
-                Ok(answer) => {
-                    if let Some(end) = end.filter(|end| question_end(&answer) == Some(*end)) {
-                        self.cache().put(query, end, &answer, self.now());
+        fit(query, told, transport)
+    }
+
+    /// What the upstreams say.
+    async fn ask(&self, query: &[u8], transport: Transport) -> Vec<u8> {
+        let upstreams = &self.upstreams.0;
+        for _ in 0..ROUNDS {
+            let mut unanswered = None;
+            let first = self.first.load(Ordering::Relaxed);
+            for number in (0..upstreams.len()).map(|step| (first + step) % upstreams.len()) {
+                match ask(upstreams[number], query, transport).await {
+                    Ok(answer) if UNANSWERED.contains(&(answer[3] & 0x0f)) => {
+                        unanswered.get_or_insert(answer);
                     }
-                    return fit(query, answer, transport);
+                    Ok(answer) => {
+                        self.first.store(number, Ordering::Relaxed);
+                        return answer;
+                    }
+                    Err(error) => {
+                        tracing::debug!(upstream = %upstreams[number], %error, "an upstream resolver did not answer");
+                    }
                 }
-                Err(error) => tracing::debug!(%upstream, %error, "an upstream resolver did not answer"),
+            }
+            if let Some(answer) = unanswered {
+                return answer;
             }
         }
         failure(query)
+    }
+
+    fn under_way(&self) -> MutexGuard<'_, HashMap<Asked, Arc<OnceCell<Vec<u8>>>>> {
+        self.under_way.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn cache(&self) -> MutexGuard<'_, Cache> {
@@ -177,7 +239,10 @@ fn answers(asked: &[u8], answer: &[u8]) -> bool {
         // Some servers leave the question out of an error.
         return answer[4..6] == [0, 0] && answer[3] & 0x0f != 0;
     };
-    asked[HEADER..asked_end].eq_ignore_ascii_case(&answer[HEADER..answer_end])
+    // The type and the class are no letters.
+    asked_end == answer_end
+        && asked[asked_end - 4..asked_end] == answer[asked_end - 4..asked_end]
+        && asked[HEADER..asked_end - 4].eq_ignore_ascii_case(&answer[HEADER..asked_end - 4])
 }
 
 /// Where the one question of a message ends.
@@ -215,6 +280,32 @@ mod tests {
         );
     }
 
+    /// A query for a.b, type A, and one for this id's answer.
+    fn message(id: [u8; 2], flags: [u8; 2]) -> Vec<u8> {
+        let mut message = [id, flags].concat();
+        message.extend([0, 1, 0, 0, 0, 0, 0, 0, 1, b'a', 1, b'B', 0, 0, 1, 0, 1]);
+        message
+    }
+
+    #[test]
+    fn answers_repeat_the_question() {
+        let asked = message([1, 2], [1, 0]);
+        let answer = message([1, 2], [0x81, 0x80]);
+        assert!(answers(&asked, &answer));
+        let end = answer.len();
+        // Another id, a query, another name, another type.
+        for (at, byte) in [(0, 9), (2, 1), (13, b'c'), (end - 3, 33)] {
+            let mut other = answer.clone();
+            other[at] = byte;
+            assert!(!answers(&asked, &other), "{at}");
+        }
+        let mut lower = answer;
+        lower[15] = b'b';
+        assert!(answers(&asked, &lower));
+        // An error without the question.
+        assert!(answers(&asked, &[1, 2, 0x81, 5, 0, 0, 0, 0, 0, 0, 0, 0]));
+    }
+
     proptest::proptest! {
         #[test]
         fn any_bytes_are_judged(asked: Vec<u8>, answer: Vec<u8>) {
@@ -223,6 +314,22 @@ mod tests {
             let _ = answers(&asked, &answer);
             if answer.len() >= HEADER {
                 let _ = fit(&asked, answer, Transport::Udp);
+            }
+        }
+
+        /// What begins as an answer does, and goes on anyhow.
+        #[test]
+        fn long_answers_are_cut(tail in proptest::collection::vec(proptest::num::u8::ANY, 0..2000)) {
+            let asked = message([1, 2], [1, 0]);
+            let mut answer = message([1, 2], [0x81, 0x80]);
+            let end = answer.len();
+            answer.extend(&tail);
+            proptest::prop_assert!(answers(&asked, &answer));
+            let fitting = fit(&asked, answer.clone(), Transport::Udp);
+            if answer.len() <= 512 {
+                proptest::prop_assert_eq!(fitting, answer);
+            } else {
+                proptest::prop_assert_eq!((fitting.len(), fitting[2] & TRUNCATED), (end, TRUNCATED));
             }
         }
     }

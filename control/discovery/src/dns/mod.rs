@@ -2,7 +2,8 @@
 //!
 //! - [`zone`]: what we answer (pure).
 //! - [`plain`], [`ready`]: the short way to the same answers, for queries as nearly all clients send them.
-//! - [`udp`]: the thread that takes them by the batch; [`limit`]: how many a client may ask.
+//! - [`udp`]: the thread that takes them by the batch; [`limit`]: how many a client may ask, and [`share`]: how much of what
+//!   is limited for all is one client's.
 //! - [`forward`]: what others answer, and [`cache`], what they have answered.
 //!
 //! Our own names are answered within the loop that receives, without waiting for anything. Forwarded queries run beside
@@ -13,42 +14,46 @@ pub mod forward;
 mod limit;
 pub mod plain;
 pub mod ready;
+mod share;
 mod udp;
 pub mod zone;
 
 use std::collections::HashMap;
 use std::net::{IpAddr, SocketAddr, UdpSocket};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use hickory_proto::rr::Name;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::Semaphore;
 
 use self::forward::Forwarder;
 pub use self::forward::Upstreams;
+use self::share::Places;
 use self::zone::{Reaction, Transport, react};
 use crate::metrics::Codes;
 use crate::state::State;
 use crate::view::View;
 
-/// Forwarded queries at a time.
-const MAX_FORWARDED: usize = 256;
-/// TCP connections at a time.
-const MAX_CONNECTIONS: usize = 128;
+/// Forwarded queries at a time, in all and of one client.
+const MAX_FORWARDED: [usize; 2] = [256, 64];
+/// TCP connections at a time, in all and of one client.
+const MAX_CONNECTIONS: [usize; 2] = [256, 16];
 /// How long a TCP connection may be silent, or take to take an answer.
 const IDLE: Duration = Duration::from_secs(10);
 /// Queries a second that one client may ask over UDP: more than any resolver of a busy app does, and few enough for one
 /// client not to take the server from the others.
 pub const CLIENT_RATE: u64 = 50_000;
 
+/// How many times as long as it took to make the names by address they are good for, whatever changes.
+const NAMES_REST: u32 = 20;
+
 /// The DNS server of one gateway address. Cheap to clone.
 #[derive(Clone, Debug)]
 pub struct Server {
     view: Arc<View>,
     forwarder: Arc<Forwarder>,
-    slots: Arc<Semaphore>,
+    forwarded: Arc<Places>,
     rate: u64,
     names: Arc<Mutex<Names>>,
     codes: Arc<Codes>,
@@ -59,6 +64,8 @@ pub struct Server {
 struct Names {
     index: u64,
     by_address: HashMap<IpAddr, Vec<Name>>,
+    /// When they were made, and how long that took.
+    made: Option<(Instant, Duration)>,
 }
 
 impl Names {
@@ -72,7 +79,23 @@ impl Names {
                 }
             }
         }
-        Self { index, by_address }
+        Self {
+            index,
+            by_address,
+            made: None,
+        }
+    }
+
+    /// Makes them anew where they are of another time. Whoever keeps asking while somebody keeps changing the registry has no
+    /// more than a part of the time go into that.
+    fn keep_to(&mut self, view: &View, index: u64) {
+        let rests = |(made, took): (Instant, Duration)| made.elapsed() < took * NAMES_REST;
+        if self.index == index || self.made.is_some_and(rests) {
+            return;
+        }
+        let began = Instant::now();
+        *self = view.read(|state| Self::of(state, index));
+        self.made = Some((Instant::now(), began.elapsed()));
     }
 }
 
@@ -82,7 +105,7 @@ impl Server {
         Self {
             view,
             forwarder: Arc::new(Forwarder::new(upstreams)),
-            slots: Arc::new(Semaphore::new(MAX_FORWARDED)),
+            forwarded: Places::new(MAX_FORWARDED[0], MAX_FORWARDED[1]),
             rate: CLIENT_RATE,
             names: Arc::default(),
             codes: Arc::default(),
@@ -110,9 +133,7 @@ impl Server {
             return reaction;
         };
         let mut names = self.names.lock().unwrap_or_else(PoisonError::into_inner);
-        if names.index != index {
-            *names = self.view.read(|state| Names::of(state, index));
-        }
+        names.keep_to(&self.view, index);
         match names.by_address.get(&address) {
             Some(names) => Reaction::Answer(zone::reverse(query, transport, names)),
             None => Reaction::Forward,
@@ -126,17 +147,19 @@ impl Server {
 
     /// Answers on TCP connections, for ever.
     pub async fn serve_tcp(self, listener: TcpListener) {
-        let connections = Arc::new(Semaphore::new(MAX_CONNECTIONS));
+        let connections = Places::new(MAX_CONNECTIONS[0], MAX_CONNECTIONS[1]);
         loop {
-            let Ok(connection) = Arc::clone(&connections).acquire_owned().await else {
-                return;
-            };
             match listener.accept().await {
-                Ok((stream, _)) => {
+                Ok((stream, client)) => {
+                    // One more is closed at once.
+                    let Some(place) = connections.take(client.ip().to_canonical()) else {
+                        continue;
+                    };
                     let server = self.clone();
                     tokio::spawn(async move {
-                        let _connection = connection;
-                        if let Err(error) = server.serve_connection(stream).await {
+                        let _place = place;
+                        if let Err(error) = server.serve_connection(stream, client.ip().to_canonical()).await
+                        {
                             tracing::debug!(%error, "a DNS connection ended early");
                         }
                     });
@@ -149,7 +172,7 @@ impl Server {
         }
     }
 
-    async fn serve_connection(&self, mut stream: TcpStream) -> std::io::Result<()> {
+    async fn serve_connection(&self, mut stream: TcpStream, client: IpAddr) -> std::io::Result<()> {
         stream.set_nodelay(true)?;
         loop {
             let Some(query) = tokio::time::timeout(IDLE, read_framed(&mut stream)).await?? else {
@@ -158,9 +181,12 @@ impl Server {
             let answer = match self.react(&query, Transport::Tcp) {
                 Reaction::Drop | Reaction::Reverse(_) => return Ok(()),
                 Reaction::Answer(answer) => answer,
-                Reaction::Forward => match self.slots.try_acquire() {
-                    Ok(_slot) => self.forwarder.answer(&query, Transport::Tcp).await,
-                    Err(_) => zone::failure(&query),
+                Reaction::Forward => match self.forwarder.kept(&query, Transport::Tcp) {
+                    Some(answer) => answer,
+                    None => match self.forwarded.take(client) {
+                        Some(_place) => self.forwarder.answer(&query, Transport::Tcp).await,
+                        None => zone::failure(&query),
+                    },
                 },
             };
             self.codes.add([answer.as_slice()]);

@@ -183,17 +183,21 @@ impl Batch {
     }
 
     fn forward(&self, query: &[u8], client: SocketAddr) {
-        let Ok(slot) = Arc::clone(&self.server.slots).try_acquire_owned() else {
+        let told = |answer: Vec<u8>| {
+            self.server.codes.add([answer.as_slice()]);
+            let _ = self.socket.send_to(&answer, client);
+        };
+        if let Some(answer) = self.server.forwarder.kept(query, Transport::Udp) {
+            return told(answer);
+        }
+        let Some(place) = self.server.forwarded.take(client.ip()) else {
             // One more is refused at once rather than queued.
-            let failure = failure(query);
-            self.server.codes.add([failure.as_slice()]);
-            let _ = self.socket.send_to(&failure, client);
-            return;
+            return told(failure(query));
         };
         let (socket, forwarder) = (Arc::clone(&self.socket), Arc::clone(&self.server.forwarder));
         let (query, codes) = (query.to_vec(), Arc::clone(&self.server.codes));
         self.runtime.spawn(async move {
-            let _slot = slot;
+            let _place = place;
             let answer = forwarder.answer(&query, Transport::Udp).await;
             codes.add([answer.as_slice()]);
             if let Err(error) = socket.send_to(&answer, client) {

@@ -38,7 +38,7 @@ pub const MAX_UDP_PAYLOAD: u16 = 1232;
 const HEADER: usize = 12;
 
 /// What a query came by.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Transport {
     /// In one datagram.
     Udp,
