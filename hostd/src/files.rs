@@ -37,10 +37,14 @@ fn write(path: &Path, bytes: &[u8], durable: bool) -> io::Result<()> {
     let mut temporary = path.as_os_str().to_owned();
     temporary.push(UNFINISHED);
     let written = (|| {
+        // One of an earlier attempt, or somebody else's, may be open to others or lead elsewhere.
+        match fs::remove_file(&temporary) {
+            Err(why) if why.kind() != io::ErrorKind::NotFound => return Err(why),
+            _ => {}
+        }
         let mut file = File::options()
             .write(true)
-            .create(true)
-            .truncate(true)
+            .create_new(true)
             .mode(0o600)
             .open(&temporary)?;
         file.write_all(bytes)?;

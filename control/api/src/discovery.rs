@@ -282,6 +282,18 @@ pub struct OwnStatus {
     pub refused_order: Option<String>,
 }
 
+/// Services by which the platform's own apps find each other: no other container may register there.
+pub const PLATFORM_SERVICES: [&str; 8] = [
+    "blobstore",
+    "controller",
+    "discoverd",
+    "postgres",
+    "router-api",
+    "router-http",
+    "scheduler",
+    "tarreceive",
+];
+
 /// The service whose instances are the hosts, and whose metadata holds the [`NetworkLeases`].
 pub const HOST_SERVICE: &str = "flynn-host";
 

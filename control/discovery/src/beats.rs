@@ -35,6 +35,7 @@ pub async fn run(node: Node, every: Duration) {
     let mut expiring: Option<tokio::task::JoinHandle<()>> = None;
     loop {
         round.tick().await;
+        node.tick();
         let peers = node.peers();
         senders.keep(&node, &peers, every);
         for suspect in node.suspects() {

@@ -4,6 +4,7 @@
 //! [`HOST_SERVICE`]. discoverd finds it in its own store, also after a restart before any other member is heard, and
 //! binds there (never all addresses) as soon as the address exists.
 
+use std::fmt;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::str::FromStr;
 use std::sync::Arc;
@@ -13,6 +14,7 @@ use flynn_api::discovery::{HOST_SERVICE, NetworkLeases};
 use flynn_api::server::{CancellationToken, Listener, serve};
 use serde::Deserialize as _;
 
+use crate::EACH;
 use crate::dns::{self, Upstreams};
 use crate::http::{auth::Door, router};
 use crate::node::Node;
@@ -43,6 +45,12 @@ impl Subnet {
 
 fn mask(prefix: u8) -> u32 {
     u32::MAX.checked_shl(32 - u32::from(prefix)).unwrap_or(0)
+}
+
+impl fmt::Display for Subnet {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}/{}", Ipv4Addr::from(self.network), self.prefix)
+    }
 }
 
 impl FromStr for Subnet {
@@ -133,6 +141,7 @@ fn start(node: &Node, gateway: &Gateway, subnet: Subnet, stop: &CancellationToke
         let Some(listener) = bound("the API", api, &stopped, || Listener::tcp(api)).await else {
             return;
         };
+        let listener = listener.each(EACH);
         if let Err(error) = serve(listener, routes, stopped.cancelled()).await {
             tracing::error!(%error, "the API at the gateway address has ended");
         }
@@ -144,12 +153,15 @@ fn start(node: &Node, gateway: &Gateway, subnet: Subnet, stop: &CancellationToke
     .count(Arc::clone(&node.metrics.dns));
     let (addr, stopped, server) = (at(gateway.dns_port), stop.clone(), dns.clone());
     tokio::spawn(async move {
-        if let Some(socket) = bound("DNS", addr, &stopped, || async {
+        // A socket that fails is replaced by another.
+        while let Some(socket) = bound("DNS", addr, &stopped, || async {
             std::net::UdpSocket::bind(addr)
         })
         .await
         {
-            stopped.run_until_cancelled(server.serve_udp(socket)).await;
+            let serving = server.clone().serve_udp(socket);
+            stopped.run_until_cancelled(serving).await;
+            stopped.run_until_cancelled(tokio::time::sleep(RETRY)).await;
         }
     });
     let stopped = stop.clone();
@@ -200,6 +212,7 @@ mod tests {
         assert_eq!(subnet.gateway(), Ipv4Addr::new(100, 100, 1, 1));
         assert!(subnet.contains(Ipv4Addr::new(100, 100, 1, 255)));
         assert!(!subnet.contains(Ipv4Addr::new(100, 100, 2, 0)));
+        assert_eq!(subnet.to_string(), "100.100.1.0/24");
         for wrong in [
             "",
             "100.100.1.0",

@@ -68,8 +68,13 @@ pub use crate::options::Options;
 use crate::raft::Member;
 use crate::raft::network::Dialer;
 
+/// Connections to a listener from one address at a time: a container holds up nobody else.
+const EACH: usize = 256;
+
 /// Between two rounds of the leader's chores.
 const ROUND: Duration = Duration::from_secs(1);
+/// Rounds that a leader whose disk is full waits for room before it hands over.
+const FULL_ROUNDS: u32 = 3;
 
 /// Runs discoverd until `shutdown`, or until its disk fails or its store is to be another one ([`recovery`]): whoever
 /// runs it starts it again.
@@ -83,6 +88,7 @@ pub async fn run(mut options: Options, shutdown: CancellationToken) -> anyhow::R
     let listener = Listener::tls_live(addr, Arc::clone(&live))
         .await
         .with_context(|| format!("cannot listen on {addr}: is another discoverd running?"))?;
+    let listener = listener.each(EACH);
     tracing::info!(%addr, member = node.id(), "discoverd is there");
 
     let stop = shutdown.child_token();
@@ -175,7 +181,7 @@ async fn belong(node: Node, options: Options, member: Member) {
 
 /// What has to be done each second. Ends when Raft has stopped.
 async fn chores(node: &Node, options: &Options, live: &Live) -> anyhow::Result<()> {
-    let mut said = false;
+    let (mut said, mut full) = (false, 0);
     let mut round = tokio::time::interval(ROUND);
     round.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     loop {
@@ -194,6 +200,17 @@ async fn chores(node: &Node, options: &Options, live: &Live) -> anyhow::Result<(
                 tracing::error!(%error, "the certificate cannot be renewed; the one before stays in use");
             }
             Err(_) => {}
+        }
+        // It would keep all from writing, though others have room.
+        full = if node.leads().is_some() && node.disk_is_full() {
+            full + 1
+        } else {
+            0
+        };
+        if full >= FULL_ROUNDS {
+            tracing::warn!("the disk is full: another member is to lead");
+            members::hand_over(node).await;
+            full = 0;
         }
         // Not awaited for long: a leader without a majority cannot write, and would miss its rounds.
         let work = async {

@@ -11,7 +11,8 @@
 //!   for whom they answer. (A leader that has only just started was never told by the one that is gone.)
 //!
 //! When most of the others are silent at once it is more likely that this member is cut off: then the lease counts as
-//! well. And whoever was stopped for a while has heard nothing meanwhile, so everybody begins anew.
+//! well. And whoever was stopped for a while, or was heard by no majority, has heard nothing meanwhile, and when connections come
+//! back it is not at once that all are heard: so everybody begins anew.
 //!
 //! Pure: the caller says what time it is (milliseconds), and what the probes found.
 
@@ -30,6 +31,15 @@ pub struct Times {
     pub silence: u64,
     /// A member whose host answers, and an instance for which nobody answers, are gone after this time.
     pub lease: u64,
+}
+
+/// That a member leads.
+#[derive(Clone, Copy, Debug)]
+pub struct Lead {
+    /// In which term.
+    pub term: u64,
+    /// How long ago a majority was heard to follow it, in milliseconds; none was yet in this term.
+    pub acked: Option<u64>,
 }
 
 /// An instance as the registry has it.
@@ -52,6 +62,8 @@ pub struct Liveness {
     round: u64,
     scan: u64,
     term: Option<u64>,
+    /// This member leads, but no majority hears it.
+    alone: bool,
     members: BTreeMap<u64, Member>,
     owners: HashMap<Key, BTreeSet<u64>>,
     /// Since when nobody answers for an instance.
@@ -83,6 +95,7 @@ impl Liveness {
             round: 0,
             scan: 0,
             term: None,
+            alone: false,
             members: BTreeMap::new(),
             owners: HashMap::new(),
             orphans: HashMap::new(),
@@ -168,24 +181,33 @@ impl Liveness {
         }
     }
 
+    /// To be called several times a second, whatever else goes on: who was stopped meanwhile notices it.
+    pub fn tick(&mut self, now: u64) {
+        if now.saturating_sub(self.round) > PAUSE {
+            self.begin_anew(now);
+        }
+        self.round = now;
+    }
+
+    fn begin_anew(&mut self, now: u64) {
+        for member in self.members.values_mut() {
+            member.heard = now;
+            member.gone = false;
+        }
+        self.orphans.clear();
+    }
+
     /// To be called several times a second by every voter: `members` are those of the cluster, `own` is this one.
-    /// For the leader (`term`), gives those of `registered` that are to be taken out.
+    /// For the leader, gives those of `registered` that are to be taken out.
     pub fn round<'r, R: Iterator<Item = Registered<'r>>>(
         &mut self,
         now: u64,
         own: u64,
         members: &BTreeSet<u64>,
-        term: Option<u64>,
+        lead: Option<Lead>,
         registered: impl FnOnce() -> R,
     ) -> Vec<Registration> {
-        if now.saturating_sub(self.round) > PAUSE {
-            for member in self.members.values_mut() {
-                member.heard = now;
-                member.gone = false;
-            }
-            self.orphans.clear();
-        }
-        self.round = now;
+        self.tick(now);
         self.forget_all_but(members);
         for id in members {
             // Of whom nothing was heard yet, silence begins now.
@@ -194,17 +216,29 @@ impl Liveness {
                 ..Member::default()
             });
         }
-        let Some(term) = term else {
+        let Some(Lead { term, acked }) = lead else {
             self.term = None;
+            self.alone = false;
             self.released.clear();
             return Vec::new();
         };
+        if acked.is_none_or(|age| age > self.times.silence) {
+            // Nothing could be taken out. One that has only just been elected is heard in a moment.
+            self.alone |= acked.is_some();
+            return Vec::new();
+        }
+        if std::mem::take(&mut self.alone) {
+            self.begin_anew(now);
+        }
         if self.term != Some(term) {
             self.term = Some(term);
             // Whoever led before knew what we do not; and what we found out when we led ourselves is old.
             self.orphans.clear();
             for member in self.members.values_mut() {
                 member.gone = false;
+            }
+            if self.most_are_silent(now, own) {
+                self.begin_anew(now);
             }
         }
         let lost = self.find_the_gone(now, own);
@@ -215,18 +249,24 @@ impl Liveness {
         self.scan(now, registered())
     }
 
-    /// Whether a member is gone that was not before.
-    fn find_the_gone(&mut self, now: u64, own: u64) -> bool {
-        let Times { silence, lease } = self.times;
-        let quiet = |member: &Member| now.saturating_sub(member.heard) > silence;
+    /// Whether it is more likely that this member is cut off than that so many are gone.
+    fn most_are_silent(&self, now: u64, own: u64) -> bool {
         let others = self
             .members
             .iter()
             .filter(|(id, member)| **id != own && !member.gone);
         let (all, silent) = others.fold((0, 0), |(all, silent), (_, member)| {
-            (all + 1, silent + usize::from(quiet(member)))
+            let quiet = now.saturating_sub(member.heard) > self.times.silence;
+            (all + 1, silent + usize::from(quiet))
         });
-        let cut_off = silent > 1 && silent * 2 > all;
+        silent > 1 && silent * 2 > all
+    }
+
+    /// Whether a member is gone that was not before.
+    fn find_the_gone(&mut self, now: u64, own: u64) -> bool {
+        let Times { silence, lease } = self.times;
+        let quiet = |member: &Member| now.saturating_sub(member.heard) > silence;
+        let cut_off = self.most_are_silent(now, own);
         let mut lost = false;
         for (id, member) in &mut self.members {
             if *id == own || member.gone || !quiet(member) {

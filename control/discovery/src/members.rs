@@ -368,22 +368,20 @@ pub async fn join(node: &Node, addrs: &[String], member: &Member) {
     }
 }
 
-/// Hands the lead to the voter that is furthest along, if this member leads others.
+/// Hands the lead to the voter that is furthest along of those that are there, if this member leads others.
 pub async fn hand_over(node: &Node) {
-    let next = {
-        let metrics = node.raft.metrics();
-        let metrics = metrics.borrow_watched();
-        let voters: BTreeSet<u64> = metrics.membership_config.membership().voter_ids().collect();
-        metrics.replication.as_ref().and_then(|replication| {
-            let others = replication
-                .iter()
-                .filter(|(id, _)| **id != node.id() && voters.contains(id));
-            others
-                .max_by_key(|(_, matched)| matched.as_ref().map(|matched| matched.index))
-                .map(|(id, _)| *id)
-        })
-    };
-    if let Some(next) = next
+    let standings = node.standings().unwrap_or_default();
+    let voters: BTreeSet<u64> = node
+        .peers()
+        .into_iter()
+        .filter(|peer| peer.voter)
+        .map(|peer| peer.id)
+        .collect();
+    let there = standings
+        .into_iter()
+        .filter(|of| of.id != node.id() && voters.contains(&of.id) && of.silent <= node.rules().silence);
+    let next = there.filter_map(|of| Some((of.lag?, of.id))).min();
+    if let Some((_, next)) = next
         && node.raft.trigger().transfer_leader(next).await.is_ok()
     {
         let handed = node.raft.wait(Some(Duration::from_secs(1)));

@@ -18,7 +18,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::claims::{Beat, Claims, Heard, Told};
 use crate::command::Command;
-use crate::liveness::{Liveness, Times};
+use crate::liveness::{Lead, Liveness, Times};
 use crate::metrics::{Metrics, Times as Durations};
 use crate::raft::log::LogStore;
 use crate::raft::machine::Machine;
@@ -120,6 +120,7 @@ impl Node {
         dir::make(dir)?;
         let lock = dir::lock(dir)?;
         let id = dir::member_id(dir)?;
+        dir::check_whole(dir)?;
         let log = LogStore::open(dir).context("cannot open the Raft journal")?;
         let view = Arc::new(View::default());
         if log.last().is_some() || SnapshotFile::new(dir).exists() {
@@ -308,15 +309,34 @@ impl Node {
         self.liveness().ages(self.now(), members)
     }
 
+    /// Keeps the time by which silence is counted. To be called several times a second, whatever else goes on.
+    pub fn tick(&self) {
+        let now = self.now();
+        self.claims().round(now);
+        self.liveness().tick(now);
+    }
+
+    /// That this member leads, if it does.
+    fn lead(&self) -> Option<Lead> {
+        let term = self.leads()?;
+        let metrics = self.raft.metrics();
+        let metrics = metrics.borrow_watched();
+        if metrics.membership_config.membership().voter_ids().count() < 2 {
+            return Some(Lead { term, acked: Some(0) });
+        }
+        let acked = metrics.last_quorum_acked.as_ref();
+        let acked = acked.map(|acked| millis(openraft::Instant::elapsed(&**acked)));
+        Some(Lead { term, acked })
+    }
+
     /// If this member leads, takes out the instances that live no more. To be called several times a second.
     pub async fn expire(&self) -> Result<(), Error> {
         let now = self.now();
-        self.claims().round(now);
-        let term = self.leads();
+        let lead = self.lead();
         let members = self.peers().into_iter().map(|peer| peer.id).collect();
         let expired = self.view.read(|state| {
             self.liveness()
-                .round(now, self.id, &members, term, || state.registrations())
+                .round(now, self.id, &members, lead, || state.registrations())
         });
         if expired.is_empty() {
             return Ok(());

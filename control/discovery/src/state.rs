@@ -419,23 +419,32 @@ impl State {
         Ok(Vec::new())
     }
 
+    /// Whether there is a token with this digest at this time.
+    pub fn knows_token(&self, digest: &str, now: u64) -> Result<(), Error> {
+        let token = self.tokens.get(digest).filter(|token| token.expires > now);
+        token
+            .map(drop)
+            .ok_or_else(|| bad_token("is not known or has expired"))
+    }
+
     fn use_token(&mut self, digest: &str, request: &str, now: u64) -> Result<Vec<Event>, Error> {
         self.tokens.retain(|_, token| token.expires > now);
-        let refused = |why: &str| {
-            let message = format!("the join token {why}: make a new one on a host of the cluster");
-            Err(Error::new(ErrorCode::Unauthorized, message))
-        };
         let Some(token) = self.tokens.get_mut(digest) else {
-            return refused("is not known or has expired");
+            return Err(bad_token("is not known or has expired"));
         };
         match &token.used_by {
-            Some(by) if by != request => refused("has been used"),
+            Some(by) if by != request => Err(bad_token("has been used")),
             _ => {
                 token.used_by = Some(request.to_owned());
                 Ok(Vec::new())
             }
         }
     }
+}
+
+fn bad_token(why: &str) -> Error {
+    let message = format!("the join token {why}: make a new one on a host of the cluster");
+    Error::new(ErrorCode::Unauthorized, message)
 }
 
 impl Service {

@@ -15,6 +15,7 @@ use common::{Cluster, block_on, create, eventually, instance};
 use flynn_api::client::Http;
 use flynn_api::client::discovery::DiscoveryClient;
 use flynn_api::discovery::{HOST_SERVICE, Instance, ServiceConfig, ServiceMeta};
+use flynn_api::network::{IDENTITIES_SERVICE, endpoints_service};
 use flynn_api::{ErrorCode, Meta};
 use flynn_discovery::dns::zone::{Reaction, Transport, react};
 use flynn_discovery::dns::{Server, Upstreams, read_framed, write_framed};
@@ -355,6 +356,49 @@ fn the_gateway_takes_only_what_is_the_callers_own() {
             "not even routed"
         );
         plain.meta(HOST_SERVICE).await.unwrap();
+    });
+}
+
+#[test]
+fn containers_of_apps_are_not_where_the_platform_is() {
+    block_on(async {
+        let (cluster, gateway) = with_gateway().await;
+        let (plain, client) = (plain(&cluster, gateway), cluster.client(0));
+        let own = instance("127.0.0.1:80");
+        create(&client, "controller").await;
+        let refusal = async || plain.register("controller", &own).await.unwrap_err().code;
+        assert_eq!(
+            refusal().await,
+            ErrorCode::Unavailable,
+            "nobody knows whose it is"
+        );
+        let config = ServiceConfig::default();
+        let unknown = plain.create_service("scheduler", &config).await.unwrap_err();
+        assert_eq!(unknown.code, ErrorCode::Unavailable);
+
+        let [_, a, b, _] = gateway.octets();
+        let of_host = endpoints_service(&format!("127.{a}.{b}.128/25"));
+        let put = async |service: &str, data: serde_json::Value| {
+            client.ensure_service(service, &config).await.unwrap();
+            let index = client.meta(service).await.map_or(0, |meta| meta.index);
+            let meta = ServiceMeta {
+                data,
+                index,
+                leader_id: None,
+            };
+            client.set_meta(service, &meta).await.unwrap();
+        };
+        let endpoints = json!({ "version": 1, "host": "h0", "identities": { "127.0.0.1": 20 } });
+        put(&of_host, endpoints).await;
+        let identities =
+            |system: &[&str]| json!({ "version": 1, "next": 21, "apps": { "shop": 20 }, "system": system });
+        put(IDENTITIES_SERVICE, identities(&[])).await;
+        assert_eq!(refusal().await, ErrorCode::Forbidden);
+        assert!(client.instances("controller").await.unwrap().is_empty());
+        create(&plain, "web").await;
+        plain.register("web", &own).await.unwrap();
+        put(IDENTITIES_SERVICE, identities(&["shop"])).await;
+        plain.register("controller", &own).await.unwrap();
     });
 }
 

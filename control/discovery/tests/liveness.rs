@@ -9,7 +9,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use flynn_discovery::claims::{Claims, Told};
-use flynn_discovery::liveness::{Liveness, Registered, Times};
+use flynn_discovery::liveness::{Lead, Liveness, Registered, Times};
 use rand::rngs::StdRng;
 use rand::{Rng as _, SeedableRng as _};
 
@@ -320,11 +320,14 @@ impl Cluster {
             if !runs {
                 continue;
             }
-            let term = (*id == leader && leads).then_some(self.term);
+            let lead = (*id == leader && leads).then_some(Lead {
+                term: self.term,
+                acked: Some(0),
+            });
             let registered = self.registered.clone();
             let host = self.hosts.get_mut(id).unwrap();
             host.claims.round(now);
-            let expired = host.liveness.round(now, *id, &members, term, || {
+            let expired = host.liveness.round(now, *id, &members, lead, || {
                 registered
                     .iter()
                     .map(|(instance, index)| registration(instance, *index, of_instance(instance)))
@@ -418,6 +421,54 @@ fn run(seed: u64) -> BTreeSet<&'static str> {
     cluster.seen
 }
 
+/// That a majority follows now.
+const LEAD: Lead = Lead {
+    term: 1,
+    acked: Some(0),
+};
+
+/// However long the network is away, it is nobody's end: no majority heard the leader meanwhile, and it does not hear all at once
+/// when the network comes back.
+#[test]
+fn a_network_that_comes_back_is_nobody_s_end() {
+    let members = BTreeSet::from([1, 2, 3]);
+    let (two, three) = (instance(2), instance(3));
+    for elected in [false, true] {
+        let mut liveness = Liveness::new(TIMES);
+        for member in [2, 3] {
+            let mut claims = Claims::new(TIMES.lease);
+            claims.heard(0, "web", &instance(member));
+            liveness.beat(0, Told::default().next(member, 1, 7, &claims).0);
+        }
+        let mut expired = |now: u64, lead: Option<Lead>| {
+            let registered = || [(2, &two), (3, &three)].map(|(member, id)| registration(id, 7, member));
+            let registered = || registered().into_iter();
+            liveness.round(now, 1, &members, lead, registered).len()
+        };
+        assert_eq!(expired(100, (!elected).then_some(LEAD)), 0);
+        let mut now = 100;
+        while now < 60_000 {
+            now += 100;
+            let cut_off = Lead {
+                acked: Some(now),
+                ..LEAD
+            };
+            assert_eq!(expired(now, (!elected).then_some(cut_off)), 0, "at {now}");
+        }
+        // A majority follows again; not a beat has come yet.
+        let back = now;
+        while now < back + TIMES.lease {
+            assert_eq!(expired(now, Some(LEAD)), 0, "at {now}");
+            now += 100;
+        }
+        // Those who stay silent are gone in the end.
+        while now < back + TIMES.lease + 1_500 && expired(now, Some(LEAD)) == 0 {
+            now += 100;
+        }
+        assert!(now < back + TIMES.lease + 1_500);
+    }
+}
+
 /// What a member says of an instance that said goodbye is not said of it when it has come back meanwhile.
 #[test]
 fn a_goodbye_is_of_the_registration_that_it_ends() {
@@ -430,7 +481,7 @@ fn a_goodbye_is_of_the_registration_that_it_ends() {
         claims.gone("web", "one");
         let (beat, _) = told.unwrap().next(1, 1, 9, &claims);
         liveness.beat(100, beat);
-        let expired = liveness.round(100, 1, &members, Some(1), || {
+        let expired = liveness.round(100, 1, &members, Some(LEAD), || {
             [registration("one", registered, 1)].into_iter()
         });
         assert_eq!(!expired.is_empty(), gone, "registered at {registered}");

@@ -183,6 +183,23 @@ mod tests {
         .into()
     }
 
+    /// Wherever the platform's apps register, containers of others do not.
+    #[test]
+    fn its_services_are_the_platform_s() {
+        let manifest: Value = serde_json::from_str(DEFAULT).unwrap();
+        let mut services = Vec::new();
+        let mut left = vec![&manifest];
+        while let Some(value) = left.pop() {
+            if let Some(name) = value.pointer("/service/name") {
+                services.push(name.as_str().unwrap());
+            }
+            left.extend(value.as_array().into_iter().flatten());
+            left.extend(value.as_object().into_iter().flat_map(serde_json::Map::values));
+        }
+        services.sort_unstable();
+        assert_eq!(services, flynn_api::discovery::PLATFORM_SERVICES);
+    }
+
     #[test]
     fn the_default_manifest_is_whole() {
         let manifest = Manifest::read(DEFAULT, &variables()).unwrap();

@@ -3,7 +3,7 @@
 use std::convert::Infallible;
 use std::future::Future;
 use std::io;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::Path;
 use std::sync::Arc;
@@ -23,6 +23,7 @@ use tokio::task::JoinSet;
 use tokio_rustls::TlsAcceptor;
 use tower::ServiceExt as _;
 
+use super::places::{Place, Places};
 use crate::tcp::tune;
 use crate::tls::{Live, PeerIdentity};
 
@@ -46,7 +47,11 @@ pub struct Peer {
 }
 
 /// Where connections come from.
-pub struct Listener(Kind);
+pub struct Listener {
+    kind: Kind,
+    /// Of each other machine.
+    each: usize,
+}
 
 enum Kind {
     Tcp(TcpListener),
@@ -58,20 +63,34 @@ enum Kind {
 type Configuration = Box<dyn Fn() -> Arc<rustls::ServerConfig> + Send + Sync>;
 
 impl Listener {
+    fn of(kind: Kind) -> Self {
+        Self {
+            kind,
+            each: MAX_CONNECTIONS,
+        }
+    }
+
+    /// With no more than so many connections at a time from one address, unless it is this machine's own: none of many clients
+    /// takes them from the others. More are closed at once.
+    #[must_use]
+    pub fn each(self, each: usize) -> Self {
+        Self { each, ..self }
+    }
+
     /// Plain TCP.
     pub async fn tcp(addr: SocketAddr) -> io::Result<Self> {
-        Ok(Self(Kind::Tcp(TcpListener::bind(addr).await?)))
+        Ok(Self::from_tcp(TcpListener::bind(addr).await?))
     }
 
     /// Plain TCP on a socket that is listening already.
     pub fn from_tcp(listener: TcpListener) -> Self {
-        Self(Kind::Tcp(listener))
+        Self::of(Kind::Tcp(listener))
     }
 
     /// TLS.
     pub async fn tls(addr: SocketAddr, config: Arc<rustls::ServerConfig>) -> io::Result<Self> {
         let config: Configuration = Box::new(move || Arc::clone(&config));
-        Ok(Self(Kind::Tls(TcpListener::bind(addr).await?, config)))
+        Ok(Self::of(Kind::Tls(TcpListener::bind(addr).await?, config)))
     }
 
     /// TLS with an identity that is renewed: each connection is taken with what is in use then.
@@ -82,7 +101,7 @@ impl Listener {
     /// [`Listener::tls_live`] on a socket that is listening already.
     pub fn from_tls_live(listener: TcpListener, live: Arc<Live>) -> Self {
         let config: Configuration = Box::new(move || Arc::clone(&live.current().server));
-        Self(Kind::Tls(listener, config))
+        Self::of(Kind::Tls(listener, config))
     }
 
     /// A Unix socket that only its owner may open; one that is there from an earlier process is replaced.
@@ -93,18 +112,18 @@ impl Listener {
         }
         let listener = UnixListener::bind(path)?;
         std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600))?;
-        Ok(Self(Kind::Unix(listener)))
+        Ok(Self::of(Kind::Unix(listener)))
     }
 
     /// A Unix socket that is listening already.
     pub fn from_unix(listener: std::os::unix::net::UnixListener) -> io::Result<Self> {
         listener.set_nonblocking(true)?;
-        Ok(Self(Kind::Unix(UnixListener::from_std(listener)?)))
+        Ok(Self::of(Kind::Unix(UnixListener::from_std(listener)?)))
     }
 
     /// The address that it listens on, over TCP.
     pub fn local_addr(&self) -> Option<SocketAddr> {
-        match &self.0 {
+        match &self.kind {
             Kind::Tcp(listener) | Kind::Tls(listener, _) => listener.local_addr().ok(),
             Kind::Unix(_) => None,
         }
@@ -146,6 +165,7 @@ pub async fn serve_until(
     shutdown: impl Future<Output = Farewell>,
 ) -> io::Result<()> {
     let (graceful, slots) = (GracefulShutdown::new(), Arc::new(Semaphore::new(MAX_CONNECTIONS)));
+    let places = Places::new(MAX_CONNECTIONS, listener.each);
     // Those that have not ended when this ends are ended with it.
     let mut connections = JoinSet::new();
     let mut shutdown = std::pin::pin!(shutdown);
@@ -155,9 +175,14 @@ pub async fn serve_until(
             farewell = &mut shutdown => break farewell,
         };
         tokio::select! {
-            accepted = accept(&listener.0) => match accepted {
+            accepted = accept(&listener.kind) => match accepted {
                 Ok(connection) => {
-                    connections.spawn(keep(connection, router.clone(), graceful.watcher(), slot));
+                    let place = connection.other().map(|other| places.take(other));
+                    if matches!(place, Some(None)) {
+                        continue;
+                    }
+                    let held = (slot, place.flatten());
+                    connections.spawn(keep(connection, router.clone(), graceful.watcher(), held));
                     while connections.try_join_next().is_some() {}
                 }
                 Err(error) => {
@@ -182,6 +207,20 @@ enum Accepted {
     Unix(tokio::net::UnixStream),
 }
 
+impl Accepted {
+    /// The address of another machine that it comes from.
+    fn other(&self) -> Option<IpAddr> {
+        let (Self::Tcp(stream, addr) | Self::Tls(stream, addr, _)) = self else {
+            return None;
+        };
+        let other = addr.ip().to_canonical();
+        let own = stream
+            .local_addr()
+            .is_ok_and(|own| own.ip().to_canonical() == other);
+        (!own).then_some(other)
+    }
+}
+
 async fn accept(listener: &Kind) -> io::Result<Accepted> {
     Ok(match listener {
         Kind::Tcp(listener) => {
@@ -201,7 +240,7 @@ async fn keep(
     connection: Accepted,
     router: Router,
     watcher: hyper_util::server::graceful::Watcher,
-    _slot: OwnedSemaphorePermit,
+    _held: (OwnedSemaphorePermit, Option<Place>),
 ) {
     if let Err(error) = serve_accepted(connection, router, watcher).await {
         tracing::debug!(%error, "a connection failed");

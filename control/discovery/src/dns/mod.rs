@@ -2,8 +2,7 @@
 //!
 //! - [`zone`]: what we answer (pure).
 //! - [`plain`], [`ready`]: the short way to the same answers, for queries as nearly all clients send them.
-//! - [`udp`]: the thread that takes them by the batch; [`limit`]: how many a client may ask, and [`share`]: how much of what
-//!   is limited for all is one client's.
+//! - [`udp`]: the thread that takes them by the batch; [`limit`]: how many a client may ask.
 //! - [`forward`]: what others answer, and [`cache`], what they have answered.
 //!
 //! Our own names are answered within the loop that receives, without waiting for anything. Forwarded queries run beside
@@ -14,7 +13,6 @@ pub mod forward;
 mod limit;
 pub mod plain;
 pub mod ready;
-mod share;
 mod udp;
 pub mod zone;
 
@@ -23,13 +21,13 @@ use std::net::{IpAddr, SocketAddr, UdpSocket};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use flynn_api::server::Places;
 use hickory_proto::rr::Name;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpListener, TcpStream};
 
 use self::forward::Forwarder;
 pub use self::forward::Upstreams;
-use self::share::Places;
 use self::zone::{Reaction, Transport, react};
 use crate::metrics::Codes;
 use crate::state::State;

@@ -119,12 +119,15 @@ pub(super) async fn join(
         );
         return Err(Error::conflict(message));
     }
+    let secret = digest(&request.secret);
+    // The state is fresh by now: what can be told to be in vain is not written.
+    node.view.read(|state| state.knows_token(&secret, wall_clock()))?;
     let identity = PeerIdentity::Host(request.host_id.clone());
     let cert = sign(&ca, &request.csr, &identity, &[request.address.to_string()])?;
     // The token is used up last: a request that cannot be signed does not cost one.
     let asked = format!("{} {} {}", request.host_id, request.address, request.csr);
     let command = Command::UseToken {
-        digest: digest(&request.secret),
+        digest: secret,
         request: digest(&asked),
         now: wall_clock(),
     };
@@ -146,11 +149,22 @@ pub(super) async fn renew(
         )
     };
     let caller = peer.identity.ok_or_else(nobody)?;
+    // After this the state is fresh.
+    let (_, ca) = ca::current(&node).await?;
     let address = peer.addr.map(|addr| addr.ip().to_canonical().to_string());
     let address = match &caller {
-        PeerIdentity::Host(id) => lease_address(&node, id)
-            .map(|leased| leased.to_string())
-            .or(address),
+        PeerIdentity::Host(id) => {
+            let leases = ca::metadata::<NetworkLeases>(&node, HOST_SERVICE)
+                .unwrap_or_default()
+                .leases;
+            let leased = leases.get(id).map(|lease| lease.address.to_string());
+            // Bootstrap asks before there is any.
+            if leased.is_none() && !leases.is_empty() {
+                let message = format!("the cluster has no host {id}: it was removed");
+                return Err(Error::new(ErrorCode::Forbidden, message));
+            }
+            leased.or(address)
+        }
         PeerIdentity::Job(_) => address,
     };
     let identity = match (caller, request.job) {
@@ -168,7 +182,6 @@ pub(super) async fn renew(
     if let PeerIdentity::Job(app) = &identity {
         names.extend([format!("{app}.discoverd"), format!("leader.{app}.discoverd")]);
     }
-    let (_, ca) = ca::current(&node).await?;
     let cert = sign(&ca, &request.csr, &identity, &names)?;
     Ok(Json(signed(&node, &ca, cert)))
 }

@@ -12,6 +12,10 @@ const MAX_LABELS: usize = 64;
 const MAX_LABEL_BYTES: usize = 16 << 10;
 /// Bytes of a key that names a write.
 const MAX_KEY: usize = 255;
+/// Levels of a service's metadata: what can be read in a request must be readable in a log entry as well, where it is further in.
+const MAX_META_DEPTH: usize = 64;
+/// What names begin with that the JSON library gives another meaning.
+const RESERVED: &str = "$serde_json::private::";
 /// Bytes of a service's metadata.
 const MAX_META_BYTES: usize = 1 << 20;
 
@@ -102,7 +106,22 @@ pub(super) fn request(headers: &HeaderMap) -> Result<u64, Error> {
     Ok(u64::from_be_bytes(number).max(1))
 }
 
-/// Metadata must not be too long.
+/// Whether a value is no deeper than `levels`, and can be read as it was written.
+fn is_plain(value: &serde_json::Value, levels: usize) -> bool {
+    use serde_json::Value;
+    match value {
+        Value::Array(values) => levels > 0 && values.iter().all(|value| is_plain(value, levels - 1)),
+        Value::Object(values) => {
+            levels > 0
+                && values
+                    .iter()
+                    .all(|(key, value)| !key.starts_with(RESERVED) && is_plain(value, levels - 1))
+        }
+        _ => true,
+    }
+}
+
+/// Metadata must not be too long or too deep.
 pub(super) fn meta(meta: &ServiceMeta) -> Result<(), Error> {
     let length = serde_json::to_vec(&meta.data).map_or(usize::MAX, |data| data.len());
     if length > MAX_META_BYTES {
@@ -111,5 +130,30 @@ pub(super) fn meta(meta: &ServiceMeta) -> Result<(), Error> {
             "metadata may be no longer than 1 MiB",
         ));
     }
+    if !is_plain(&meta.data, MAX_META_DEPTH) {
+        let message =
+            format!("no more than {MAX_META_DEPTH} levels, and no name that begins with {RESERVED}");
+        return Err(Error::invalid_field("data", message));
+    }
     meta.leader_id.as_deref().map_or(Ok(()), id)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    #[test]
+    fn metadata_is_no_deeper_than_it_can_be_read_again() {
+        let nested = |levels: usize| (0..levels).fold(json!(1), |inner, _| json!([inner]));
+        let of = |data| ServiceMeta {
+            data,
+            index: 0,
+            leader_id: None,
+        };
+        meta(&of(nested(MAX_META_DEPTH))).unwrap();
+        meta(&of(nested(MAX_META_DEPTH + 1))).unwrap_err();
+        meta(&of(json!({"a": {"$serde_json::private::RawValue": 1}}))).unwrap_err();
+        meta(&of(json!({"a": {"$": [1, 2.5, null, "x"]}}))).unwrap();
+    }
 }

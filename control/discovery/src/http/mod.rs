@@ -5,6 +5,7 @@ pub mod auth;
 mod ca;
 pub mod cluster;
 mod input;
+mod platform;
 mod recovery;
 mod services;
 mod stream;

@@ -16,6 +16,7 @@ use http::HeaderMap;
 use super::asked::{Asked, at, read};
 use super::auth::{Action, Door};
 use super::input;
+use super::platform;
 use super::stream::stream;
 use crate::command::Command;
 use crate::node::Node;
@@ -67,6 +68,7 @@ pub(super) async fn create(
 ) -> Result<Response, Error> {
     input::service(&service)?;
     door.check(&peer, &Action::CreateService(&service))?;
+    platform::check(&node, &door, &peer, &service)?;
     let command = Command::CreateService {
         service,
         leader_type: config.leader_type,
@@ -182,6 +184,7 @@ pub(super) async fn register(
     let present = present.ok().and_then(|present| address(&present));
     let addrs: Vec<_> = present.into_iter().chain([addr]).collect();
     door.check(&peer, &Action::Register(&service, &addrs))?;
+    platform::check(&node, &door, &peer, &service)?;
     node.register(&service, instance).await?;
     let (index, instance) = node.view.read_at(|state| find_instance(state, &service, &id));
     Ok(at(index, Json(instance?).into_response()))

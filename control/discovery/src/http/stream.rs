@@ -139,11 +139,40 @@ impl Changes {
     /// Where this watch stands.
     fn say_position(&mut self) -> Bytes {
         self.alarm.as_mut().reset(Instant::now() + HEARTBEAT);
-        // Changes are sent while the view is locked: if none waits now, none is missing up to its index.
-        let (index, all) = self.view.read_at(|_| self.queue.is_empty());
+        // Changes are sent while the view is locked: if none waits now, none is missing up to its index, unless this watch was cut off.
+        let (index, all) = self
+            .view
+            .read_at(|_| self.queue.is_empty() && !self.queue.is_closed());
         if all {
             self.position = Position::behind(index);
         }
         format!("id: {}\n\n", self.position).into()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Whoever was cut off is not told of a position beyond what it was told of.
+    #[tokio::test]
+    async fn no_position_is_said_after_the_end() {
+        let view = Arc::new(View::default());
+        let watch = view.watch_all(None).unwrap();
+        let mut changes = Changes {
+            view: Arc::clone(&view),
+            queue: watch.changes,
+            wanted: |_| true,
+            position: Position::behind(watch.index),
+            told: Instant::now(),
+            alarm: Box::pin(sleep(HEARTBEAT)),
+        };
+        view.apply_all([(5, None)]);
+        let said = format!("id: {}\n\n", Position::behind(5));
+        assert_eq!(changes.say_position(), said);
+        view.disconnect();
+        view.apply_all([(9, None)]);
+        assert_eq!(changes.say_position(), said);
+        assert!(changes.next().await.is_none());
     }
 }

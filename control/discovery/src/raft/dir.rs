@@ -56,6 +56,16 @@ pub fn stored_id(dir: &Path) -> anyhow::Result<Option<u64>> {
     id.map(Some)
 }
 
+/// Refuses a store without its journal: a member that forgot its vote, and what it has acknowledged, could split the cluster.
+pub fn check_whole(dir: &Path) -> anyhow::Result<()> {
+    anyhow::ensure!(
+        !dir.join("snapshot").exists() || dir.join("journal").exists(),
+        "{} is missing, but the snapshot is there: put it back, or move the whole directory away and join anew",
+        dir.join("journal").display()
+    );
+    Ok(())
+}
+
 /// The member's id: drawn when the store is made, and kept in it, so that a store that was lost never comes back under
 /// the same id (a member that forgot its vote could split the cluster).
 pub fn member_id(dir: &Path) -> anyhow::Result<u64> {
@@ -89,4 +99,20 @@ fn parse(bytes: &[u8]) -> Option<u64> {
     let text = std::str::from_utf8(bytes).ok()?;
     let id: u64 = text.strip_suffix('\n')?.split(' ').next()?.parse().ok()?;
     (text == encode_id(id) || text == format!("{id}\n")).then_some(id)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_store_is_whole_or_new() {
+        let dir = tempfile::tempdir().unwrap();
+        check_whole(dir.path()).unwrap();
+        std::fs::write(dir.path().join("snapshot"), "").unwrap();
+        let why = check_whole(dir.path()).unwrap_err().to_string();
+        assert!(why.contains("journal is missing"), "{why}");
+        std::fs::write(dir.path().join("journal"), "").unwrap();
+        check_whole(dir.path()).unwrap();
+    }
 }

@@ -301,7 +301,10 @@ impl Writer {
         self.file.seek(SeekFrom::Start(self.length))?;
         self.file.write_all(frame)?;
         if sync {
-            self.file.sync_data()?;
+            // Final also where the disk was full: what else was to be synced may be lost with it.
+            self.file
+                .sync_data()
+                .map_err(|why| io::Error::other(format!("it cannot be synced: {why}")))?;
         }
         self.length += frame.len() as u64;
         if sync {

@@ -1,6 +1,8 @@
 //! The receiving end of calls between members: `/raft/{id}/…` on the cluster listener, one by one or over a line
 //! ([`line`](mod@line)).
 
+use std::time::Duration;
+
 use axum::extract::{Path, Request, State};
 use axum::http::StatusCode;
 use axum::http::header::{CONNECTION, CONTENT_TYPE, UPGRADE};
@@ -23,6 +25,9 @@ use crate::command::Command;
 use crate::http::auth::{Action, Door};
 use crate::members::{self, MemberChange};
 use crate::node::{Forwarded, Node};
+
+/// How long what the leader sends may wait for this member's disk.
+const APPEND: Duration = Duration::from_secs(2);
 
 /// The routes.
 pub fn routes() -> Router<(Node, Door)> {
@@ -101,7 +106,10 @@ async fn answer(node: &Node, name: &str, body: &[u8]) -> Result<Vec<u8>, Error> 
     match name {
         "append" => {
             let rpc: AppendEntriesRequest<TypeConfig> = parse(body)?;
-            let answered = node.raft.append_entries(rpc).await;
+            // The caller has given up by then; while the disk is full or stuck, more and more would wait.
+            let answered = tokio::time::timeout(APPEND, node.raft.append_entries(rpc)).await;
+            let answered = answered
+                .map_err(|_| Error::unavailable("this member's disk does not take what it is to keep"))?;
             if matches!(&answered, Ok(taken) if !matches!(taken, AppendEntriesResponse::HigherVote(_))) {
                 node.hear_leader();
             }

@@ -7,7 +7,7 @@
 use std::io::{self, Write as _};
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
@@ -37,12 +37,13 @@ impl Snapshots for SnapshotFile {
             .map_err(io::Error::other)?
     }
 
-    /// A full disk is waited out, for openraft takes an error as the end.
+    /// A full disk is waited out, for openraft takes an error as the end. One that is made here is written beside one that comes
+    /// from the leader: what is on the disk already, or something later, stays.
     async fn save(&self, meta: &SnapshotMeta, data: Vec<u8>) -> io::Result<()> {
         let data = Arc::new(data);
         loop {
             let (file, meta, data) = (self.clone(), meta.clone(), Arc::clone(&data));
-            let written = tokio::task::spawn_blocking(move || file.write(&meta, &data)).await;
+            let written = tokio::task::spawn_blocking(move || file.write_later(&meta, &data)).await;
             match written.map_err(io::Error::other)? {
                 Err(error)
                     if matches!(
@@ -63,6 +64,8 @@ impl Snapshots for SnapshotFile {
 #[derive(Clone, Debug)]
 pub struct SnapshotFile {
     path: PathBuf,
+    /// The index of what is known to be there. Held while the file is replaced.
+    held: Arc<Mutex<Option<u64>>>,
 }
 
 /// A snapshot as it goes to a file or to another member.
@@ -110,6 +113,7 @@ impl SnapshotFile {
     pub fn new(dir: &Path) -> Self {
         Self {
             path: dir.join("snapshot"),
+            held: Arc::default(),
         }
     }
 
@@ -118,8 +122,25 @@ impl SnapshotFile {
         self.path.exists()
     }
 
+    fn held(&self) -> MutexGuard<'_, Option<u64>> {
+        self.held.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// [`SnapshotFile::write`], unless this very snapshot or a later one is known to be there.
+    fn write_later(&self, meta: &SnapshotMeta, data: &[u8]) -> io::Result<()> {
+        let mut held = self.held();
+        let index = meta.last_log_id.map(|last| last.index);
+        if held.is_some() && *held >= index {
+            return Ok(());
+        }
+        self.write(meta, data)?;
+        *held = index;
+        Ok(())
+    }
+
     /// Reads the snapshot, if there is one.
     pub fn read(&self) -> io::Result<Option<Snapshot>> {
+        let mut held = self.held();
         let bytes = match std::fs::read(&self.path) {
             Ok(bytes) => bytes,
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
@@ -133,6 +154,7 @@ impl SnapshotFile {
             );
             io::Error::new(io::ErrorKind::InvalidData, message)
         })?;
+        *held = meta.last_log_id.map(|last| last.index);
         Ok(Some(Snapshot {
             meta,
             snapshot: data.to_vec(),
@@ -158,5 +180,36 @@ impl SnapshotFile {
         })?;
         std::fs::rename(&temporary, &self.path)?;
         sync_directory(&self.path)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::raft::LogId;
+    use openraft::vote::RaftLeaderId;
+
+    fn meta(index: u64) -> SnapshotMeta {
+        SnapshotMeta {
+            last_log_id: Some(LogId::new(RaftLeaderId::new(1, 1), index)),
+            ..SnapshotMeta::default()
+        }
+    }
+
+    #[tokio::test]
+    async fn nothing_earlier_takes_the_place_of_what_is_there() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = SnapshotFile::new(dir.path());
+        file.save(&meta(5), b"five".to_vec()).await.unwrap();
+        file.clone().save(&meta(9), b"nine".to_vec()).await.unwrap();
+        file.save(&meta(7), b"seven".to_vec()).await.unwrap();
+        assert_eq!(file.load().await.unwrap().unwrap().snapshot, b"nine");
+
+        // What was read at a start is not written again: there may be no room for it.
+        let file = SnapshotFile::new(dir.path());
+        file.load().await.unwrap();
+        std::fs::remove_dir_all(dir.path()).unwrap();
+        file.save(&meta(9), b"nine".to_vec()).await.unwrap();
+        file.save(&meta(10), b"ten".to_vec()).await.unwrap_err();
     }
 }

@@ -27,6 +27,51 @@ fn meta(n: u64, index: u64) -> ServiceMeta {
     }
 }
 
+/// Fills a member's disk; gives the file that does.
+fn fill(member: &Member) -> PathBuf {
+    let filler = data(member).join("filler");
+    let mut file = std::fs::File::create(&filler).unwrap();
+    while std::io::Write::write_all(&mut file, &[1; 512]).is_ok() {}
+    filler
+}
+
+/// The leader's disk is full: another one leads, and writes go on, there as well once it has room.
+pub(crate) fn of_the_leader() {
+    block_on(async {
+        let mut cluster = Cluster::apart(Apart {
+            disk: Some("2m"),
+            ..Apart::default()
+        });
+        cluster.grow(3, |_| ()).await;
+        let full = cluster.ready(0).await;
+        let other = (full + 1) % 3;
+        create(&cluster.client(other), "web").await;
+        let filler = fill(&cluster.members[full]);
+        let write = async |at: usize| {
+            let client = cluster.client(at);
+            let read = client.meta("web").await.ok()?;
+            let long = ServiceMeta {
+                data: json!("x".repeat(5000)),
+                ..read
+            };
+            client.set_meta("web", &long).await.ok()
+        };
+        eventually("another leads, and writes go on", async || {
+            let written = write(other).await.is_some();
+            (cluster.leader(other).await? != full && written).then_some(())
+        })
+        .await;
+        for _ in 0..10 {
+            eventually("a write", async || write(other).await).await;
+        }
+        std::fs::remove_file(filler).unwrap();
+        eventually("a write by way of the one that was full", async || {
+            write(full).await
+        })
+        .await;
+    });
+}
+
 /// A disk of two megabytes fills up while it writes, and is emptied.
 pub(crate) fn run() {
     block_on(full_disk());
@@ -43,9 +88,7 @@ async fn full_disk() {
     create(client, "web").await;
     let mut last = client.set_meta("web", &meta(1, 0)).await.unwrap();
 
-    let filler = data(member).join("filler");
-    let mut file = std::fs::File::create(&filler).unwrap();
-    while std::io::Write::write_all(&mut file, &[1; 512]).is_ok() {}
+    let filler = fill(member);
     // The page that the journal ends in may have room for a few.
     let refused = eventually("a clear refusal", async || {
         let read = client.meta("web").await.unwrap();
@@ -70,7 +113,6 @@ async fn full_disk() {
     assert_eq!(client.services().await.unwrap(), ["web"]);
     client.meta("web").await.unwrap();
 
-    drop(file);
     std::fs::remove_file(&filler).unwrap();
     last = eventually("writes go on", async || {
         let read = client.meta("web").await.unwrap();

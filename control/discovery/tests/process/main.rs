@@ -44,6 +44,11 @@ fn main() -> std::process::ExitCode {
     let watched = |name, test| trial(name, no_watch.is_some(), test);
     let trials = vec![
         trial("a full disk is waited out", no_disk.is_some(), full_disk::run),
+        trial(
+            "a full disk of the leader is not all's",
+            no_disk.is_some(),
+            full_disk::of_the_leader,
+        ),
         trial("no acknowledged write is lost to kills", false, outages::kills),
         watched(
             "one member is killed wherever its store begins",
