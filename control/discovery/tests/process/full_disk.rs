@@ -46,13 +46,14 @@ pub(crate) fn of_the_leader() {
         let full = cluster.ready(0).await;
         let other = (full + 1) % 3;
         create(&cluster.client(other), "web").await;
+        cluster.client(other).set_meta("web", &meta(1, 0)).await.unwrap();
         let filler = fill(&cluster.members[full]);
         let write = async |at: usize| {
             let client = cluster.client(at);
-            let read = client.meta("web").await.ok()?;
+            let index = client.meta("web").await.ok()?.index;
             let long = ServiceMeta {
                 data: json!("x".repeat(5000)),
-                ..read
+                ..meta(0, index)
             };
             client.set_meta("web", &long).await.ok()
         };
