@@ -3,7 +3,7 @@
 use std::net::IpAddr;
 
 use http::header::{
-    CONNECTION, CONTENT_LENGTH, EXPECT, HOST, HeaderMap, HeaderName, HeaderValue, PROXY_AUTHENTICATE,
+    CONNECTION, CONTENT_LENGTH, COOKIE, EXPECT, HOST, HeaderMap, HeaderName, HeaderValue, PROXY_AUTHENTICATE,
     PROXY_AUTHORIZATION, TE, TRAILER, TRANSFER_ENCODING, UPGRADE,
 };
 use http::{Method, Request, StatusCode, Version};
@@ -113,6 +113,7 @@ pub fn forward(headers: &mut HeaderMap, host: &str, origin: &Origin) {
     strip_hop_by_hop(headers);
     // Our server has said 100 or will; a backend's would not be waited for.
     headers.remove(EXPECT);
+    join_cookies(headers);
     if let Ok(host) = HeaderValue::from_str(host) {
         headers.insert(HOST, host);
     }
@@ -136,6 +137,20 @@ pub fn forward(headers: &mut HeaderMap, host: &str, origin: &Origin) {
         if let Ok(id) = HeaderValue::try_from(id) {
             headers.insert(X_REQUEST_ID, id);
         }
+    }
+}
+
+/// HTTP/2 clients may split their cookies over several fields, HTTP/1.1 knows only one (RFC 9113, §8.2.3).
+fn join_cookies(headers: &mut HeaderMap) {
+    let fields: Vec<&[u8]> = headers
+        .get_all(COOKIE)
+        .iter()
+        .map(HeaderValue::as_bytes)
+        .collect();
+    if fields.len() > 1
+        && let Ok(all) = HeaderValue::from_bytes(&fields.join(&b"; "[..]))
+    {
+        headers.insert(COOKIE, all);
     }
 }
 
@@ -225,6 +240,19 @@ mod tests {
         let mut map = headers(&[("x-request-id", "short")]);
         forward(&mut map, "h", &origin());
         assert_eq!(map["x-request-id"].len(), 36);
+    }
+
+    #[test]
+    fn cookies_are_one_field() {
+        let mut map = headers(&[
+            ("cookie", "a=b"),
+            ("x", "y"),
+            ("cookie", "c=d; e=f"),
+            ("cookie", "g=h"),
+        ]);
+        forward(&mut map, "h", &origin());
+        let cookies: Vec<_> = map.get_all(COOKIE).iter().collect();
+        assert_eq!(cookies, ["a=b; c=d; e=f; g=h"]);
     }
 
     #[test]
