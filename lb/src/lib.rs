@@ -16,6 +16,7 @@
 //! - One route's fault (its certificate, its port, its instances) is no other route's.
 //! - Heads, streams, connections and retries are bounded; bodies stream, and who reads slowly slows the sender.
 
+mod activity;
 pub mod backend;
 pub mod balance;
 mod files;
