@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use flynn_api::Digest;
 use flynn_api::discovery::Instance;
 
-use crate::balance::Load;
+use crate::balance::{Budget, Load};
 use crate::upstream::Connection;
 
 /// How long a backend that refused a connection is passed over while there are others.
@@ -18,6 +18,8 @@ const FAILING_FOR: Duration = Duration::from_secs(1);
 const MAX_IDLE: usize = 64;
 /// How long one is kept.
 const IDLE_FOR: Duration = Duration::from_secs(30);
+/// How long a connection may take after an answer until it is ready for the next request.
+const READY_WITHIN: Duration = Duration::from_secs(1);
 
 /// One instance of a service.
 #[derive(Debug)]
@@ -90,11 +92,24 @@ impl Backend {
         None
     }
 
-    /// Keeps a connection for the next request.
-    pub fn keep(&self, connection: Connection) {
+    /// Keeps a connection for the next request, once it can take one. A backend may answer early, while its client
+    /// still sends: until that has ended, which may be long, the next request would wait for another client's.
+    pub fn keep(self: &Arc<Self>, mut connection: Connection) {
+        if connection.is_ready() {
+            return self.keep_ready(connection);
+        }
         if connection.is_closed() {
             return;
         }
+        let backend = Arc::clone(self);
+        tokio::spawn(async move {
+            if let Ok(true) = tokio::time::timeout(READY_WITHIN, connection.ready()).await {
+                backend.keep_ready(connection);
+            }
+        });
+    }
+
+    fn keep_ready(&self, connection: Connection) {
         let mut idle = self.connections();
         if idle.len() >= MAX_IDLE {
             idle.remove(0);
@@ -131,6 +146,8 @@ impl Drop for InFlight {
 pub struct Service {
     /// Its name in discoverd.
     pub name: String,
+    /// Requests that may still be tried again.
+    pub budget: Budget,
     members: RwLock<Arc<Members>>,
 }
 
@@ -165,6 +182,7 @@ impl Service {
     pub fn new(name: &str) -> Self {
         Self {
             name: name.to_owned(),
+            budget: Budget::default(),
             members: RwLock::default(),
         }
     }

@@ -1,7 +1,8 @@
 //! One request: its route, its backend, its answer.
 //!
 //! A request is tried again only where that is safe: when a backend refused the connection, when nothing of the
-//! request had left, or, for idempotent requests without a body, when the backend hung up before it answered.
+//! request had left, or, for idempotent requests without a body, when the backend hung up before it answered. What may
+//! have arrived is sent again on new connections only, and each time is paid for: it may be what ends its backends.
 
 use std::convert::Infallible;
 use std::net::SocketAddr;
@@ -19,7 +20,7 @@ use hyper::body::Incoming;
 use hyper::upgrade::OnUpgrade;
 
 use crate::backend::{Backend, InFlight};
-use crate::balance;
+use crate::balance::{self, Budget};
 use crate::headers::{self, Origin};
 use crate::router::{Router, Target};
 use crate::tunnel;
@@ -91,7 +92,7 @@ async fn route(
             "no route leads there: the host name or the path is not known here",
         ));
     };
-    router.budget.deposit();
+    target.service.budget.deposit();
     // Only HTTP/1.1 can change its protocol so.
     let upgrade = headers::upgrade_of(request.headers()).filter(|_| request.version() == Version::HTTP_11);
     let client_side = upgrade.as_ref().map(|_| hyper::upgrade::on(&mut request));
@@ -196,8 +197,9 @@ async fn send(
     let backends = members.backends(target.leader);
     let mut tried = Vec::new();
     let mut next = Some(request);
+    let mut pool = Pool::Kept;
     while let Some(request) = next.take() {
-        if tried.len() >= MAX_ATTEMPTS || !tried.is_empty() && !router.budget.withdraw() {
+        if tried.len() >= MAX_ATTEMPTS || !tried.is_empty() && !target.service.budget.withdraw() {
             break;
         }
         let Some(index) = choose(backends, &tried, wanted) else {
@@ -208,7 +210,7 @@ async fn send(
         }
         tried.push(index);
         let in_flight = backends[index].begin();
-        match attempt(router, &in_flight, request).await? {
+        match attempt(router, &target.service.budget, &in_flight, &mut pool, request).await? {
             Attempt::Answered(response, connection) => return Ok((*response, in_flight, connection)),
             Attempt::Failed(request) => next = request.map(|request| *request),
         }
@@ -247,25 +249,34 @@ enum Attempt {
     Failed(Option<Box<Request<Body>>>),
 }
 
+/// Which connections a request may use.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Pool {
+    /// One that was kept, if there is one.
+    Kept,
+    /// It was lost on one that was kept: only new ones.
+    New,
+}
+
 async fn attempt(
     router: &Router,
+    budget: &Budget,
     in_flight: &InFlight,
+    pool: &mut Pool,
     mut request: Request<Body>,
 ) -> Result<Attempt, headers::Refusal> {
     let backend = in_flight.backend();
+    let mut repeated = false;
     loop {
-        let (connection, kept) = match backend.take_idle() {
-            Some(connection) => (connection, true),
-            None => match Connection::open(backend.addr).await {
-                Ok(connection) => (connection, false),
-                Err(error) => {
-                    tracing::debug!(%error, backend = %backend.addr, "no connection");
-                    router.metrics.connect_failed();
-                    backend.failed();
-                    return Ok(Attempt::Failed(Some(Box::new(request))));
-                }
-            },
+        let Some((connection, kept)) = connect(router, backend, *pool).await else {
+            return Ok(Attempt::Failed(Some(Box::new(request))));
         };
+        if repeated {
+            if !budget.withdraw() {
+                return Ok(Attempt::Failed(None));
+            }
+            router.metrics.retried();
+        }
         let copy = again(&request);
         let answer = tokio::time::timeout(ANSWER_TIMEOUT, connection.send(request)).await;
         let failure = match answer {
@@ -283,13 +294,35 @@ async fn attempt(
             return Err((StatusCode::BAD_REQUEST, "the request's body broke off"));
         }
         tracing::debug!(error = %failure.error, backend = %backend.addr, kept, "no answer");
-        match failure.unsent.map(|unsent| *unsent).or(copy) {
-            // A backend may close a connection that it has kept for long enough, just as we use it: no fault of its.
-            Some(unsent) if kept => request = unsent,
-            unsent => {
-                backend.failed();
-                return Ok(Attempt::Failed(unsent.map(Box::new)));
+        // A backend may close a connection that it has kept for long enough, just as we use it: no fault of its.
+        match (failure.unsent, copy) {
+            (Some(unsent), _) if kept => request = *unsent,
+            (None, Some(copy)) if kept => {
+                (request, *pool, repeated) = (copy, Pool::New, true);
             }
+            (None, None) if kept => return Ok(Attempt::Failed(None)),
+            (unsent, copy) => {
+                backend.failed();
+                return Ok(Attempt::Failed(unsent.or(copy.map(Box::new))));
+            }
+        }
+    }
+}
+
+/// A connection to the backend, and whether it was kept; none where the backend takes none.
+async fn connect(router: &Router, backend: &Backend, pool: Pool) -> Option<(Connection, bool)> {
+    if pool == Pool::Kept
+        && let Some(connection) = backend.take_idle()
+    {
+        return Some((connection, true));
+    }
+    match Connection::open(backend.addr).await {
+        Ok(connection) => Some((connection, false)),
+        Err(error) => {
+            tracing::debug!(%error, backend = %backend.addr, "no connection");
+            router.metrics.connect_failed();
+            backend.failed();
+            None
         }
     }
 }

@@ -65,14 +65,23 @@ impl Connection {
         self.sender.is_closed()
     }
 
+    /// Whether it can take a request at once: the last one has been sent to its end, and answered.
+    pub fn is_ready(&self) -> bool {
+        self.sender.is_ready()
+    }
+
+    /// Waits until it can take a request; whether it ever will.
+    pub async fn ready(&mut self) -> bool {
+        self.sender.ready().await.is_ok()
+    }
+
     /// Sends a request and gives the answer's head, and the connection for the next request unless it has ended.
     pub async fn send(self, request: Request<Body>) -> Result<(Response<Incoming>, Option<Self>), Failure> {
         let Self {
             mut sender,
             mut ended,
         } = self;
-        // After the last answer's end the connection needs a moment; one that has closed says so here, and the
-        // request comes back unsent below.
+        // A new connection needs a moment; one that has closed says so here, and the request comes back unsent below.
         let _ = sender.ready().await;
         let mut answer = pin!(sender.try_send_request(request));
         let answered = tokio::select! {

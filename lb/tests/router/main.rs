@@ -2,6 +2,7 @@
 
 #![expect(clippy::unwrap_used, reason = "a test may panic")]
 
+mod backends;
 mod fake;
 
 use std::sync::Arc;
@@ -503,7 +504,7 @@ async fn clients_stay_where_they_were_and_leaders_lead() {
         .unwrap()
         .to_owned();
     assert!(
-        !cookie.contains("127"),
+        !cookie.contains("127.0.0.1"),
         "the cookie says nothing about the backend: {cookie}"
     );
     for _ in 0..20 {
