@@ -3,11 +3,12 @@
 use std::collections::BTreeSet;
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use flynn_api::Digest;
 use flynn_api::discovery::Instance;
+use tokio::sync::watch;
 
 use crate::balance::{Budget, Load};
 use crate::upstream::Connection;
@@ -20,6 +21,9 @@ const MAX_IDLE: usize = 64;
 const IDLE_FOR: Duration = Duration::from_secs(30);
 /// How long a connection may take after an answer until it is ready for the next request.
 const READY_WITHIN: Duration = Duration::from_secs(1);
+
+/// How long a service that a route leads to may be unknown while somebody waits for its instances.
+const TOLD_WITHIN: Duration = Duration::from_secs(2);
 
 /// One instance of a service.
 #[derive(Debug)]
@@ -148,7 +152,7 @@ pub struct Service {
     pub name: String,
     /// Requests that may still be tried again.
     pub budget: Budget,
-    members: RwLock<Arc<Members>>,
+    members: watch::Sender<Arc<Members>>,
 }
 
 /// The instances of a service at one time.
@@ -183,13 +187,25 @@ impl Service {
         Self {
             name: name.to_owned(),
             budget: Budget::default(),
-            members: RwLock::default(),
+            members: watch::Sender::default(),
         }
     }
 
     /// Its instances now.
     pub fn members(&self) -> Arc<Members> {
-        Arc::clone(&self.members.read().unwrap_or_else(PoisonError::into_inner))
+        Arc::clone(&self.members.borrow())
+    }
+
+    /// Its instances; those of a service that nobody has told of yet are waited for, a moment. A route may be known
+    /// before those who serve it.
+    pub async fn told(&self) -> Arc<Members> {
+        let members = self.members();
+        if members.known {
+            return members;
+        }
+        let mut told = self.members.subscribe();
+        let _ = tokio::time::timeout(TOLD_WITHIN, told.wait_for(|members| members.known)).await;
+        self.members()
     }
 
     /// These are its instances from now on. Backends that stay keep their connections and counts; requests under way
@@ -228,7 +244,7 @@ impl Service {
             backends,
             leading,
         });
-        *self.members.write().unwrap_or_else(PoisonError::into_inner) = members;
+        self.members.send_replace(members);
     }
 }
 
@@ -266,6 +282,20 @@ mod tests {
         assert_eq!(after.backends(false)[0].load().in_flight, 0);
         assert_ne!(before.backends(false)[0].token, before.backends(false)[1].token);
         assert!(!after.backends(false)[0].token.contains("10.0"));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_is_not_known_yet_is_waited_for() {
+        let service = Arc::new(Service::new("web"));
+        let asked = Arc::clone(&service);
+        let asking = tokio::spawn(async move { asked.told().await.backends(false).len() });
+        tokio::task::yield_now().await;
+        let instance = Instance::new("http", "10.0.0.1:80", flynn_api::Meta::new());
+        service.set(vec![instance], None, BTreeSet::new(), "key");
+        assert_eq!(asking.await.unwrap(), 1);
+
+        // Nobody may ever tell.
+        assert!(!Service::new("other").told().await.known);
     }
 
     #[test]

@@ -107,6 +107,15 @@ pub fn strip_hop_by_hop(headers: &mut HeaderMap) {
     }
 }
 
+/// Makes a backend's headers those of the answer to the client.
+pub fn give_back(headers: &mut HeaderMap) {
+    // The length that loses (RFC 9112, §6.3) is not the body's, and would be the only one that is left.
+    if headers.contains_key(TRANSFER_ENCODING) {
+        headers.remove(CONTENT_LENGTH);
+    }
+    strip_hop_by_hop(headers);
+}
+
 /// Makes a client's headers those of the request to the backend. `host` is what [`check`] found.
 pub fn forward(headers: &mut HeaderMap, host: &str, origin: &Origin) {
     // `Trailer` names fields that we pass on only if both sides speak chunked; without it a backend ignores them.

@@ -35,6 +35,7 @@ pub mod table;
 pub mod tcp;
 pub mod tls;
 pub mod tunnel;
+mod upload;
 pub mod upstream;
 
 pub use run::{Options, Sockets, run, serve as serve_on};

@@ -12,7 +12,9 @@ use std::task::{Context, Poll, ready};
 use std::time::{Duration, SystemTime};
 
 use bytes::Bytes;
-use http::header::{CONNECTION, CONTENT_TYPE, COOKIE, HeaderMap, HeaderValue, SET_COOKIE, UPGRADE};
+use http::header::{
+    CONNECTION, CONTENT_TYPE, COOKIE, HeaderMap, HeaderValue, SET_COOKIE, TRANSFER_ENCODING, UPGRADE,
+};
 use http::{Method, Request, Response, StatusCode, Version};
 use http_body::Body as _;
 use http_body_util::{BodyExt as _, Empty, Full};
@@ -20,15 +22,16 @@ use hyper::body::Incoming;
 use hyper::upgrade::OnUpgrade;
 
 use crate::backend::{Backend, InFlight};
-use crate::balance::{self, Budget};
+use crate::balance;
 use crate::headers::{self, Origin};
 use crate::router::{Router, Target};
 use crate::tunnel;
+use crate::upload::{Progress, Upload};
 use crate::upstream::{Body, Connection};
 
 /// Backends that one request is tried at.
 const MAX_ATTEMPTS: usize = 4;
-/// How long a backend may take to begin its answer.
+/// How long a backend may take to begin its answer, from when something of the request has last come.
 const ANSWER_TIMEOUT: Duration = Duration::from_mins(10);
 /// The cookie of sticky routes.
 const STICKY: &str = "_backend";
@@ -112,12 +115,14 @@ async fn route(
         at_ms: u64::try_from(at_ms).unwrap_or(0),
     };
     let close = target.disable_keep_alives && request.version() <= Version::HTTP_11;
-    let request = outgoing(request, &host, &origin, upgrade);
-    let (mut response, in_flight, connection) = send(router, &target, wanted.as_deref(), request).await?;
+    let progress = Progress::new();
+    let request = outgoing(request, &host, &origin, upgrade, &progress);
+    let (mut response, in_flight, connection) =
+        send(router, &target, wanted.as_deref(), &progress, request).await?;
 
     let protocol = response.headers().get(UPGRADE).cloned();
     let switched = response.status() == StatusCode::SWITCHING_PROTOCOLS;
-    headers::strip_hop_by_hop(response.headers_mut());
+    headers::give_back(response.headers_mut());
     if target.sticky && wanted.as_deref() != Some(in_flight.backend().token.as_str()) {
         let secure = if client.tls { "; Secure" } else { "" };
         let value = format!(
@@ -146,6 +151,7 @@ fn outgoing(
     host: &str,
     origin: &Origin,
     upgrade: Option<HeaderValue>,
+    progress: &Progress,
 ) -> Request<Body> {
     let (mut parts, body) = request.into_parts();
     headers::forward(&mut parts.headers, host, origin);
@@ -163,7 +169,12 @@ fn outgoing(
     let body = if body.is_end_stream() {
         empty()
     } else {
-        body.boxed_unsync()
+        if body.size_hint().exact().is_none() {
+            // Unless it is said, hyper takes GET and HEAD to bring nothing, and drops what they do bring.
+            let chunked = HeaderValue::from_static("chunked");
+            parts.headers.insert(TRANSFER_ENCODING, chunked);
+        }
+        Upload::new(body, progress.clone()).boxed_unsync()
     };
     Request::from_parts(parts, body)
 }
@@ -191,9 +202,10 @@ async fn send(
     router: &Router,
     target: &Target,
     wanted: Option<&str>,
+    progress: &Progress,
     request: Request<Body>,
 ) -> Result<Sent, headers::Refusal> {
-    let members = target.service.members();
+    let members = target.service.told().await;
     let backends = members.backends(target.leader);
     let mut tried = Vec::new();
     let mut next = Some(request);
@@ -210,7 +222,7 @@ async fn send(
         }
         tried.push(index);
         let in_flight = backends[index].begin();
-        match attempt(router, &target.service.budget, &in_flight, &mut pool, request).await? {
+        match attempt(router, target, &in_flight, &mut pool, progress, request).await? {
             Attempt::Answered(response, connection) => return Ok((*response, in_flight, connection)),
             Attempt::Failed(request) => next = request.map(|request| *request),
         }
@@ -260,9 +272,10 @@ enum Pool {
 
 async fn attempt(
     router: &Router,
-    budget: &Budget,
+    target: &Target,
     in_flight: &InFlight,
     pool: &mut Pool,
+    progress: &Progress,
     mut request: Request<Body>,
 ) -> Result<Attempt, headers::Refusal> {
     let backend = in_flight.backend();
@@ -272,17 +285,17 @@ async fn attempt(
             return Ok(Attempt::Failed(Some(Box::new(request))));
         };
         if repeated {
-            if !budget.withdraw() {
+            if !target.service.budget.withdraw() {
                 return Ok(Attempt::Failed(None));
             }
             router.metrics.retried();
         }
         let copy = again(&request);
-        let answer = tokio::time::timeout(ANSWER_TIMEOUT, connection.send(request)).await;
+        let answer = progress.within(ANSWER_TIMEOUT, connection.send(request)).await;
         let failure = match answer {
-            Ok(Ok((response, connection))) => return Ok(Attempt::Answered(Box::new(response), connection)),
-            Ok(Err(failure)) => failure,
-            Err(_) => {
+            Some(Ok((response, connection))) => return Ok(Attempt::Answered(Box::new(response), connection)),
+            Some(Err(failure)) => failure,
+            None => {
                 return Err((
                     StatusCode::GATEWAY_TIMEOUT,
                     "there was no answer within ten minutes",

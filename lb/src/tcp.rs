@@ -261,7 +261,7 @@ async fn accept(router: &Arc<Router>, listener: &TcpListener, targets: &Targets)
 /// Carries one connection: to the first backend, in balanced order, that takes it.
 async fn carry(client: TcpStream, service: &Service, leader: bool) -> io::Result<()> {
     client.set_nodelay(true)?;
-    let members = service.members();
+    let members = service.told().await;
     let backends = members.backends(leader);
     let mut tried = Vec::new();
     loop {

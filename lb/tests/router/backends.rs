@@ -145,3 +145,18 @@ async fn a_kept_connection_that_ends_is_no_fault_of_the_backend() {
     assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
     assert_eq!(accepted.load(Ordering::SeqCst), before, "the others are kept");
 }
+
+#[tokio::test]
+async fn of_two_lengths_of_an_answer_the_true_one_counts() {
+    let (_control, router, _) = played(|mut stream| async move {
+        while head(&mut stream).await.is_some() {
+            let answer = b"HTTP/1.1 200 OK\r\ncontent-length: 3\r\ntransfer-encoding: chunked\r\n\r\n\
+                5\r\nhello\r\n0\r\n\r\n";
+            stream.write_all(answer).await.unwrap();
+        }
+    })
+    .await;
+    let answer = router.get("a.test", "/").await.unwrap();
+    assert!(!answer.head.contains("content-length"), "{answer:?}");
+    assert!(answer.body.contains("hello"), "{answer:?}");
+}

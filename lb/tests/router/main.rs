@@ -166,6 +166,19 @@ async fn requests_with_two_readings_do_not_pass() {
 }
 
 #[tokio::test]
+async fn bodies_of_unknown_length_arrive() {
+    let (_control, router, _backend) = simple().await;
+    for method in ["GET", "POST"] {
+        let request = format!(
+            "{method} /echo HTTP/1.1\r\nhost: a.test\r\ntransfer-encoding: chunked\r\nconnection: close\r\n\r\n\
+             5\r\nhello\r\n0\r\n\r\n"
+        );
+        let answer = router.raw(request.as_bytes()).await.unwrap();
+        assert!(answer.body.contains("hello"), "{method}: {answer:?}");
+    }
+}
+
+#[tokio::test]
 async fn protocols_can_change() {
     let (_control, router, _backend) = simple().await;
     let mut stream = TcpStream::connect(router.http).await.unwrap();
