@@ -6,7 +6,8 @@
 //! - Pure: [`table`] (which route), [`balance`] (which instance, and whether again), [`headers`] (what is passed on),
 //!   [`ports`] (which TCP routes are served).
 //! - [`proxy`] carries one request, over connections of [`upstream`] that [`backend`] keeps; [`tunnel`] and [`tcp`]
-//!   carry bytes; the kernel steers what comes to a TCP route's port to one listener, or each has its own. [`serve`] accepts, HTTP/1.1 and, by ALPN, HTTP/2; [`tls`] has the certificates.
+//!   carry bytes; the kernel steers what comes to a TCP route's port to one listener, or each has its own. [`serve`] accepts, HTTP/1.1 and, by ALPN, HTTP/2, as many
+//!   as [`slots`] has places for; [`tls`] has the certificates.
 //! - [`sync`] follows controller and discoverd, [`store`] keeps the last good state on disk, [`router`] is what all
 //!   of them share.
 //!
@@ -21,6 +22,7 @@ pub mod backend;
 pub mod balance;
 mod files;
 pub mod headers;
+mod keepalive;
 pub mod l4;
 pub mod listen;
 pub mod metrics;
@@ -29,6 +31,7 @@ pub mod proxy;
 pub mod router;
 mod run;
 pub mod serve;
+pub mod slots;
 pub mod store;
 pub mod sync;
 pub mod table;

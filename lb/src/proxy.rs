@@ -25,9 +25,10 @@ use crate::backend::{Backend, InFlight};
 use crate::balance;
 use crate::headers::{self, Origin};
 use crate::router::{Router, Target};
+use crate::slots::Slot;
 use crate::tunnel;
 use crate::upload::{Progress, Upload};
-use crate::upstream::{Body, Connection};
+use crate::upstream::{self, Body, Connection};
 
 /// Backends that one request is tried at.
 const MAX_ATTEMPTS: usize = 4;
@@ -37,7 +38,7 @@ const ANSWER_TIMEOUT: Duration = Duration::from_mins(10);
 const STICKY: &str = "_backend";
 
 /// How a client's connection came in.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct Client {
     /// The other end.
     pub addr: SocketAddr,
@@ -45,6 +46,8 @@ pub struct Client {
     pub tls: bool,
     /// Our port.
     pub port: u16,
+    /// Its place among all.
+    pub slot: Slot,
 }
 
 /// Answers a request. Whatever goes wrong becomes an answer too.
@@ -134,7 +137,7 @@ async fn route(
         }
     }
     if switched {
-        return switch(router, response, protocol, client_side, in_flight);
+        return switch(router, response, protocol, client_side, (in_flight, client.slot));
     }
     if close {
         response
@@ -281,7 +284,7 @@ async fn attempt(
     let backend = in_flight.backend();
     let mut repeated = false;
     loop {
-        let Some((connection, kept)) = connect(router, backend, *pool).await else {
+        let Some((connection, kept)) = connect(router, backend, *pool).await? else {
             return Ok(Attempt::Failed(Some(Box::new(request))));
         };
         if repeated {
@@ -323,19 +326,30 @@ async fn attempt(
 }
 
 /// A connection to the backend, and whether it was kept; none where the backend takes none.
-async fn connect(router: &Router, backend: &Backend, pool: Pool) -> Option<(Connection, bool)> {
+async fn connect(
+    router: &Router,
+    backend: &Backend,
+    pool: Pool,
+) -> Result<Option<(Connection, bool)>, headers::Refusal> {
     if pool == Pool::Kept
         && let Some(connection) = backend.take_idle()
     {
-        return Some((connection, true));
+        return Ok(Some((connection, true)));
     }
     match Connection::open(backend.addr).await {
-        Ok(connection) => Some((connection, false)),
+        Ok(connection) => Ok(Some((connection, false))),
+        Err(error) if upstream::is_our_own(&error) => {
+            tracing::warn!(%error, "no connection to a backend can be made");
+            Err((
+                StatusCode::SERVICE_UNAVAILABLE,
+                "the router has too many connections",
+            ))
+        }
         Err(error) => {
             tracing::debug!(%error, backend = %backend.addr, "no connection");
             router.metrics.connect_failed();
             backend.failed();
-            None
+            Ok(None)
         }
     }
 }
@@ -346,7 +360,7 @@ fn switch(
     response: Response<Incoming>,
     protocol: Option<HeaderValue>,
     client_side: Option<OnUpgrade>,
-    in_flight: InFlight,
+    held: (InFlight, Slot),
 ) -> Result<Response<Body>, headers::Refusal> {
     let (Some(client_side), Some(protocol)) = (client_side, protocol) else {
         return Err((
@@ -361,7 +375,7 @@ fn switch(
     parts.headers.insert(UPGRADE, protocol);
     let answer = Response::from_parts(parts.clone(), empty());
     let backend_side = hyper::upgrade::on(Response::from_parts(parts, body));
-    tunnel::start(router, client_side, backend_side, in_flight);
+    tunnel::start(router, client_side, backend_side, held);
     Ok(answer)
 }
 

@@ -12,6 +12,7 @@ use tokio_util::task::TaskTracker;
 use crate::backend::Service;
 use crate::l4::plan::Key;
 use crate::metrics::Metrics;
+use crate::slots::Slots;
 use crate::table::Table;
 use crate::tls::Certificates;
 
@@ -46,6 +47,8 @@ pub struct Router {
     pub certificates: Arc<Certificates>,
     /// Counters.
     pub metrics: Metrics,
+    /// Places for clients' connections.
+    pub slots: Slots,
     /// Connections, upgraded ones as well.
     pub tasks: TaskTracker,
     /// Routes by port that cannot be served, and why.
@@ -64,6 +67,7 @@ impl Router {
             now: RwLock::default(),
             certificates,
             metrics: Metrics::default(),
+            slots: Slots::of_process(),
             refused: RwLock::default(),
             tasks: TaskTracker::new(),
             stop: CancellationToken::new(),

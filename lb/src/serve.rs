@@ -6,23 +6,19 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use http::{Request, Response};
-use http_body_util::BodyExt as _;
 use hyper::body::Incoming;
 use hyper::service::{Service, service_fn};
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::Semaphore;
 use tokio_rustls::TlsAcceptor;
 use tokio_util::sync::CancellationToken;
 
-use crate::activity::{Activity, UnderWay};
+use crate::activity::{Activity, Held};
 use crate::proxy::{self, Client};
 use crate::router::Router;
 use crate::upstream::Body;
 
-/// Clients' connections at a time. Each may need a second descriptor for its backend.
-const MAX_CONNECTIONS: usize = 8192;
 /// How long a client may take for a request's head; also how long an idle connection is kept.
 const HEAD_TIMEOUT: Duration = Duration::from_mins(1);
 /// How long a client may take for the TLS handshake.
@@ -56,10 +52,7 @@ pub async fn serve(
     shutdown: CancellationToken,
     drain: Duration,
 ) -> io::Result<()> {
-    let slots = Arc::new(Semaphore::new(MAX_CONNECTIONS));
-    let accepting = doors
-        .into_iter()
-        .map(|door| accept(&router, door, &slots, &shutdown));
+    let accepting = doors.into_iter().map(|door| accept(&router, door, &shutdown));
     futures::future::try_join_all(accepting).await?;
     router.tasks.close();
     if tokio::time::timeout(drain, router.tasks.wait()).await.is_err() {
@@ -69,18 +62,13 @@ pub async fn serve(
     Ok(())
 }
 
-async fn accept(
-    router: &Arc<Router>,
-    door: Door,
-    slots: &Arc<Semaphore>,
-    shutdown: &CancellationToken,
-) -> io::Result<()> {
+async fn accept(router: &Arc<Router>, door: Door, shutdown: &CancellationToken) -> io::Result<()> {
     let port = door.listener.local_addr()?.port();
     let tls = door.tls.map(TlsAcceptor::from);
     loop {
         // When all are taken, clients wait in the socket's backlog.
         let slot = tokio::select! {
-            slot = Arc::clone(slots).acquire_owned() => slot.map_err(io::Error::other)?,
+            slot = router.slots.take() => slot?,
             () = shutdown.cancelled() => return Ok(()),
         };
         let accepted = tokio::select! {
@@ -94,11 +82,12 @@ async fn accept(
                     addr,
                     tls: tls.is_some(),
                     port,
+                    slot,
                 };
-                router.tasks.clone().spawn(async move {
-                    let _slot = slot;
-                    connection(router, stream, client, tls, drain).await;
-                });
+                router
+                    .tasks
+                    .clone()
+                    .spawn(connection(router, stream, client, tls, drain));
             }
             Err(error) => {
                 // Out of descriptors, most likely: others will close some.
@@ -117,7 +106,7 @@ async fn connection(
     drain: CancellationToken,
 ) {
     let _counted = router.metrics.connection();
-    let stop = router.stop.clone();
+    let (stop, addr) = (router.stop.clone(), client.addr);
     let serve = async {
         let _ = stream.set_nodelay(true);
         let Some(tls) = tls else {
@@ -135,7 +124,7 @@ async fn connection(
     };
     tokio::select! {
         result = serve => if let Err(error) = result {
-            tracing::debug!(%error, client = %client.addr, "a connection ended early");
+            tracing::debug!(%error, client = %addr, "a connection ended early");
         },
         () = stop.cancelled() => {}
     }
@@ -150,7 +139,7 @@ fn service(
     Error = Infallible,
     Future = impl Future<Output = Result<Response<Body>, Infallible>> + Send,
 > {
-    service_fn(move |request| proxy::handle(Arc::clone(&router), client, request))
+    service_fn(move |request| proxy::handle(Arc::clone(&router), client.clone(), request))
 }
 
 async fn http1(
@@ -190,7 +179,7 @@ where
         async move {
             answer
                 .await
-                .map(|answer| answer.map(|body| holding(body, under_way)))
+                .map(|answer| answer.map(|body| Held::new(body, under_way)))
         }
     });
     let connection = hyper::server::conn::http2::Builder::new(TokioExecutor::new())
@@ -219,22 +208,19 @@ where
     }
 }
 
-/// The same body; its request is under way for as long as it is there.
-fn holding(body: Body, under_way: UnderWay) -> Body {
-    body.map_err(move |error| {
-        let _under_way = &under_way;
-        error
-    })
-    .boxed_unsync()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::slots::Slots;
+    use crate::tls;
     use bytes::Bytes;
+    use flynn_api::Meta;
+    use flynn_api::discovery::Instance;
+    use flynn_api::route::Route;
     use http_body::Frame;
-    use http_body_util::{Empty, StreamBody};
+    use http_body_util::{BodyExt as _, Empty, StreamBody};
     use hyper::client::conn::http2::SendRequest;
+    use std::collections::BTreeSet;
     use std::sync::atomic::{AtomicUsize, Ordering};
     use tokio::io::{AsyncWriteExt as _, DuplexStream};
     use tokio::task::JoinHandle;
@@ -283,6 +269,70 @@ mod tests {
     async fn who_waits_for_an_answer_stays() {
         let (client, _served) = served(LONG);
         ask(client).await;
+    }
+
+    /// A backend that changes the protocol of whatever it is asked, and then says nothing.
+    async fn switching(listener: TcpListener) {
+        let mut kept = Vec::new();
+        while let Ok((mut stream, _)) = listener.accept().await {
+            let answer = b"HTTP/1.1 101 Switching Protocols\r\nconnection: upgrade\r\nupgrade: x\r\n\r\n";
+            stream.write_all(answer).await.unwrap();
+            kept.push(stream);
+        }
+    }
+
+    fn router(slots: usize) -> Arc<Router> {
+        let dir = tempfile::tempdir().unwrap();
+        let certificate = tls::default_certificate(dir.path(), None).unwrap();
+        let certificates = Arc::new(tls::Certificates::new(&certificate).unwrap());
+        let mut router = Router::new(certificates, "key".into());
+        router.slots = Slots::new(slots);
+        Arc::new(router)
+    }
+
+    async fn until(what: &str, condition: impl Fn() -> bool) {
+        let look = async {
+            while !condition() {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        };
+        let seen = tokio::time::timeout(Duration::from_secs(20), look).await;
+        seen.unwrap_or_else(|_| panic!("never: {what}"));
+    }
+
+    #[tokio::test]
+    async fn a_tunnel_keeps_its_slot() {
+        // One for the client, one for whom the router waits.
+        let router = router(2);
+        let bind = || TcpListener::bind("127.0.0.1:0");
+        let (listener, backend) = (bind().await.unwrap(), bind().await.unwrap());
+        router.set_routes(vec![Route {
+            domain: "a.test".into(),
+            path: "/".into(),
+            service: "web".into(),
+            ..Route::default()
+        }]);
+        let instance = Instance::new("http", backend.local_addr().unwrap().to_string(), Meta::new());
+        router.set_instances(&router.services()[0], vec![instance], None, BTreeSet::new());
+        tokio::spawn(switching(backend));
+        let addr = listener.local_addr().unwrap();
+        let doors = vec![Door { listener, tls: None }];
+        let (stop, drain) = (CancellationToken::new(), Duration::from_secs(1));
+        tokio::spawn(serve(Arc::clone(&router), doors, stop, drain));
+
+        let mut client = TcpStream::connect(addr).await.unwrap();
+        let request = b"GET / HTTP/1.1\r\nhost: a.test\r\nconnection: upgrade\r\nupgrade: x\r\n\r\n";
+        client.write_all(request).await.unwrap();
+        let says = |line: &'static str| {
+            let router = Arc::clone(&router);
+            move || router.metrics.text().contains(line)
+        };
+        until("a tunnel", says("flynn_router_tunnels 1")).await;
+        until("no HTTP", says("flynn_router_connections 0")).await;
+        assert_eq!(router.slots.free(), 0);
+        drop(client);
+        router.stop.cancel();
+        until("the slot is free again", || router.slots.free() == 1).await;
     }
 
     /// A client that lets everything come, as far as HTTP/2 is asked, and then reads nothing.

@@ -12,11 +12,14 @@ use http_body_util::combinators::UnsyncBoxBody;
 use hyper::body::Incoming;
 use hyper::client::conn::http1::{Builder, SendRequest};
 use hyper_util::rt::TokioIo;
+use rustix::io::Errno;
 use tokio::net::TcpStream;
 use tokio::sync::oneshot;
 
+use crate::keepalive;
+
 /// How long a backend may take to accept a connection.
-pub const CONNECT_TIMEOUT: Duration = Duration::from_secs(1);
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(1);
 /// The longest head of an answer.
 const MAX_HEAD: usize = 64 << 10;
 
@@ -40,12 +43,24 @@ pub struct Failure {
     pub error: hyper::Error,
 }
 
+/// Connects to a backend.
+pub async fn connect(addr: SocketAddr) -> io::Result<TcpStream> {
+    let stream = tokio::time::timeout(CONNECT_TIMEOUT, TcpStream::connect(addr)).await;
+    let stream = stream.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))?;
+    stream.set_nodelay(true)?;
+    keepalive::set(&stream)?;
+    Ok(stream)
+}
+
+/// Whether a connection was not made for want of our own files: no fault of the backend's.
+pub fn is_our_own(error: &io::Error) -> bool {
+    matches!(Errno::from_io_error(error), Some(Errno::MFILE | Errno::NFILE))
+}
+
 impl Connection {
     /// Connects.
     pub async fn open(addr: SocketAddr) -> io::Result<Self> {
-        let stream = tokio::time::timeout(CONNECT_TIMEOUT, TcpStream::connect(addr)).await;
-        let stream = stream.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))?;
-        stream.set_nodelay(true)?;
+        let stream = connect(addr).await?;
         let (sender, connection) = Builder::new()
             .max_buf_size(MAX_HEAD)
             .handshake(TokioIo::new(stream))
@@ -131,6 +146,13 @@ mod tests {
             }
         });
         addr
+    }
+
+    #[test]
+    fn want_of_files_is_our_own() {
+        let of = |errno: Errno| is_our_own(&errno.into());
+        assert!(of(Errno::MFILE) && of(Errno::NFILE));
+        assert!(!of(Errno::CONNREFUSED) && !is_our_own(&io::ErrorKind::TimedOut.into()));
     }
 
     fn request() -> Request<Body> {
