@@ -2,7 +2,6 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::time::Duration;
 
 use flynn_api::Meta;
 use flynn_api::discovery::Instance;
@@ -10,10 +9,9 @@ use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Barrier;
 
-use super::fake::{Control, Running, route};
+use super::fake::{Control, PATIENCE, Running, route};
 use super::text;
 
-const PATIENCE: Duration = Duration::from_secs(20);
 const EMPTY: &[u8] = b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n";
 
 /// A router with one route, `a.test`, to a backend of which each connection is served so. Counts the connections.
