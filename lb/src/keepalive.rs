@@ -46,6 +46,6 @@ mod tests {
         let (backend, client) = tokio::join!(upstream::connect(addr), listener.accept());
         let two_minutes = Some(Duration::from_mins(2));
         assert_eq!(patience(&client.unwrap().0), two_minutes);
-        assert_eq!(patience(&backend.unwrap()), two_minutes);
+        assert_eq!(patience(backend.unwrap()), two_minutes);
     }
 }

@@ -90,7 +90,9 @@ async fn mortal(mut stream: TcpStream, together: Arc<Barrier>, kills: Arc<Atomic
                 kills.fetch_add(1, Ordering::SeqCst);
                 return;
             }
-            "/together" => drop(together.wait().await),
+            "/together" => {
+                together.wait().await;
+            }
             _ => {}
         }
         if stream.write_all(EMPTY).await.is_err() {
