@@ -3,13 +3,14 @@
 use std::collections::BTreeSet;
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use flynn_api::Digest;
 use flynn_api::discovery::Instance;
+use tokio::sync::watch;
 
-use crate::balance::Load;
+use crate::balance::{Budget, Load};
 use crate::upstream::Connection;
 
 /// How long a backend that refused a connection is passed over while there are others.
@@ -18,6 +19,11 @@ const FAILING_FOR: Duration = Duration::from_secs(1);
 const MAX_IDLE: usize = 64;
 /// How long one is kept.
 const IDLE_FOR: Duration = Duration::from_secs(30);
+/// How long a connection may take after an answer until it is ready for the next request.
+const READY_WITHIN: Duration = Duration::from_secs(1);
+
+/// How long a service that a route leads to may be unknown while somebody waits for its instances.
+const TOLD_WITHIN: Duration = Duration::from_secs(2);
 
 /// One instance of a service.
 #[derive(Debug)]
@@ -90,11 +96,24 @@ impl Backend {
         None
     }
 
-    /// Keeps a connection for the next request.
-    pub fn keep(&self, connection: Connection) {
+    /// Keeps a connection for the next request, once it can take one. A backend may answer early, while its client
+    /// still sends: until that has ended, which may be long, the next request would wait for another client's.
+    pub fn keep(self: &Arc<Self>, mut connection: Connection) {
+        if connection.is_ready() {
+            return self.keep_ready(connection);
+        }
         if connection.is_closed() {
             return;
         }
+        let backend = Arc::clone(self);
+        tokio::spawn(async move {
+            if let Ok(true) = tokio::time::timeout(READY_WITHIN, connection.ready()).await {
+                backend.keep_ready(connection);
+            }
+        });
+    }
+
+    fn keep_ready(&self, connection: Connection) {
         let mut idle = self.connections();
         if idle.len() >= MAX_IDLE {
             idle.remove(0);
@@ -131,7 +150,9 @@ impl Drop for InFlight {
 pub struct Service {
     /// Its name in discoverd.
     pub name: String,
-    members: RwLock<Arc<Members>>,
+    /// Requests that may still be tried again.
+    pub budget: Budget,
+    members: watch::Sender<Arc<Members>>,
 }
 
 /// The instances of a service at one time.
@@ -165,13 +186,26 @@ impl Service {
     pub fn new(name: &str) -> Self {
         Self {
             name: name.to_owned(),
-            members: RwLock::default(),
+            budget: Budget::default(),
+            members: watch::Sender::default(),
         }
     }
 
     /// Its instances now.
     pub fn members(&self) -> Arc<Members> {
-        Arc::clone(&self.members.read().unwrap_or_else(PoisonError::into_inner))
+        Arc::clone(&self.members.borrow())
+    }
+
+    /// Its instances; those of a service that nobody has told of yet are waited for, a moment. A route may be known
+    /// before those who serve it.
+    pub async fn told(&self) -> Arc<Members> {
+        let members = self.members();
+        if members.known {
+            return members;
+        }
+        let mut told = self.members.subscribe();
+        let _ = tokio::time::timeout(TOLD_WITHIN, told.wait_for(|members| members.known)).await;
+        self.members()
     }
 
     /// These are its instances from now on. Backends that stay keep their connections and counts; requests under way
@@ -210,7 +244,7 @@ impl Service {
             backends,
             leading,
         });
-        *self.members.write().unwrap_or_else(PoisonError::into_inner) = members;
+        self.members.send_replace(members);
     }
 }
 
@@ -248,6 +282,20 @@ mod tests {
         assert_eq!(after.backends(false)[0].load().in_flight, 0);
         assert_ne!(before.backends(false)[0].token, before.backends(false)[1].token);
         assert!(!after.backends(false)[0].token.contains("10.0"));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_is_not_known_yet_is_waited_for() {
+        let service = Arc::new(Service::new("web"));
+        let asked = Arc::clone(&service);
+        let asking = tokio::spawn(async move { asked.told().await.backends(false).len() });
+        tokio::task::yield_now().await;
+        let instance = Instance::new("http", "10.0.0.1:80", flynn_api::Meta::new());
+        service.set(vec![instance], None, BTreeSet::new(), "key");
+        assert_eq!(asking.await.unwrap(), 1);
+
+        // Nobody may ever tell.
+        assert!(!Service::new("other").told().await.known);
     }
 
     #[test]

@@ -3,7 +3,7 @@
 use std::net::IpAddr;
 
 use http::header::{
-    CONNECTION, CONTENT_LENGTH, EXPECT, HOST, HeaderMap, HeaderName, HeaderValue, PROXY_AUTHENTICATE,
+    CONNECTION, CONTENT_LENGTH, COOKIE, EXPECT, HOST, HeaderMap, HeaderName, HeaderValue, PROXY_AUTHENTICATE,
     PROXY_AUTHORIZATION, TE, TRAILER, TRANSFER_ENCODING, UPGRADE,
 };
 use http::{Method, Request, StatusCode, Version};
@@ -107,12 +107,22 @@ pub fn strip_hop_by_hop(headers: &mut HeaderMap) {
     }
 }
 
+/// Makes a backend's headers those of the answer to the client.
+pub fn give_back(headers: &mut HeaderMap) {
+    // The length that loses (RFC 9112, §6.3) is not the body's, and would be the only one that is left.
+    if headers.contains_key(TRANSFER_ENCODING) {
+        headers.remove(CONTENT_LENGTH);
+    }
+    strip_hop_by_hop(headers);
+}
+
 /// Makes a client's headers those of the request to the backend. `host` is what [`check`] found.
 pub fn forward(headers: &mut HeaderMap, host: &str, origin: &Origin) {
     // `Trailer` names fields that we pass on only if both sides speak chunked; without it a backend ignores them.
     strip_hop_by_hop(headers);
     // Our server has said 100 or will; a backend's would not be waited for.
     headers.remove(EXPECT);
+    join_cookies(headers);
     if let Ok(host) = HeaderValue::from_str(host) {
         headers.insert(HOST, host);
     }
@@ -136,6 +146,20 @@ pub fn forward(headers: &mut HeaderMap, host: &str, origin: &Origin) {
         if let Ok(id) = HeaderValue::try_from(id) {
             headers.insert(X_REQUEST_ID, id);
         }
+    }
+}
+
+/// HTTP/2 clients may split their cookies over several fields, HTTP/1.1 knows only one (RFC 9113, §8.2.3).
+fn join_cookies(headers: &mut HeaderMap) {
+    let fields: Vec<&[u8]> = headers
+        .get_all(COOKIE)
+        .iter()
+        .map(HeaderValue::as_bytes)
+        .collect();
+    if fields.len() > 1
+        && let Ok(all) = HeaderValue::from_bytes(&fields.join(&b"; "[..]))
+    {
+        headers.insert(COOKIE, all);
     }
 }
 
@@ -225,6 +249,19 @@ mod tests {
         let mut map = headers(&[("x-request-id", "short")]);
         forward(&mut map, "h", &origin());
         assert_eq!(map["x-request-id"].len(), 36);
+    }
+
+    #[test]
+    fn cookies_are_one_field() {
+        let mut map = headers(&[
+            ("cookie", "a=b"),
+            ("x", "y"),
+            ("cookie", "c=d; e=f"),
+            ("cookie", "g=h"),
+        ]);
+        forward(&mut map, "h", &origin());
+        let cookies: Vec<_> = map.get_all(COOKIE).iter().collect();
+        assert_eq!(cookies, ["a=b; c=d; e=f; g=h"]);
     }
 
     #[test]

@@ -6,7 +6,8 @@
 //! - Pure: [`table`] (which route), [`balance`] (which instance, and whether again), [`headers`] (what is passed on),
 //!   [`ports`] (which TCP routes are served).
 //! - [`proxy`] carries one request, over connections of [`upstream`] that [`backend`] keeps; [`tunnel`] and [`tcp`]
-//!   carry bytes; the kernel steers what comes to a TCP route's port to one listener, or each has its own. [`serve`] accepts, HTTP/1.1 and, by ALPN, HTTP/2; [`tls`] has the certificates.
+//!   carry bytes; the kernel steers what comes to a TCP route's port to one listener, or each has its own. [`serve`] accepts, HTTP/1.1 and, by ALPN, HTTP/2, as many
+//!   as [`slots`] has places for; [`tls`] has the certificates.
 //! - [`sync`] follows controller and discoverd, [`store`] keeps the last good state on disk, [`router`] is what all
 //!   of them share.
 //!
@@ -16,10 +17,12 @@
 //! - One route's fault (its certificate, its port, its instances) is no other route's.
 //! - Heads, streams, connections and retries are bounded; bodies stream, and who reads slowly slows the sender.
 
+mod activity;
 pub mod backend;
 pub mod balance;
 mod files;
 pub mod headers;
+mod keepalive;
 pub mod l4;
 pub mod listen;
 pub mod metrics;
@@ -28,12 +31,14 @@ pub mod proxy;
 pub mod router;
 mod run;
 pub mod serve;
+pub mod slots;
 pub mod store;
 pub mod sync;
 pub mod table;
 pub mod tcp;
 pub mod tls;
 pub mod tunnel;
+mod upload;
 pub mod upstream;
 
 pub use run::{Options, Sockets, run, serve as serve_on};

@@ -7,6 +7,8 @@ use std::os::fd::OwnedFd;
 use rustix::net::{AddressFamily, SocketFlags, SocketType, bind, ipproto, listen, socket_with, sockopt};
 use tokio::net::TcpListener;
 
+use crate::keepalive;
+
 /// Connections that wait to be accepted.
 const BACKLOG: i32 = 1024;
 
@@ -32,6 +34,7 @@ pub fn on(addr: SocketAddr) -> io::Result<TcpListener> {
     if addr.is_ipv6() {
         sockopt::set_ipv6_v6only(&socket, false)?;
     }
+    keepalive::set(&socket)?;
     bind(&socket, &addr)?;
     listen(&socket, BACKLOG)?;
     TcpListener::from_std(socket.into())

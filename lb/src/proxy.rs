@@ -1,7 +1,8 @@
 //! One request: its route, its backend, its answer.
 //!
 //! A request is tried again only where that is safe: when a backend refused the connection, when nothing of the
-//! request had left, or, for idempotent requests without a body, when the backend hung up before it answered.
+//! request had left, or, for idempotent requests without a body, when the backend hung up before it answered. What may
+//! have arrived is sent again on new connections only, and each time is paid for: it may be what ends its backends.
 
 use std::convert::Infallible;
 use std::net::SocketAddr;
@@ -11,7 +12,9 @@ use std::task::{Context, Poll, ready};
 use std::time::{Duration, SystemTime};
 
 use bytes::Bytes;
-use http::header::{CONNECTION, CONTENT_TYPE, COOKIE, HeaderMap, HeaderValue, SET_COOKIE, UPGRADE};
+use http::header::{
+    CONNECTION, CONTENT_TYPE, COOKIE, HeaderMap, HeaderValue, SET_COOKIE, TRANSFER_ENCODING, UPGRADE,
+};
 use http::{Method, Request, Response, StatusCode, Version};
 use http_body::Body as _;
 use http_body_util::{BodyExt as _, Empty, Full};
@@ -22,18 +25,20 @@ use crate::backend::{Backend, InFlight};
 use crate::balance;
 use crate::headers::{self, Origin};
 use crate::router::{Router, Target};
+use crate::slots::Slot;
 use crate::tunnel;
-use crate::upstream::{Body, Connection};
+use crate::upload::{Progress, Upload};
+use crate::upstream::{self, Body, Connection};
 
 /// Backends that one request is tried at.
 const MAX_ATTEMPTS: usize = 4;
-/// How long a backend may take to begin its answer.
+/// How long a backend may take to begin its answer, from when something of the request has last come.
 const ANSWER_TIMEOUT: Duration = Duration::from_mins(10);
 /// The cookie of sticky routes.
 const STICKY: &str = "_backend";
 
 /// How a client's connection came in.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct Client {
     /// The other end.
     pub addr: SocketAddr,
@@ -41,6 +46,8 @@ pub struct Client {
     pub tls: bool,
     /// Our port.
     pub port: u16,
+    /// Its place among all.
+    pub slot: Slot,
 }
 
 /// Answers a request. Whatever goes wrong becomes an answer too.
@@ -91,7 +98,7 @@ async fn route(
             "no route leads there: the host name or the path is not known here",
         ));
     };
-    router.budget.deposit();
+    target.service.budget.deposit();
     // Only HTTP/1.1 can change its protocol so.
     let upgrade = headers::upgrade_of(request.headers()).filter(|_| request.version() == Version::HTTP_11);
     let client_side = upgrade.as_ref().map(|_| hyper::upgrade::on(&mut request));
@@ -111,12 +118,14 @@ async fn route(
         at_ms: u64::try_from(at_ms).unwrap_or(0),
     };
     let close = target.disable_keep_alives && request.version() <= Version::HTTP_11;
-    let request = outgoing(request, &host, &origin, upgrade);
-    let (mut response, in_flight, connection) = send(router, &target, wanted.as_deref(), request).await?;
+    let progress = Progress::new();
+    let request = outgoing(request, &host, &origin, upgrade, &progress);
+    let (mut response, in_flight, connection) =
+        send(router, &target, wanted.as_deref(), &progress, request).await?;
 
     let protocol = response.headers().get(UPGRADE).cloned();
     let switched = response.status() == StatusCode::SWITCHING_PROTOCOLS;
-    headers::strip_hop_by_hop(response.headers_mut());
+    headers::give_back(response.headers_mut());
     if target.sticky && wanted.as_deref() != Some(in_flight.backend().token.as_str()) {
         let secure = if client.tls { "; Secure" } else { "" };
         let value = format!(
@@ -128,7 +137,7 @@ async fn route(
         }
     }
     if switched {
-        return switch(router, response, protocol, client_side, in_flight);
+        return switch(router, response, protocol, client_side, (in_flight, client.slot));
     }
     if close {
         response
@@ -145,6 +154,7 @@ fn outgoing(
     host: &str,
     origin: &Origin,
     upgrade: Option<HeaderValue>,
+    progress: &Progress,
 ) -> Request<Body> {
     let (mut parts, body) = request.into_parts();
     headers::forward(&mut parts.headers, host, origin);
@@ -162,7 +172,12 @@ fn outgoing(
     let body = if body.is_end_stream() {
         empty()
     } else {
-        body.boxed_unsync()
+        if body.size_hint().exact().is_none() {
+            // Unless it is said, hyper takes GET and HEAD to bring nothing, and drops what they do bring.
+            let chunked = HeaderValue::from_static("chunked");
+            parts.headers.insert(TRANSFER_ENCODING, chunked);
+        }
+        Upload::new(body, progress.clone()).boxed_unsync()
     };
     Request::from_parts(parts, body)
 }
@@ -190,14 +205,16 @@ async fn send(
     router: &Router,
     target: &Target,
     wanted: Option<&str>,
+    progress: &Progress,
     request: Request<Body>,
 ) -> Result<Sent, headers::Refusal> {
-    let members = target.service.members();
+    let members = target.service.told().await;
     let backends = members.backends(target.leader);
     let mut tried = Vec::new();
     let mut next = Some(request);
+    let mut pool = Pool::Kept;
     while let Some(request) = next.take() {
-        if tried.len() >= MAX_ATTEMPTS || !tried.is_empty() && !router.budget.withdraw() {
+        if tried.len() >= MAX_ATTEMPTS || !tried.is_empty() && !target.service.budget.withdraw() {
             break;
         }
         let Some(index) = choose(backends, &tried, wanted) else {
@@ -208,7 +225,7 @@ async fn send(
         }
         tried.push(index);
         let in_flight = backends[index].begin();
-        match attempt(router, &in_flight, request).await? {
+        match attempt(router, target, &in_flight, &mut pool, progress, request).await? {
             Attempt::Answered(response, connection) => return Ok((*response, in_flight, connection)),
             Attempt::Failed(request) => next = request.map(|request| *request),
         }
@@ -247,31 +264,41 @@ enum Attempt {
     Failed(Option<Box<Request<Body>>>),
 }
 
+/// Which connections a request may use.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Pool {
+    /// One that was kept, if there is one.
+    Kept,
+    /// It was lost on one that was kept: only new ones.
+    New,
+}
+
 async fn attempt(
     router: &Router,
+    target: &Target,
     in_flight: &InFlight,
+    pool: &mut Pool,
+    progress: &Progress,
     mut request: Request<Body>,
 ) -> Result<Attempt, headers::Refusal> {
     let backend = in_flight.backend();
+    let mut repeated = false;
     loop {
-        let (connection, kept) = match backend.take_idle() {
-            Some(connection) => (connection, true),
-            None => match Connection::open(backend.addr).await {
-                Ok(connection) => (connection, false),
-                Err(error) => {
-                    tracing::debug!(%error, backend = %backend.addr, "no connection");
-                    router.metrics.connect_failed();
-                    backend.failed();
-                    return Ok(Attempt::Failed(Some(Box::new(request))));
-                }
-            },
+        let Some((connection, kept)) = connect(router, backend, *pool).await? else {
+            return Ok(Attempt::Failed(Some(Box::new(request))));
         };
+        if repeated {
+            if !target.service.budget.withdraw() {
+                return Ok(Attempt::Failed(None));
+            }
+            router.metrics.retried();
+        }
         let copy = again(&request);
-        let answer = tokio::time::timeout(ANSWER_TIMEOUT, connection.send(request)).await;
+        let answer = progress.within(ANSWER_TIMEOUT, connection.send(request)).await;
         let failure = match answer {
-            Ok(Ok((response, connection))) => return Ok(Attempt::Answered(Box::new(response), connection)),
-            Ok(Err(failure)) => failure,
-            Err(_) => {
+            Some(Ok((response, connection))) => return Ok(Attempt::Answered(Box::new(response), connection)),
+            Some(Err(failure)) => failure,
+            None => {
                 return Err((
                     StatusCode::GATEWAY_TIMEOUT,
                     "there was no answer within ten minutes",
@@ -283,13 +310,46 @@ async fn attempt(
             return Err((StatusCode::BAD_REQUEST, "the request's body broke off"));
         }
         tracing::debug!(error = %failure.error, backend = %backend.addr, kept, "no answer");
-        match failure.unsent.map(|unsent| *unsent).or(copy) {
-            // A backend may close a connection that it has kept for long enough, just as we use it: no fault of its.
-            Some(unsent) if kept => request = unsent,
-            unsent => {
-                backend.failed();
-                return Ok(Attempt::Failed(unsent.map(Box::new)));
+        // A backend may close a connection that it has kept for long enough, just as we use it: no fault of its.
+        match (failure.unsent, copy) {
+            (Some(unsent), _) if kept => request = *unsent,
+            (None, Some(copy)) if kept => {
+                (request, *pool, repeated) = (copy, Pool::New, true);
             }
+            (None, None) if kept => return Ok(Attempt::Failed(None)),
+            (unsent, copy) => {
+                backend.failed();
+                return Ok(Attempt::Failed(unsent.or(copy.map(Box::new))));
+            }
+        }
+    }
+}
+
+/// A connection to the backend, and whether it was kept; none where the backend takes none.
+async fn connect(
+    router: &Router,
+    backend: &Backend,
+    pool: Pool,
+) -> Result<Option<(Connection, bool)>, headers::Refusal> {
+    if pool == Pool::Kept
+        && let Some(connection) = backend.take_idle()
+    {
+        return Ok(Some((connection, true)));
+    }
+    match Connection::open(backend.addr).await {
+        Ok(connection) => Ok(Some((connection, false))),
+        Err(error) if upstream::is_our_own(&error) => {
+            tracing::warn!(%error, "no connection to a backend can be made");
+            Err((
+                StatusCode::SERVICE_UNAVAILABLE,
+                "the router has too many connections",
+            ))
+        }
+        Err(error) => {
+            tracing::debug!(%error, backend = %backend.addr, "no connection");
+            router.metrics.connect_failed();
+            backend.failed();
+            Ok(None)
         }
     }
 }
@@ -300,7 +360,7 @@ fn switch(
     response: Response<Incoming>,
     protocol: Option<HeaderValue>,
     client_side: Option<OnUpgrade>,
-    in_flight: InFlight,
+    held: (InFlight, Slot),
 ) -> Result<Response<Body>, headers::Refusal> {
     let (Some(client_side), Some(protocol)) = (client_side, protocol) else {
         return Err((
@@ -315,7 +375,7 @@ fn switch(
     parts.headers.insert(UPGRADE, protocol);
     let answer = Response::from_parts(parts.clone(), empty());
     let backend_side = hyper::upgrade::on(Response::from_parts(parts, body));
-    tunnel::start(router, client_side, backend_side, in_flight);
+    tunnel::start(router, client_side, backend_side, held);
     Ok(answer)
 }
 

@@ -10,9 +10,9 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::backend::Service;
-use crate::balance::Budget;
 use crate::l4::plan::Key;
 use crate::metrics::Metrics;
+use crate::slots::Slots;
 use crate::table::Table;
 use crate::tls::Certificates;
 
@@ -47,8 +47,8 @@ pub struct Router {
     pub certificates: Arc<Certificates>,
     /// Counters.
     pub metrics: Metrics,
-    /// Retries that may still be made.
-    pub budget: Budget,
+    /// Places for clients' connections.
+    pub slots: Slots,
     /// Connections, upgraded ones as well.
     pub tasks: TaskTracker,
     /// Routes by port that cannot be served, and why.
@@ -67,7 +67,7 @@ impl Router {
             now: RwLock::default(),
             certificates,
             metrics: Metrics::default(),
-            budget: Budget::default(),
+            slots: Slots::of_process(),
             refused: RwLock::default(),
             tasks: TaskTracker::new(),
             stop: CancellationToken::new(),
@@ -187,5 +187,38 @@ impl Router {
     ) {
         service.set(instances, leader, lost, &self.cookie_key);
         self.changed.notify_one();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::tls::default_certificate;
+
+    fn router() -> Router {
+        let dir = tempfile::tempdir().unwrap();
+        let default = default_certificate(dir.path(), None).unwrap();
+        Router::new(Arc::new(Certificates::new(&default).unwrap()), "key".into())
+    }
+
+    fn route(domain: &str, service: &str) -> Route {
+        Route {
+            domain: domain.into(),
+            path: "/".into(),
+            service: service.into(),
+            ..Route::default()
+        }
+    }
+
+    #[test]
+    fn a_service_that_fails_takes_nobody_elses_retries() {
+        let router = router();
+        router.set_routes(vec![route("a.test", "a"), route("b.test", "b")]);
+        let budget = |host: &str| router.find(host, "/").unwrap().service;
+        while budget("a.test").budget.withdraw() {}
+        assert!(budget("b.test").budget.withdraw());
+        // Nor does it get new ones by other routes' changes.
+        router.set_routes(vec![route("a.test", "a")]);
+        assert!(!budget("a.test").budget.withdraw());
     }
 }

@@ -75,13 +75,16 @@ impl Store {
     }
 
     fn save(&self, router: &Router) -> anyhow::Result<()> {
-        let services = router.services().into_iter().map(|service| {
+        let services = router.services().into_iter().filter_map(|service| {
             let members = service.members();
-            let saved = SavedService {
-                instances: members.instances.clone(),
-                leader: members.leader.clone(),
-            };
-            (service.name.clone(), saved)
+            // One that nobody has told of would be read as one without instances.
+            members.known.then(|| {
+                let saved = SavedService {
+                    instances: members.instances.clone(),
+                    leader: members.leader.clone(),
+                };
+                (service.name.clone(), saved)
+            })
         });
         let saved = Saved {
             version: VERSION,
@@ -127,10 +130,14 @@ mod tests {
             service: "web".into(),
             ..Route::default()
         };
-        first.set_routes(vec![route("a.test")]);
+        let unknown = Route {
+            service: "unknown".into(),
+            ..route("b.test")
+        };
+        first.set_routes(vec![route("a.test"), unknown]);
         let instance = Instance::new("http", "10.0.0.1:80", flynn_api::Meta::new());
         first.set_instances(
-            &first.services()[0],
+            &first.find("a.test", "/").unwrap().service,
             vec![instance.clone()],
             Some(instance.id.clone()),
             BTreeSet::new(),
@@ -143,6 +150,8 @@ mod tests {
         store.load(&second);
         let target = second.find("a.test", "/").unwrap();
         assert_eq!(target.service.members().backends(true).len(), 1);
+        let unknown = second.find("b.test", "/").unwrap().service;
+        assert!(!unknown.members().known, "nobody has ever told of it");
 
         std::fs::write(&store.path, &std::fs::read(&store.path).unwrap()[..40]).unwrap();
         let third = router(dir.path());

@@ -2,7 +2,6 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::{self, BufRead as _};
-use std::net::SocketAddr;
 use std::path::Path;
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::{Duration, Instant};
@@ -18,7 +17,7 @@ use crate::listen;
 use crate::ports::{Plan, listening};
 use crate::router::Router;
 use crate::tunnel;
-use crate::upstream::CONNECT_TIMEOUT;
+use crate::upstream;
 
 /// Between looks at the routes, and at who else listens.
 const LOOK: Duration = Duration::from_secs(1);
@@ -103,12 +102,10 @@ async fn steered(
     let mut takeover = Takeover::Waiting(None);
     let accepting = accept(router, &listener, targets);
     tokio::pin!(accepting);
+    let mut taken = BTreeSet::new();
     loop {
         // Whoever listens on a port itself keeps it: the program would take its connections.
-        let taken = listeners().unwrap_or_else(|error| {
-            tracing::warn!(%error, "who else listens on this host cannot be seen");
-            BTreeSet::new()
-        });
+        keep_known(&mut taken, listeners());
         let plan = plan(router, targets, &taken);
         if takeover.is_due(router, &plan) {
             let ports = plan.served.keys().map(|number| Port {
@@ -173,6 +170,14 @@ impl Takeover {
             *self = Self::Done;
         }
         Ok(())
+    }
+}
+
+/// Those that listen are still taken to when they cannot be listed: a route would take their connections.
+fn keep_known(taken: &mut BTreeSet<u16>, listed: io::Result<BTreeSet<u16>>) {
+    match listed {
+        Ok(listed) => *taken = listed,
+        Err(error) => tracing::warn!(%error, "who else listens on this host cannot be seen"),
     }
 }
 
@@ -245,9 +250,14 @@ async fn accept(router: &Arc<Router>, listener: &TcpListener, targets: &Targets)
             targets.get(&address.port()).cloned()
         });
         let Some((service, leader)) = target else { continue };
+        // It waits for its slot here, and the others in the listener's backlog: a slot that waited for a connection on
+        // each of many ports would be nobody's.
+        let Ok(slot) = router.slots.take().await else {
+            continue;
+        };
         let (end, busy) = (router.stop.clone(), router.metrics.tunnel());
         router.tasks.spawn(async move {
-            let _counted = busy;
+            let _counted = (busy, slot);
             tokio::select! {
                 result = carry(client, &service, leader) => if let Err(error) = result {
                     tracing::debug!(%error, service = service.name, "a TCP connection broke off");
@@ -261,7 +271,7 @@ async fn accept(router: &Arc<Router>, listener: &TcpListener, targets: &Targets)
 /// Carries one connection: to the first backend, in balanced order, that takes it.
 async fn carry(client: TcpStream, service: &Service, leader: bool) -> io::Result<()> {
     client.set_nodelay(true)?;
-    let members = service.members();
+    let members = service.told().await;
     let backends = members.backends(leader);
     let mut tried = Vec::new();
     loop {
@@ -272,19 +282,67 @@ async fn carry(client: TcpStream, service: &Service, leader: bool) -> io::Result
         };
         tried.push(index);
         let in_flight = backends[index].begin();
-        match connect(backends[index].addr).await {
+        match upstream::connect(backends[index].addr).await {
             Ok(backend) => {
                 let _counted = in_flight;
                 return tunnel::carry(client, backend).await;
             }
+            Err(error) if upstream::is_our_own(&error) => return Err(error),
             Err(_) => backends[index].failed(),
         }
     }
 }
 
-async fn connect(addr: SocketAddr) -> io::Result<TcpStream> {
-    let stream = tokio::time::timeout(CONNECT_TIMEOUT, TcpStream::connect(addr)).await;
-    let stream = stream.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))?;
-    stream.set_nodelay(true)?;
-    Ok(stream)
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::slots::Slots;
+    use crate::tls::{Certificates, default_certificate};
+    use flynn_api::discovery::Instance;
+
+    #[test]
+    fn who_listens_keeps_its_port_though_nobody_can_look() {
+        let mut taken = BTreeSet::new();
+        keep_known(&mut taken, Ok(BTreeSet::from([3000])));
+        keep_known(&mut taken, Err(io::ErrorKind::Other.into()));
+        assert_eq!(taken, BTreeSet::from([3000]));
+        keep_known(&mut taken, Ok(BTreeSet::new()));
+        assert!(taken.is_empty());
+    }
+
+    #[tokio::test]
+    async fn each_connection_has_a_slot() {
+        let dir = tempfile::tempdir().unwrap();
+        let certificates = Certificates::new(&default_certificate(dir.path(), None).unwrap()).unwrap();
+        let mut router = Router::new(Arc::new(certificates), "key".into());
+        router.slots = Slots::new(1);
+        let router = Arc::new(router);
+        let (door, backend) = (loopback().await, loopback().await);
+        let service = Arc::new(Service::new("raw"));
+        let instance = Instance::new(
+            "tcp",
+            backend.local_addr().unwrap().to_string(),
+            flynn_api::Meta::new(),
+        );
+        service.set(vec![instance], None, BTreeSet::new(), "key");
+        let addr = door.local_addr().unwrap();
+        let targets = Targets::default();
+        targets.write().unwrap().insert(addr.port(), (service, false));
+        let accepting = Arc::clone(&router);
+        tokio::spawn(async move { accept(&accepting, &door, &targets).await });
+
+        let first = TcpStream::connect(addr).await.unwrap();
+        let carried = backend.accept().await.unwrap();
+        assert_eq!(router.slots.free(), 0);
+        let _second = TcpStream::connect(addr).await.unwrap();
+        // The second one's turn comes once the first has ended at both sides.
+        drop((first, carried));
+        let next = tokio::time::timeout(Duration::from_secs(20), backend.accept());
+        next.await.expect("the slot is never free again").unwrap();
+        assert_eq!(router.slots.free(), 0);
+    }
+
+    async fn loopback() -> TcpListener {
+        TcpListener::bind("127.0.0.1:0").await.unwrap()
+    }
 }

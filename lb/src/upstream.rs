@@ -12,11 +12,14 @@ use http_body_util::combinators::UnsyncBoxBody;
 use hyper::body::Incoming;
 use hyper::client::conn::http1::{Builder, SendRequest};
 use hyper_util::rt::TokioIo;
+use rustix::io::Errno;
 use tokio::net::TcpStream;
 use tokio::sync::oneshot;
 
+use crate::keepalive;
+
 /// How long a backend may take to accept a connection.
-pub const CONNECT_TIMEOUT: Duration = Duration::from_secs(1);
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(1);
 /// The longest head of an answer.
 const MAX_HEAD: usize = 64 << 10;
 
@@ -40,12 +43,24 @@ pub struct Failure {
     pub error: hyper::Error,
 }
 
+/// Connects to a backend.
+pub async fn connect(addr: SocketAddr) -> io::Result<TcpStream> {
+    let stream = tokio::time::timeout(CONNECT_TIMEOUT, TcpStream::connect(addr)).await;
+    let stream = stream.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))?;
+    stream.set_nodelay(true)?;
+    keepalive::set(&stream)?;
+    Ok(stream)
+}
+
+/// Whether a connection was not made for want of our own files: no fault of the backend's.
+pub fn is_our_own(error: &io::Error) -> bool {
+    matches!(Errno::from_io_error(error), Some(Errno::MFILE | Errno::NFILE))
+}
+
 impl Connection {
     /// Connects.
     pub async fn open(addr: SocketAddr) -> io::Result<Self> {
-        let stream = tokio::time::timeout(CONNECT_TIMEOUT, TcpStream::connect(addr)).await;
-        let stream = stream.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))?;
-        stream.set_nodelay(true)?;
+        let stream = connect(addr).await?;
         let (sender, connection) = Builder::new()
             .max_buf_size(MAX_HEAD)
             .handshake(TokioIo::new(stream))
@@ -65,14 +80,23 @@ impl Connection {
         self.sender.is_closed()
     }
 
+    /// Whether it can take a request at once: the last one has been sent to its end, and answered.
+    pub fn is_ready(&self) -> bool {
+        self.sender.is_ready()
+    }
+
+    /// Waits until it can take a request; whether it ever will.
+    pub async fn ready(&mut self) -> bool {
+        self.sender.ready().await.is_ok()
+    }
+
     /// Sends a request and gives the answer's head, and the connection for the next request unless it has ended.
     pub async fn send(self, request: Request<Body>) -> Result<(Response<Incoming>, Option<Self>), Failure> {
         let Self {
             mut sender,
             mut ended,
         } = self;
-        // After the last answer's end the connection needs a moment; one that has closed says so here, and the
-        // request comes back unsent below.
+        // A new connection needs a moment; one that has closed says so here, and the request comes back unsent below.
         let _ = sender.ready().await;
         let mut answer = pin!(sender.try_send_request(request));
         let answered = tokio::select! {
@@ -122,6 +146,13 @@ mod tests {
             }
         });
         addr
+    }
+
+    #[test]
+    fn want_of_files_is_our_own() {
+        let of = |errno: Errno| is_our_own(&errno.into());
+        assert!(of(Errno::MFILE) && of(Errno::NFILE));
+        assert!(!of(Errno::CONNREFUSED) && !is_our_own(&io::ErrorKind::TimedOut.into()));
     }
 
     fn request() -> Request<Body> {

@@ -23,7 +23,7 @@ use hyper::body::Incoming;
 use hyper_util::rt::TokioIo;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::broadcast;
+use tokio::sync::{Notify, broadcast};
 use tokio::task::{JoinHandle, JoinSet};
 
 fn loopback() -> SocketAddr {
@@ -84,6 +84,8 @@ impl Control {
             instance,
             ..Event::new("", kind, 0)
         };
+        // First, so that no change falls between it and what is there now.
+        let receiver = self.changes.subscribe();
         let (services, name) = (self.services.lock().unwrap().clone(), service.to_owned());
         let now = services.get(&name).cloned().unwrap_or_default();
         let mut first: Vec<Event> = now
@@ -94,7 +96,6 @@ impl Control {
         first.push(event(EventKind::Leader, now.first().cloned()));
         first.push(event(EventKind::Current, None));
         let first = futures::stream::iter(first).map(|event| (None, event));
-        let receiver = self.changes.subscribe();
         // A change ends the stream; whoever follows begins anew.
         let change = futures::stream::unfold(receiver, |mut receiver| async move {
             let _ = receiver.recv().await;
@@ -148,6 +149,20 @@ impl Control {
                 }),
             )
     }
+}
+
+/// How long a test waits for what must come.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(20);
+
+/// Waits until it is so.
+pub(crate) async fn until(what: &str, condition: impl AsyncFn() -> bool) {
+    let look = async {
+        while !condition().await {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    let seen = tokio::time::timeout(PATIENCE, look).await;
+    seen.unwrap_or_else(|_| panic!("not within {PATIENCE:?}: {what}"));
 }
 
 /// A route to `web`.
@@ -228,17 +243,11 @@ impl Running {
 
     /// Waits until a request for this host has this status.
     pub(crate) async fn until(&self, host: &str, status: u16) {
-        for _ in 0..1000 {
-            if self
-                .get(host, "/")
-                .await
-                .is_ok_and(|answer| answer.status == status)
-            {
-                return;
-            }
-            tokio::time::sleep(Duration::from_millis(10)).await;
-        }
-        panic!("{host} never answered with {status}");
+        until(&format!("{host} answers with {status}"), async || {
+            let answer = self.get(host, "/").await;
+            answer.is_ok_and(|answer| answer.status == status)
+        })
+        .await;
     }
 
     pub(crate) async fn get(&self, host: &str, target: &str) -> anyhow::Result<Answer> {
@@ -292,6 +301,8 @@ impl Answer {
 pub(crate) struct Backend {
     pub(crate) addr: SocketAddr,
     pub(crate) served: Arc<AtomicUsize>,
+    /// Has it answer one request for `/slow`.
+    pub(crate) release: Arc<Notify>,
     task: JoinHandle<()>,
 }
 
@@ -300,7 +311,8 @@ impl Backend {
         let listener = TcpListener::bind(loopback()).await.unwrap();
         let addr = listener.local_addr().unwrap();
         let served = Arc::new(AtomicUsize::new(0));
-        let count = Arc::clone(&served);
+        let release = Arc::new(Notify::new());
+        let (count, released) = (Arc::clone(&served), Arc::clone(&release));
         let task = tokio::spawn(async move {
             // Its connections end with it.
             let mut connections = JoinSet::new();
@@ -308,11 +320,11 @@ impl Backend {
                 let Ok((stream, _)) = listener.accept().await else {
                     return;
                 };
-                let count = Arc::clone(&count);
+                let (count, released) = (Arc::clone(&count), Arc::clone(&released));
                 connections.spawn(async move {
                     let service = hyper::service::service_fn(move |request| {
                         count.fetch_add(1, Ordering::Relaxed);
-                        answer(name, request)
+                        answer(name, Arc::clone(&released), request)
                     });
                     let _ = hyper::server::conn::http1::Builder::new()
                         .serve_connection(TokioIo::new(stream), service)
@@ -321,7 +333,12 @@ impl Backend {
                 });
             }
         });
-        Self { addr, served, task }
+        Self {
+            addr,
+            served,
+            release,
+            task,
+        }
     }
 
     pub(crate) fn kill(&self) {
@@ -338,7 +355,11 @@ impl Drop for Backend {
 type Answered = http::Response<http_body_util::combinators::UnsyncBoxBody<Bytes, hyper::Error>>;
 
 /// What a request says in its path decides what happens to it.
-async fn answer(name: &str, mut request: Request<Incoming>) -> Result<Answered, Infallible> {
+async fn answer(
+    name: &str,
+    released: Arc<Notify>,
+    mut request: Request<Incoming>,
+) -> Result<Answered, Infallible> {
     let text = |text: String| {
         Full::new(Bytes::from(text))
             .map_err(|never| match never {})
@@ -373,7 +394,7 @@ async fn answer(name: &str, mut request: Request<Incoming>) -> Result<Answered, 
             *response.body_mut() = request.into_body().boxed_unsync();
         }
         "/slow" => {
-            tokio::time::sleep(Duration::from_millis(500)).await;
+            released.notified().await;
             *response.body_mut() = text("at last".into());
         }
         "/hops" => {

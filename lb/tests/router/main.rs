@@ -2,13 +2,13 @@
 
 #![expect(clippy::unwrap_used, reason = "a test may panic")]
 
+mod backends;
 mod fake;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::time::Duration;
 
-use fake::{Backend, Control, Running, route};
+use fake::{Backend, Control, PATIENCE, Running, route, until};
 use flynn_api::discovery::Instance;
 use flynn_api::route::{Certificate, Route, RouteKind};
 use http_body_util::{BodyExt as _, Full};
@@ -83,26 +83,11 @@ async fn what_is_not_there_is_said_cleanly() {
         answer.body
     );
     control.set_instances("web", Vec::new());
-    for _ in 0..500 {
-        if router
-            .get("a.test", "/")
-            .await
-            .unwrap()
-            .body
-            .starts_with("503 nothing runs here")
-        {
-            break;
-        }
-        tokio::time::sleep(Duration::from_millis(10)).await;
-    }
-    assert!(
-        router
-            .get("a.test", "/")
-            .await
-            .unwrap()
-            .body
-            .starts_with("503 nothing runs here")
-    );
+    until("nothing runs here", async || {
+        let answer = router.get("a.test", "/").await.unwrap();
+        answer.body.starts_with("503 nothing runs here")
+    })
+    .await;
     let request = b"HEAD / HTTP/1.1\r\nhost: unknown.test\r\nconnection: close\r\n\r\n";
     assert_eq!(router.raw(request).await.unwrap().body, "");
 }
@@ -161,6 +146,19 @@ async fn requests_with_two_readings_do_not_pass() {
                 .is_none_or(|length| length[0] == "0"),
             "{said}"
         );
+    }
+}
+
+#[tokio::test]
+async fn bodies_of_unknown_length_arrive() {
+    let (_control, router, _backend) = simple().await;
+    for method in ["GET", "POST"] {
+        let request = format!(
+            "{method} /echo HTTP/1.1\r\nhost: a.test\r\ntransfer-encoding: chunked\r\nconnection: close\r\n\r\n\
+             5\r\nhello\r\n0\r\n\r\n"
+        );
+        let answer = router.raw(request.as_bytes()).await.unwrap();
+        assert!(answer.body.contains("hello"), "{method}: {answer:?}");
     }
 }
 
@@ -367,34 +365,39 @@ async fn a_killed_instance_costs_no_request() {
     }
     // Killed without a word to discoverd, replaced, three times.
     for _ in 0..3 {
-        let mark = served.load(Ordering::Relaxed);
-        while served.load(Ordering::Relaxed) < mark + 500 {
-            tokio::time::sleep(Duration::from_millis(5)).await;
-        }
+        go_on(&served).await;
         backends.remove(0).kill();
-        let mark = served.load(Ordering::Relaxed);
-        while served.load(Ordering::Relaxed) < mark + 500 {
-            tokio::time::sleep(Duration::from_millis(5)).await;
-        }
+        go_on(&served).await;
         let new = Backend::start("new").await;
         let known = Arc::clone(&new.served);
         backends.push(new);
         control.set_backends("web", &backends.iter().collect::<Vec<_>>());
         // The next kill must leave somebody whom the router knows.
-        while known.load(Ordering::Relaxed) == 0 {
-            tokio::time::sleep(Duration::from_millis(5)).await;
-        }
+        until("the new one serves", async || known.load(Ordering::Relaxed) > 0).await;
     }
     done.store(true, Ordering::Relaxed);
-    while let Some(client) = clients.join_next().await {
-        client.unwrap();
-    }
+    let ended = async {
+        while let Some(client) = clients.join_next().await {
+            client.unwrap();
+        }
+    };
+    let ended = tokio::time::timeout(PATIENCE, ended).await;
+    ended.expect("a client waits for its answer");
     assert_eq!(
         failed.load(Ordering::Relaxed),
         0,
         "of {}",
         served.load(Ordering::Relaxed)
     );
+}
+
+/// Waits until clients have had five hundred more answers.
+async fn go_on(served: &AtomicUsize) {
+    let target = served.load(Ordering::Relaxed) + 500;
+    until("the clients go on", async || {
+        served.load(Ordering::Relaxed) >= target
+    })
+    .await;
 }
 
 /// Whoever comes before the router knows its routes waits until it does.
@@ -413,16 +416,16 @@ async fn the_first_request_is_answered_like_any_other() {
 #[tokio::test]
 async fn without_those_who_tell_it_the_router_goes_on() {
     let (control, router, _backend) = simple().await;
-    // What is known has reached the disk.
-    for _ in 0..500 {
+    until("what is known is on the disk", async || {
         let saved = std::fs::read_to_string(router.data.path().join("state.json")).unwrap_or_default();
-        if saved.contains("a.test") && saved.contains("127.0.0.1") {
-            break;
-        }
-        tokio::time::sleep(Duration::from_millis(10)).await;
-    }
+        saved.contains("a.test") && saved.contains("127.0.0.1")
+    })
+    .await;
     control.away.cancel();
-    tokio::time::sleep(Duration::from_millis(100)).await;
+    until("they are away", async || {
+        TcpStream::connect(control.discoverd).await.is_err()
+    })
+    .await;
     assert_eq!(router.get("a.test", "/").await.unwrap().status, 200);
     let data = Arc::clone(&router.data);
     drop(router);
@@ -436,17 +439,24 @@ async fn without_those_who_tell_it_the_router_goes_on() {
 
 #[tokio::test]
 async fn requests_under_way_finish_when_the_router_stops() {
-    let (_control, mut router, _backend) = simple().await;
-    let http = router.http;
+    let (_control, mut router, backend) = simple().await;
+    let (http, before) = (router.http, backend.served.load(Ordering::Relaxed));
     let slow = tokio::spawn(async move {
         let stream = TcpStream::connect(http).await.unwrap();
         text_of(stream, "a.test", "/slow").await
     });
-    tokio::time::sleep(Duration::from_millis(200)).await;
+    until("the backend has the request", async || {
+        backend.served.load(Ordering::Relaxed) > before
+    })
+    .await;
     router.stop.cancel();
+    until("nobody listens any more", async || {
+        TcpStream::connect(http).await.is_err()
+    })
+    .await;
+    backend.release.notify_one();
     assert!(slow.await.unwrap().ends_with("at last"));
     (&mut router.task).await.unwrap().unwrap();
-    assert!(TcpStream::connect(http).await.is_err(), "nobody listens any more");
 }
 
 async fn text_of(mut stream: TcpStream, host: &str, target: &str) -> String {
@@ -503,7 +513,7 @@ async fn clients_stay_where_they_were_and_leaders_lead() {
         .unwrap()
         .to_owned();
     assert!(
-        !cookie.contains("127"),
+        !cookie.contains("127.0.0.1"),
         "the cookie says nothing about the backend: {cookie}"
     );
     for _ in 0..20 {
@@ -542,17 +552,15 @@ async fn tcp_routes_carry_bytes() {
         ..Route::default()
     };
     control.set_routes(vec![route("a.test"), tcp(port), tcp(22)]);
-    for _ in 0..500 {
-        if let Ok(stream) = TcpStream::connect(("127.0.0.1", port)).await {
-            assert!(text(stream, "/").await.contains("200 OK"));
-            let metrics = text(TcpStream::connect(router.api).await.unwrap(), "/metrics").await;
-            assert!(
-                metrics.contains("flynn_router_refused_routes 1"),
-                "a route must not take ssh's port"
-            );
-            return;
-        }
-        tokio::time::sleep(Duration::from_millis(10)).await;
-    }
-    panic!("nobody listens on the route's port");
+    until("the route's port is served", async || {
+        TcpStream::connect(("127.0.0.1", port)).await.is_ok()
+    })
+    .await;
+    let stream = TcpStream::connect(("127.0.0.1", port)).await.unwrap();
+    assert!(text(stream, "/").await.contains("200 OK"));
+    let metrics = text(TcpStream::connect(router.api).await.unwrap(), "/metrics").await;
+    assert!(
+        metrics.contains("flynn_router_refused_routes 1"),
+        "a route must not take ssh's port"
+    );
 }
