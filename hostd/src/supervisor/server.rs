@@ -236,15 +236,16 @@ async fn tell(
     let Subscription { past, mut queue } = subscription;
     let mut past = past.into_iter();
     loop {
-        let next = match past.next() {
-            Some(frame) => Some(frame),
-            None => tokio::select! {
+        let next = if let Some(frame) = past.next() {
+            Some(frame)
+        } else {
+            tokio::select! {
                 frame = queue.recv() => frame,
                 taken = window.taken() => {
                     write_frame(&mut write, taken.kind, &taken.payload).await?;
                     continue;
                 }
-            },
+            }
         };
         let Some(frame) = next else {
             return write_frame(&mut write, attach::ERROR, TOO_SLOW.as_bytes()).await;

@@ -105,7 +105,7 @@ async fn send(mut to_job: impl AsyncWrite + Unpin, mut orders: mpsc::Receiver<Or
         }
     }
     // The other half says why nothing can be sent. Until then this one stays: its end would say that we have left.
-    std::future::pending().await
+    std::future::pending::<()>().await;
 }
 
 /// Reads input to its end, an empty frame, no faster than the program takes it.
