@@ -369,7 +369,24 @@ async fn the_root_changes_under_load() {
     })
     .await;
 
-    // A host that was removed does not come back by its old certificate.
+    // One that another machine has taken the place of does not come back by its old certificate.
+    let elsewhere = |leases: &mut NetworkLeases| {
+        leases.leases.get_mut(&id(AWAY)).unwrap().address = "192.0.2.77".parse().unwrap();
+        Ok(())
+    };
+    cluster
+        .client(0)
+        .change_meta(HOST_SERVICE, elsewhere)
+        .await
+        .unwrap();
+    own.save(&host_dir).unwrap();
+    let error = identities::renew_late(&state, &addresses).await.unwrap_err();
+    assert!(
+        error.code == ErrorCode::Unauthorized && error.message.contains("another machine"),
+        "{error}"
+    );
+
+    // Nor does one that was removed.
     let remove = |leases: &mut NetworkLeases| {
         leases.leases.remove(&id(AWAY));
         Ok(())

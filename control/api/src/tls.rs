@@ -27,7 +27,7 @@ use rustls::server::WebPkiClientVerifier;
 use rustls::{ClientConfig, DigitallySignedStruct, RootCertStore, ServerConfig};
 
 use crate::Digest;
-pub use certificate::{Certificate, late, roots};
+pub use certificate::{Certificate, Late, late, roots};
 pub use live::{Live, Use};
 
 /// How long an identity lives.

@@ -132,6 +132,69 @@ async fn refused_bodies() {
     server.abort();
 }
 
+/// Whether a request from this address is answered; the connection is kept in `held`.
+async fn answered(from: &str, server: std::net::SocketAddr, held: &mut Vec<tokio::net::TcpStream>) -> bool {
+    let socket = tokio::net::TcpSocket::new_v4().unwrap();
+    socket.bind(format!("{from}:0").parse().unwrap()).unwrap();
+    let mut connection = socket.connect(server).await.unwrap();
+    let request = b"GET /who HTTP/1.1\r\nhost: x\r\n\r\n";
+    // One that is closed may not even take it.
+    let sent = connection.write_all(request).await.is_ok();
+    let answered = sent && connection.read_u8().await.is_ok();
+    held.push(connection);
+    answered
+}
+
+#[tokio::test]
+async fn one_address_has_a_part_of_the_connections() {
+    let listener = Listener::tcp("127.0.0.1:0".parse().unwrap())
+        .await
+        .unwrap()
+        .each(2);
+    let addr = listener.local_addr().unwrap();
+    tokio::spawn(serve(listener, router(), std::future::pending()));
+    let mut held = Vec::new();
+    for (from, expected) in [
+        ("127.0.0.2", true),
+        ("127.0.0.2", true),
+        ("127.0.0.2", false),
+        ("127.0.0.3", true),
+        ("127.0.0.1", true),
+        ("127.0.0.1", true),
+        ("127.0.0.1", true),
+    ] {
+        assert_eq!(answered(from, addr, &mut held).await, expected, "{from}");
+    }
+
+    // Who tells who they are is not counted.
+    install_provider();
+    let ca = Ca::create("cluster").unwrap();
+    let server = ca
+        .issue(&PeerIdentity::Host("h1".into()), &["127.0.0.2".into()])
+        .unwrap();
+    let client = ca.issue(&PeerIdentity::Host("h2".into()), &[]).unwrap();
+    let config = server.server_config(ClientAuth::Optional).unwrap();
+    let listener = Listener::tls("127.0.0.2:0".parse().unwrap(), config)
+        .await
+        .unwrap();
+    let base = format!("https://{}", listener.local_addr().unwrap());
+    tokio::spawn(serve(listener.each(1), router(), std::future::pending()));
+    let mut known = Vec::new();
+    for _ in 0..3 {
+        let http = Http::new(&base).unwrap().identity(&client).unwrap();
+        http.get::<String>("/who").await.unwrap();
+        known.push(http);
+    }
+    let stranger = || {
+        let config = joining_client_config(ca.fingerprint().unwrap());
+        Http::new(&base).unwrap().tls(config)
+    };
+    let one = stranger();
+    one.get::<String>("/who").await.unwrap();
+    stranger().get::<String>("/who").await.unwrap_err();
+    one.get::<String>("/who").await.unwrap();
+}
+
 /// A server that goes without a word (its host lost its power) is noticed; one with nothing to tell is not taken for it.
 #[tokio::test]
 async fn silence() {

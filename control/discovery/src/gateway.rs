@@ -14,11 +14,12 @@ use flynn_api::discovery::{HOST_SERVICE, NetworkLeases};
 use flynn_api::server::{CancellationToken, Listener, serve};
 use serde::Deserialize as _;
 
-use crate::EACH;
 use crate::dns::{self, Upstreams};
 use crate::http::{auth::Door, router};
 use crate::node::Node;
 
+/// Connections to the API from one container at a time: it holds up no other.
+const EACH: usize = 256;
 /// Between attempts to bind.
 const RETRY: Duration = Duration::from_millis(200);
 /// Failed attempts between two lines in the log.

@@ -68,8 +68,8 @@ pub use crate::options::Options;
 use crate::raft::Member;
 use crate::raft::network::Dialer;
 
-/// Connections to a listener from one address at a time: a container holds up nobody else.
-const EACH: usize = 256;
+/// Connections to the cluster listener from one address that has shown no certificate: a container holds up nobody else.
+const EACH: usize = 64;
 
 /// Between two rounds of the leader's chores.
 const ROUND: Duration = Duration::from_secs(1);

@@ -175,6 +175,12 @@ fn every_route_asks() {
             ("POST", "/cluster/renew"),
             ("GET", "/cluster/ca"),
             ("POST", "/cluster/ca/rotate"),
+            ("GET", "/cluster/virtual-networks"),
+            ("GET", "/cluster/snapshot"),
+            ("GET", "/cluster/recovery"),
+            ("POST", "/cluster/recover"),
+            ("POST", "/cluster/restore"),
+            ("POST", "/cluster/rejoin"),
         ];
         for (method, path) in calls {
             let body = match (method, path) {
@@ -184,6 +190,7 @@ fn every_route_asks() {
                     json!({ "id": "x", "addr": "10.0.0.1:1", "proto": "tcp" })
                 }
                 (_, "/cluster/renew") => json!({ "csr": "x" }),
+                (_, "/cluster/rejoin") => json!({ "members": ["x"] }),
                 (_, "/raft/members") => json!({ "remove": { "peer": "x" } }),
                 (_, path) if path.ends_with("vote") => json!("promoted"),
                 _ => body.clone(),

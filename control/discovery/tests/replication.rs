@@ -215,7 +215,7 @@ fn a_newcomer_gets_a_snapshot_and_answers_alone() {
 fn the_silent_expire_and_the_living_stay() {
     block_on(async {
         let mut cluster = Cluster::new();
-        cluster.add_with(|options| options.timing.lease = Duration::from_secs(2));
+        cluster.add_with(|options| options.timing.lease = Duration::from_secs(5));
         cluster.ready(0).await;
         let client = cluster.client(0);
         create(&client, "web").await;

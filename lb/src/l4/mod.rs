@@ -24,6 +24,7 @@ use anyhow::Context as _;
 use flynn_dataplane::Protocol;
 use flynn_dataplane::lb::{Balancer, Limits, Mode, Service};
 use futures::StreamExt as _;
+use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
 use crate::router::Router;
@@ -148,6 +149,7 @@ impl L4 {
         let mut instances = Instances::default();
         let mut told: Option<Vec<Service>> = None;
         let mut probed = Instant::now();
+        let mut probing = JoinSet::new();
         loop {
             // Right after a start, what the kernel has is better than what is not known yet.
             if told.is_none() && !is_known(router) {
@@ -174,12 +176,16 @@ impl L4 {
                 // An instance that is told to end has been taken out of discoverd a moment before.
                 () = router.changed.notified() => {}
                 () = tokio::time::sleep(LOOK) => {}
-            }
-            if probed.elapsed() >= PROBE {
-                for ((address, protocol), well) in probe(instances.probed()).await {
-                    instances.answered(address, protocol, well);
+                Some(Ok(answers)) = probing.join_next() => {
+                    for ((address, protocol), well) in answers {
+                        instances.answered(address, protocol, well);
+                    }
+                    probed = Instant::now();
                 }
-                probed = Instant::now();
+            }
+            // Beside, for the silent take their time, and changes do not wait for them.
+            if probing.is_empty() && probed.elapsed() >= PROBE {
+                probing.spawn(probe(instances.probed()));
             }
             let now = uplink::find(options.host).await?;
             if now.uplink != found.uplink {

@@ -70,8 +70,8 @@ impl Listener {
         }
     }
 
-    /// With no more than so many connections at a time from one address, unless it is this machine's own: none of many clients
-    /// takes them from the others. More are closed at once.
+    /// With no more than so many connections at a time from one address, so that none of many clients takes them from the others:
+    /// more are closed at once. This machine's own are not counted, nor, over TLS, those whose certificate tells who they are.
     #[must_use]
     pub fn each(self, each: usize) -> Self {
         Self { each, ..self }
@@ -181,8 +181,8 @@ pub async fn serve_until(
                     if matches!(place, Some(None)) {
                         continue;
                     }
-                    let held = (slot, place.flatten());
-                    connections.spawn(keep(connection, router.clone(), graceful.watcher(), held));
+                    let (router, watcher) = (router.clone(), graceful.watcher());
+                    connections.spawn(keep(connection, router, watcher, slot, place.flatten()));
                     while connections.try_join_next().is_some() {}
                 }
                 Err(error) => {
@@ -240,9 +240,10 @@ async fn keep(
     connection: Accepted,
     router: Router,
     watcher: hyper_util::server::graceful::Watcher,
-    _held: (OwnedSemaphorePermit, Option<Place>),
+    _slot: OwnedSemaphorePermit,
+    place: Option<Place>,
 ) {
-    if let Err(error) = serve_accepted(connection, router, watcher).await {
+    if let Err(error) = serve_accepted(connection, router, watcher, place).await {
         tracing::debug!(%error, "a connection failed");
     }
 }
@@ -251,6 +252,7 @@ async fn serve_accepted(
     connection: Accepted,
     router: Router,
     watcher: hyper_util::server::graceful::Watcher,
+    mut place: Option<Place>,
 ) -> io::Result<()> {
     match connection {
         Accepted::Tcp(stream, addr) => {
@@ -270,6 +272,9 @@ async fn serve_accepted(
                 .peer_certificates()
                 .and_then(|chain| chain.first());
             let identity = certificate.and_then(PeerIdentity::of_certificate);
+            if identity.is_some() {
+                place = None;
+            }
             let peer = Peer {
                 addr: Some(addr),
                 identity,
@@ -285,6 +290,7 @@ async fn serve_accepted(
             serve_connection(TokioIo::new(stream), peer, router, watcher).await;
         }
     }
+    drop(place);
     Ok(())
 }
 

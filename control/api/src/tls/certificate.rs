@@ -1,5 +1,6 @@
 //! What certificates say, and who is who by one that has run out.
 
+use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -8,7 +9,7 @@ use rcgen::{CertificateSigningRequestParams, PublicKeyData as _};
 use rustls::server::WebPkiClientVerifier;
 use rustls_pki_types::pem::PemObject as _;
 use rustls_pki_types::{CertificateDer, UnixTime};
-use x509_parser::extensions::ParsedExtension;
+use x509_parser::extensions::{GeneralName, ParsedExtension};
 
 use super::{Identity, PeerIdentity, TlsError, pem};
 use crate::Digest;
@@ -130,9 +131,20 @@ fn certificates(text: &str) -> Result<Vec<CertificateDer<'static>>, TlsError> {
         .map_err(|why| pem("the certificate", &why))
 }
 
-/// Who asks by a certificate that may have run out, and when it ran out: `trusted` (roots, PEM) verify it as of its last
-/// second, and the request is signed by its key.
-pub fn late(cert_pem: &str, csr_pem: &str, trusted: &str) -> Result<(PeerIdentity, Timestamp), TlsError> {
+/// Who asks by a certificate that may have run out.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Late {
+    /// Whose the certificate is.
+    pub identity: PeerIdentity,
+    /// When it ran out.
+    pub ended: Timestamp,
+    /// The addresses that it is for.
+    pub addresses: Vec<IpAddr>,
+}
+
+/// Who asks by a certificate that may have run out: `trusted` (roots, PEM) verify it as of its last second, and the request
+/// is signed by its key.
+pub fn late(cert_pem: &str, csr_pem: &str, trusted: &str) -> Result<Late, TlsError> {
     let refuse = |why: &str| TlsError::Use(why.to_owned());
     let chain = certificates(cert_pem)?;
     let (own, links) = chain.split_first().ok_or_else(|| refuse("there is none"))?;
@@ -153,6 +165,20 @@ pub fn late(cert_pem: &str, csr_pem: &str, trusted: &str) -> Result<(PeerIdentit
     if parsed.public_key().raw != request.public_key.subject_public_key_info() {
         return Err(refuse("the request is by another key than the certificate's"));
     }
-    let identity = PeerIdentity::of_certificate(own).ok_or_else(|| refuse("it names nobody"))?;
-    Ok((identity, certificate.not_after))
+    let names = parsed
+        .subject_alternative_name()
+        .map_err(|why| TlsError::Use(why.to_string()))?;
+    let names = names.iter().flat_map(|names| &names.value.general_names);
+    let addresses = names.filter_map(|name| match name {
+        GeneralName::IPAddress(bytes) => match bytes.len() {
+            4 => <[u8; 4]>::try_from(*bytes).ok().map(IpAddr::from),
+            _ => <[u8; 16]>::try_from(*bytes).ok().map(IpAddr::from),
+        },
+        _ => None,
+    });
+    Ok(Late {
+        identity: PeerIdentity::of_certificate(own).ok_or_else(|| refuse("it names nobody"))?,
+        ended: certificate.not_after,
+        addresses: addresses.collect(),
+    })
 }

@@ -162,16 +162,23 @@ fn a_certificate_that_has_run_out_proves_whose_it_was_by_its_key() {
     let (ca, other) = (Ca::create("cluster").unwrap(), Ca::create("cluster").unwrap());
     let host = PeerIdentity::Host("h1".into());
     let long_ago = jiff::Timestamp::now() - jiff::SignedDuration::from_hours(24 * 200);
-    let old = ca.issue_for(&host, &[], long_ago, IDENTITY_DAYS).unwrap();
+    let names = ["192.0.2.1", "2001:db8::1", "h1.test"].map(str::to_owned);
+    let old = ca.issue_for(&host, &names, long_ago, IDENTITY_DAYS).unwrap();
     let ended = old.certificate().unwrap().not_after;
+    let known = Late {
+        identity: host,
+        ended,
+        addresses: names[..2]
+            .iter()
+            .map(|address| address.parse().unwrap())
+            .collect(),
+    };
     assert!(ended < jiff::Timestamp::now());
     let request = KeyRequest::of(&old.key_pem).unwrap().csr_pem;
     let by = |trusted: &str| late(&old.cert_pem, &request, trusted);
-    assert_eq!(by(ca.cert_pem()).unwrap(), (host.clone(), ended));
-    assert_eq!(
-        by(&format!("{}{}", other.cert_pem(), ca.cert_pem())).unwrap(),
-        (host, ended)
-    );
+    assert_eq!(by(ca.cert_pem()).unwrap(), known);
+    let both = format!("{}{}", other.cert_pem(), ca.cert_pem());
+    assert_eq!(by(&both).unwrap(), known);
     assert!(by(other.cert_pem()).is_err());
     // Who has the certificate, which is no secret, but not its key.
     let thief = KeyRequest::generate().unwrap().csr_pem;

@@ -33,7 +33,8 @@ pub(super) async fn rotate(State((node, door)): App, Extension(peer): From) -> R
 }
 
 /// Signs anew for a host whose certificate has run out. The key is what it was known by all along, so that this tells
-/// no more about a caller than a renewal in time; a host that was removed has no lease, and is refused.
+/// no more about a caller than a renewal in time; a host that was removed has no lease, and one in whose place there is another
+/// machine has its lease no more: both are refused.
 pub(super) async fn renew_late(
     State((node, door)): App,
     Extension(peer): From,
@@ -47,8 +48,9 @@ pub(super) async fn renew_late(
     let (_, ca) = ca::current(&node).await?;
     let retired = ca.retired.iter().map(|retired| retired.root.cert.as_str());
     let known: String = std::iter::once(ca.cert.as_str()).chain(retired).collect();
-    let (identity, ended) = tls::late(&request.cert, &request.csr, &known)
+    let late = tls::late(&request.cert, &request.csr, &known)
         .map_err(|why| refused(format!("this certificate proves nothing ({why})")))?;
+    let (identity, ended) = (late.identity, late.ended);
     let PeerIdentity::Host(id) = &identity else {
         return Err(refused(format!("{identity} is no host")));
     };
@@ -61,6 +63,9 @@ pub(super) async fn renew_late(
     let Some(lease) = leases.leases.get(id) else {
         return Err(refused(format!("the cluster has no host {id}: it was removed")));
     };
+    if !late.addresses.contains(&lease.address.into()) {
+        return Err(refused(format!("the host {id} is another machine by now")));
+    }
     let cert = sign(&ca, &request.csr, &identity, &[lease.address.to_string()])?;
     tracing::info!(host = id, %ended, "a host is back whose certificate had run out");
     Ok(Json(signed(&node, &ca, cert)))
