@@ -1,5 +1,6 @@
 //! Layers that are damaged, cut off, collected and fetched again while jobs run.
 
+use std::cell::Cell;
 use std::collections::VecDeque;
 use std::fs::{self, File};
 use std::io::{Read as _, Seek as _, SeekFrom, Write as _};
@@ -323,10 +324,12 @@ pub(crate) async fn collecting_takes_nothing_from_starting_jobs() {
     host.start().await;
     let bytes = fs::read(&host.layer_file).unwrap();
     let url = server(move |_, _| whole(bytes.clone())).await;
-    let done = std::cell::Cell::new(false);
-    let mut collected = 0;
+    let (done, collected) = (Cell::new(false), Cell::new(0));
     let starts = async {
-        for _ in 0..20 {
+        // On until there was something to collect, which is between one job's end and the next one's beginning.
+        let mut rounds = 0;
+        while rounds < 20 || collected.get() == 0 && rounds < 1000 {
+            rounds += 1;
             // Two at once: one's end is the other's beginning.
             let (mut one, mut two) = (host.job("echo one"), host.job("echo two"));
             fetched_from(&mut one, &url);
@@ -338,18 +341,13 @@ pub(crate) async fn collecting_takes_nothing_from_starting_jobs() {
     };
     let collects = async {
         while !done.get() {
-            collected += host
-                .api
-                .collect_layers(&LayerGc::default())
-                .await
-                .unwrap()
-                .layers
-                .len();
+            let gone = host.api.collect_layers(&LayerGc::default()).await.unwrap();
+            collected.set(collected.get() + gone.layers.len());
             tokio::time::sleep(Duration::from_millis(1)).await;
         }
     };
     tokio::join!(starts, collects);
-    assert!(collected > 0, "nothing was collected, so nothing was tried");
+    assert!(collected.get() > 0, "nothing was collected, so nothing was tried");
 }
 
 fn flynn_host(args: &[&str], paths: &[(&str, &Path)]) -> Command {
