@@ -1,12 +1,8 @@
 //! Whether anything goes on in a connection that carries many requests.
 
-use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::task::{Context, Poll};
 use std::time::Duration;
-
-use http_body::{Body, Frame, SizeHint};
 
 /// The requests of one connection. Cheap to clone.
 #[derive(Clone, Debug, Default)]
@@ -56,42 +52,6 @@ impl Activity {
 
     fn turns(&self) -> usize {
         self.0.turns.load(Ordering::Relaxed)
-    }
-}
-
-/// An answer's body, with which its request ends.
-#[derive(Debug)]
-pub(crate) struct Held<B> {
-    body: B,
-    _under_way: UnderWay,
-}
-
-impl<B> Held<B> {
-    pub(crate) fn new(body: B, under_way: UnderWay) -> Self {
-        Self {
-            body,
-            _under_way: under_way,
-        }
-    }
-}
-
-impl<B: Body + Unpin> Body for Held<B> {
-    type Data = B::Data;
-    type Error = B::Error;
-
-    fn poll_frame(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-    ) -> Poll<Option<Result<Frame<B::Data>, B::Error>>> {
-        Pin::new(&mut self.body).poll_frame(cx)
-    }
-
-    fn is_end_stream(&self) -> bool {
-        self.body.is_end_stream()
-    }
-
-    fn size_hint(&self) -> SizeHint {
-        self.body.size_hint()
     }
 }
 

@@ -8,6 +8,7 @@
 //! - [`proxy`] carries one request, over connections of [`upstream`] that [`backend`] keeps; [`tunnel`] and [`tcp`]
 //!   carry bytes; the kernel steers what comes to a TCP route's port to one listener, or each has its own. [`serve`] accepts, HTTP/1.1 and, by ALPN, HTTP/2, as many
 //!   as [`slots`] has places for; [`tls`] has the certificates.
+//! - `activity` and `upload` say what goes on in connections and bodies, by what `body` notes.
 //! - [`sync`] follows controller and discoverd, [`store`] keeps the last good state on disk, [`router`] is what all
 //!   of them share.
 //!
@@ -20,9 +21,9 @@
 mod activity;
 pub mod backend;
 pub mod balance;
+mod body;
 mod files;
 pub mod headers;
-mod keepalive;
 pub mod l4;
 pub mod listen;
 pub mod metrics;

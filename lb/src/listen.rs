@@ -4,10 +4,9 @@ use std::io;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::fd::OwnedFd;
 
+use flynn_api::tcp::keep_alive;
 use rustix::net::{AddressFamily, SocketFlags, SocketType, bind, ipproto, listen, socket_with, sockopt};
 use tokio::net::TcpListener;
-
-use crate::keepalive;
 
 /// Connections that wait to be accepted.
 const BACKLOG: i32 = 1024;
@@ -34,8 +33,23 @@ pub fn on(addr: SocketAddr) -> io::Result<TcpListener> {
     if addr.is_ipv6() {
         sockopt::set_ipv6_v6only(&socket, false)?;
     }
-    keepalive::set(&socket)?;
+    keep_alive(&socket)?;
     bind(&socket, &addr)?;
     listen(&socket, BACKLOG)?;
     TcpListener::from_std(socket.into())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::upstream;
+
+    #[tokio::test]
+    async fn clients_and_backends_that_vanish_are_noticed() {
+        let listener = on("127.0.0.1:0".parse().unwrap()).unwrap();
+        let addr = listener.local_addr().unwrap();
+        let (backend, client) = tokio::join!(upstream::connect(addr), listener.accept());
+        assert!(sockopt::socket_keepalive(client.unwrap().0).unwrap());
+        assert!(sockopt::socket_keepalive(backend.unwrap()).unwrap());
+    }
 }

@@ -23,11 +23,12 @@ use hyper::upgrade::OnUpgrade;
 
 use crate::backend::{Backend, InFlight};
 use crate::balance;
+use crate::body::Noted;
 use crate::headers::{self, Origin};
 use crate::router::{Router, Target};
 use crate::slots::Slot;
 use crate::tunnel;
-use crate::upload::{Progress, Upload};
+use crate::upload::Progress;
 use crate::upstream::{self, Body, Connection};
 
 /// Backends that one request is tried at.
@@ -177,7 +178,8 @@ fn outgoing(
             let chunked = HeaderValue::from_static("chunked");
             parts.headers.insert(TRANSFER_ENCODING, chunked);
         }
-        Upload::new(body, progress.clone()).boxed_unsync()
+        let progress = progress.clone();
+        Noted::new(body, move || progress.note()).boxed_unsync()
     };
     Request::from_parts(parts, body)
 }

@@ -14,7 +14,8 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio_rustls::TlsAcceptor;
 use tokio_util::sync::CancellationToken;
 
-use crate::activity::{Activity, Held};
+use crate::activity::Activity;
+use crate::body::Noted;
 use crate::proxy::{self, Client};
 use crate::router::Router;
 use crate::upstream::Body;
@@ -179,7 +180,14 @@ where
         async move {
             answer
                 .await
-                .map(|answer| answer.map(|body| Held::new(body, under_way)))
+                // The request is under way until its answer is gone, sent or not.
+                .map(|answer| {
+                    answer.map(|body| {
+                        Noted::new(body, move || {
+                            let _ = &under_way;
+                        })
+                    })
+                })
         }
     });
     let connection = hyper::server::conn::http2::Builder::new(TokioExecutor::new())

@@ -1,11 +1,9 @@
 //! A request's body on its way, and how long its answer is waited for.
 
-use std::pin::{Pin, pin};
+use std::pin::pin;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
-use http_body::{Body, Frame, SizeHint};
 use tokio::time::Instant;
 
 /// When something of a request's body has last moved on. Cheap to clone.
@@ -17,7 +15,8 @@ impl Progress {
         Self(Arc::new(Mutex::new(Instant::now())))
     }
 
-    fn note(&self) {
+    /// Something has moved on.
+    pub(crate) fn note(&self) {
         *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Instant::now();
     }
 
@@ -42,46 +41,13 @@ impl Progress {
     }
 }
 
-/// A body that notes how it moves on.
-#[derive(Debug)]
-pub(crate) struct Upload<B> {
-    body: B,
-    progress: Progress,
-}
-
-impl<B> Upload<B> {
-    pub(crate) fn new(body: B, progress: Progress) -> Self {
-        Self { body, progress }
-    }
-}
-
-impl<B: Body + Unpin> Body for Upload<B> {
-    type Data = B::Data;
-    type Error = B::Error;
-
-    fn poll_frame(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-    ) -> Poll<Option<Result<Frame<B::Data>, B::Error>>> {
-        let frame = ready!(Pin::new(&mut self.body).poll_frame(cx));
-        self.progress.note();
-        Poll::Ready(frame)
-    }
-
-    fn is_end_stream(&self) -> bool {
-        self.body.is_end_stream()
-    }
-
-    fn size_hint(&self) -> SizeHint {
-        self.body.size_hint()
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::body::Noted;
     use bytes::Bytes;
     use futures::StreamExt as _;
+    use http_body::Frame;
     use http_body_util::{BodyExt as _, StreamBody};
     use std::convert::Infallible;
 
@@ -94,7 +60,8 @@ mod tests {
             tokio::time::sleep(pause).await;
             Ok::<_, Infallible>(Frame::data(Bytes::from_static(b"piece")))
         });
-        let upload = Upload::new(Box::pin(StreamBody::new(pieces)), progress.clone());
+        let noted = progress.clone();
+        let upload = Noted::new(Box::pin(StreamBody::new(pieces)), move || noted.note());
         progress.within(LIMIT, upload.collect()).await.is_some()
     }
 

@@ -7,6 +7,7 @@ use std::pin::pin;
 use std::time::Duration;
 
 use bytes::Bytes;
+use flynn_api::tcp::keep_alive;
 use http::{Request, Response};
 use http_body_util::combinators::UnsyncBoxBody;
 use hyper::body::Incoming;
@@ -15,8 +16,6 @@ use hyper_util::rt::TokioIo;
 use rustix::io::Errno;
 use tokio::net::TcpStream;
 use tokio::sync::oneshot;
-
-use crate::keepalive;
 
 /// How long a backend may take to accept a connection.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(1);
@@ -48,7 +47,7 @@ pub async fn connect(addr: SocketAddr) -> io::Result<TcpStream> {
     let stream = tokio::time::timeout(CONNECT_TIMEOUT, TcpStream::connect(addr)).await;
     let stream = stream.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))?;
     stream.set_nodelay(true)?;
-    keepalive::set(&stream)?;
+    keep_alive(&stream)?;
     Ok(stream)
 }
 

@@ -9,6 +9,7 @@
 //! - [`error`]: the one error body; [`spec`]: the jobs of a formation; [`resources`]: limits; [`virtual_address`]: what a service's number comes to.
 //! - `tls` (feature `tls`): the cluster CA and the identities that it signs.
 //! - `client` (feature `client`): transport over TCP, mutual TLS and Unix sockets, and a client per API.
+//! - `tcp`: what connections are set to, at either end.
 //! - `server` (feature `server`): listeners, extractors, event streams, logging and shutdown; `server::openapi` (feature
 //!   `schema`): routes that describe themselves.
 
@@ -34,7 +35,7 @@ pub mod client;
 #[cfg(feature = "server")]
 pub mod server;
 #[cfg(any(feature = "client", feature = "server"))]
-mod tcp;
+pub mod tcp;
 #[cfg(feature = "tls")]
 pub mod tls;
 

@@ -1,6 +1,7 @@
-//! What every TCP connection of the platform's APIs is set to, at both ends.
+//! What the platform's TCP connections are set to.
 
 use std::io;
+use std::os::fd::AsFd;
 use std::time::Duration;
 
 use rustix::net::sockopt;
@@ -13,14 +14,23 @@ const INTERVAL: Duration = Duration::from_secs(10);
 /// Questions without an answer, after which the connection is given up.
 const QUESTIONS: u32 = 3;
 
-/// Has small pieces sent at once, and notices within a minute that the other side's host has gone without a word: an
-/// attached terminal, a download or a server waiting for its client would wait for ever.
+/// Has small pieces sent at once, and [`keep_alive`]: both ends of what the platform's APIs are called by.
 pub(crate) fn tune(stream: &TcpStream) -> io::Result<()> {
     stream.set_nodelay(true)?;
-    sockopt::set_socket_keepalive(stream, true)?;
-    sockopt::set_tcp_keepidle(stream, IDLE)?;
-    sockopt::set_tcp_keepintvl(stream, INTERVAL)?;
-    sockopt::set_tcp_keepcnt(stream, QUESTIONS)?;
+    keep_alive(stream)
+}
+
+/// Notices within a minute that the other side's host has gone without a word: an attached terminal, a download, a tunnel or a
+/// server waiting for its client would wait for ever. What a listener is set to, the connections that it accepts are.
+///
+/// Where bytes wait to be acknowledged, the kernel gives up by itself, after a quarter of an hour. `TCP_USER_TIMEOUT`
+/// would be sooner, but also end peers that are there and only do not read for a while.
+pub fn keep_alive(socket: impl AsFd) -> io::Result<()> {
+    let socket = socket.as_fd();
+    sockopt::set_socket_keepalive(socket, true)?;
+    sockopt::set_tcp_keepidle(socket, IDLE)?;
+    sockopt::set_tcp_keepintvl(socket, INTERVAL)?;
+    sockopt::set_tcp_keepcnt(socket, QUESTIONS)?;
     Ok(())
 }
 
